@@ -1,0 +1,102 @@
+r"""What every transition kernel shares: the cached state, the tuning, the protocol.
+
+An annealing path between a base density q and a target density p is
+
+.. math:: \log \pi_\beta(u) = (1 - \beta) \log q(u) + \beta \log p(u)
+
+up to its normalizer. A :class:`State` caches the four ingredients (both log densities and both
+gradients), never the mixture: so the weight update and a change of beta cost no evaluation, and no
+density of an earlier beta can be reused by mistake.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Density", "Info", "Kernel", "State", "Tuning"]
+
+
+class State(NamedTuple):
+    """What the next transition needs of K chains; a NamedTuple, hence a pytree for compilers."""
+
+    position: Tensor  # u, unconstrained, [K, *batch, D]
+    log_base: Tensor  # log q(u), nats, [K, *batch]
+    log_target: Tensor  # log p(x, u), nats, [K, *batch]
+    grad_base: Tensor  # [K, *batch, D]
+    grad_target: Tensor  # [K, *batch, D]
+
+    def log_density(self, beta: Tensor) -> Tensor:
+        """Computes the unnormalized log density of the path at ``beta``, shape ``[K, *batch]``."""
+        return self.log_base + beta * (self.log_target - self.log_base)
+
+    def grad(self, beta: Tensor) -> Tensor:
+        """Computes the gradient of the path's log density, shape ``[K, *batch, D]``."""
+        return self.grad_base + beta * (self.grad_target - self.grad_base)
+
+    def log_ratio(self) -> Tensor:
+        """Computes ``log p(x, u) - log q(u)``, the derivative of the path in beta, nats."""
+        return self.log_target - self.log_base
+
+
+class Density(Protocol):
+    """Evaluates base and target of K chains: positions ``[K, *batch, D]`` to a :class:`State`."""
+
+    def __call__(self, position: Tensor) -> State:
+        """Evaluates both log densities and both gradients at ``position``."""
+        ...
+
+
+class Tuning(NamedTuple):
+    """What a pilot chose for one beta and froze."""
+
+    step_size: Tensor  # per batch element, [*batch]
+    scale: Tensor  # standard deviation per coordinate (inverse mass = scale ** 2), [*batch, D]
+
+
+class Info(NamedTuple):
+    """What a human may ask about one transition."""
+
+    accept_prob: Tensor  # [K, *batch]
+    diverging: Tensor  # bool, [K, *batch]
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A transition that leaves the path's density at one beta invariant.
+
+    ``noise`` draws all randomness of one step up front, so that ``step`` is a pure function of
+    tensors, exact to test and compilable. ``reversal`` returns the kernel of the time-reversed
+    chain: the kernel itself when it is reversible (detailed balance).
+    """
+
+    @property
+    def num_gradients(self) -> int:
+        """Calls of the density per step."""
+        ...
+
+    @property
+    def target_accept(self) -> float | None:
+        """Acceptance that the pilot steers the step size toward; None if there is none to tune."""
+        ...
+
+    def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """Draws the randomness of one step."""
+        ...
+
+    def step(
+        self,
+        state: State,
+        density: Density,
+        beta: Tensor,
+        tuning: Tuning,
+        noise: tuple[Tensor, ...],
+    ) -> tuple[State, Info]:
+        """Moves all chains once at inverse temperature ``beta``."""
+        ...
+
+    def reversal(self) -> Kernel:
+        """Returns the kernel of the time-reversed chain."""
+        ...

@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests: float64 by default, seeded, a clean parameter store."""
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Runs every test in float64 from seed 0, and restores what it changed."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(dtype)

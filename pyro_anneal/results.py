@@ -360,7 +360,7 @@ class Sandwich:
 
     @property
     def bounds(self) -> dict[str, Tensor]:
-        """All bounds by name, nats, shape ``[*batch]``; DESIGN of each in :mod:`.bounds`."""
+        """All bounds by name, nats, shape ``batch``; see :mod:`pyro_anneal.bounds`."""
         forward, reverse = self.forward.log_weights, self.reverse.log_weights
         result = {
             "IM lower": bounds.independent_multi_lower(forward),
@@ -433,16 +433,8 @@ class Sandwich:
             Ends of the interval in nats, each of shape ``batch``, or scalars for the total.
 
         Raises:
-            ValueError: If ``level`` is not in (0, 1), or a single-sample bound of several chains
-                was chosen: averaging logarithms loses the guarantee.
+            ValueError: If ``level`` is not in (0, 1).
         """
-        if self.forward.num_chains > 1:
-            for name in (self.lower_bound, self.upper_bound):
-                if name.startswith("single"):
-                    raise ValueError(
-                        f'"{name}" averages log-weights and has no finite-sample guarantee; choose '
-                        "an IM or CR bound"
-                    )
         lower, upper = (b.sum() if total else b for b in (self.lower, self.upper))
         low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, level)
         return self.forward.scale * low, self.forward.scale * high
@@ -456,10 +448,9 @@ class Sandwich:
             for name, value in sorted(self.bounds.items(), key=lambda item: item[0].split()[::-1])
         ]
         fields.append(("gap", format_value(self.gap.mean().item(), errors["gap"].item())))
-        low, high = self.interval(0.95) if "single" not in self._chosen else (None, None)
-        if low is not None and high is not None:
-            ends = f"[{low.mean().item():.3f}, {high.mean().item():.3f}]"
-            fields.append(("95% interval (guaranteed)", ends))
+        low, high = self.interval(0.95)
+        ends = f"[{low.mean().item():.3f}, {high.mean().item():.3f}]"
+        fields.append(("95% interval (guaranteed)", ends))
         for name, value in (
             ("Bennett (no bound)", self.bennett),
             ("thermodynamic integration (no bound)", self.thermodynamic_integration.value),
@@ -474,10 +465,6 @@ class Sandwich:
         )
         notes = [*self.forward.notes, *self.notes, *(d.message for d in self.diagnostics)]
         return format_fields(title, fields, notes)
-
-    @property
-    def _chosen(self) -> str:
-        return f"{self.lower_bound} {self.upper_bound}"
 
     def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.arviz_export.to_arviz`."""

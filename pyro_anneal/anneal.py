@@ -15,7 +15,15 @@ from tqdm.auto import tqdm
 
 from . import diagnostics
 from .autoguides import is_autoguide
-from .chains import Carry, Direction, Path, StepStatistics, TuningTable, run_chains, seeded_generator
+from .chains import (
+    Carry,
+    Direction,
+    Path,
+    StepStatistics,
+    TuningTable,
+    run_chains,
+    seeded_generator,
+)
 from .kernels import HMC, Kernel, State
 from .pairs import Pair, merge_pairs
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
@@ -209,9 +217,7 @@ class AnnealedImportance:
                 self._simulate_once((args, kwargs), seed + index, coupled)
                 for index in range(num_simulations)
             ]
-        result = Sandwich(
-            **merge_pairs(parts), lower_bound=bounds[0], upper_bound=bounds[1]
-        )
+        result = Sandwich(**merge_pairs(parts), lower_bound=bounds[0], upper_bound=bounds[1])
         found = diagnostics.diagnose_sandwich(result)
         diagnostics.warn(found)
         return replace(result, diagnostics=found)

@@ -132,7 +132,9 @@ def _elbo(evaluate: _Counter, loc: Tensor, scale: Tensor, noise: Tensor) -> Tens
 
 def _keep(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Selects per batch element."""
-    return torch.where(better.view(*better.shape, *[1] * (new.dim() - better.dim())), new, old)
+    return torch.where(
+        better.reshape([*better.shape, *[1] * (new.dim() - better.dim())]), new, old
+    )
 
 
 def _hessian(evaluate: _Counter, loc: Tensor) -> Tensor:

@@ -233,7 +233,7 @@ def _fit(
     fit = fit_gaussian(target, torch.zeros_like(example), seed=seed, progress=progress)
     base = GaussianBase(fit.loc, fit.scale_tril)
     function = PathDensity(problem.model, base)
-    density = capture(function, fit.loc, num_chains=num_chains, compile=compile)
+    density = capture(function, torch.zeros_like(fit.loc), num_chains=num_chains, compile=compile)
     return replace(
         problem, base=base, function=function, density=density, fit_gradients=fit.num_gradients
     )

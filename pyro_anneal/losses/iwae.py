@@ -21,7 +21,7 @@ from .base import (
 )
 from .traces import Arguments, Particles, Sampling
 
-__all__ = ["IWAE", "leave_one_out"]
+__all__ = ["IWAE", "leave_one_out", "score_weights"]
 
 _SAMPLING: dict[str, Sampling] = {
     "auto": "pathwise",
@@ -159,10 +159,10 @@ class IWAE(ParticleELBO):
             return Evaluation(value, -weighted_sum(particles, weights, None))
         if self.num_particles == 1:
             return Evaluation(value, -_single_particle(particles))
-        return Evaluation(value, -weighted_sum(particles, weights, _score_weights(log_weights)))
+        return Evaluation(value, -weighted_sum(particles, weights, score_weights(log_weights)))
 
 
-def _score_weights(log_weights: Tensor) -> Tensor:
+def score_weights(log_weights: Tensor) -> Tensor:
     """Computes what multiplies each particle's score: the bound less its baseline.
 
     1 / K is added, times a score a term of mean zero. It cancels the noise that the guide's

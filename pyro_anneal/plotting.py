@@ -111,7 +111,7 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any
     if isinstance(result, Sandwich):
         estimate = float((result.bennett - center).mean())
         axes.axvline(estimate, color=_ESTIMATE, lw=1.2, ls="--", label="Bennett")
-    minus = "" if math.prod(pooled) == 1 else " minus its log evidence"
+    minus = "" if math.prod(pooled) == 1 else " minus the datum's log evidence"
     axes.set(xlabel=f"log-weight{minus} (nats)", ylabel="chains")
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)
@@ -122,7 +122,8 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
     r"""Draws the mean of ``log p/q`` along the path, and its integral.
 
     The integral of :math:`E_\beta[\log p / q]` over beta is the log evidence; the dashed line is
-    the integral up to beta, so that it ends there. Values are per datum.
+    the integral up to beta. Summed over the increments of a run it ends at the single-sample
+    bound: below the log evidence for forward chains, above for reverse ones. Values are per datum.
 
     Args:
         result: A run or a sandwich.
@@ -152,6 +153,8 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
     settled = max(values[len(values) // 2 :].min(), np.median(values), 1.0)
     if values.max() > 100.0 * settled:
         axes.set_yscale("symlog", linthresh=settled)
+        low, high = min(0.0, *(c.min() for c in spread)), max(0.0, *(c.max() for c in spread))
+        axes.set_ylim(1.5 * low - 0.2 * settled, 1.5 * high + 0.2 * settled)
     _scale_beta_axis(axes, result)
     axes.set(ylabel="nats per datum")
     axes.legend(frameon=False, fontsize="small")
@@ -172,9 +175,10 @@ def plot_acceptance(result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | N
     Raises:
         ImportError: If matplotlib is not installed.
     """
+    stacked = axes is None
     if axes is None:
         figure = _pyplot().figure(figsize=(4.8, 4.8), layout="constrained")
-        axes = tuple(figure.subplots(2, 1, sharex=True))
+        axes = tuple(figure.subplots(2, 1))
     runs = _runs(result)
     for direction, run in runs.items():
         color = _LOWER if direction == "forward" else _UPPER
@@ -189,10 +193,13 @@ def plot_acceptance(result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | N
     first = next(iter(runs.values()))
     axes[1].plot(_numpy(first.betas[1:-1]), _numpy(first.step_size), color=_LOWER, lw=1.2)
     axes[0].set(ylabel="acceptance", ylim=(-0.02, 1.02))
-    axes[1].set(ylabel="step size", yscale="log")
+    _scale_step_sizes(axes[1], _numpy(first.step_size))
     axes[0].legend(frameon=False, fontsize="small", loc="lower right")
     for panel in axes:
         _scale_beta_axis(panel, result)
+    if stacked:
+        axes[0].set(xlabel=None)
+        axes[0].tick_params(labelbottom=False)
     _tidy(*axes)
     return axes[0].figure
 
@@ -251,7 +258,7 @@ def _plot_gaps(axes: Any, sandwiches: Mapping[int, Sandwich]) -> None:
     steps = np.array(list(sandwiches))
     gaps = np.array([s.gap.mean().item() for s in sandwiches.values()])
     errors = np.array([s.std_error["gap"].item() for s in sandwiches.values()])
-    positive = gaps > 0.0  # a realized gap can be of either sign; logarithms show one
+    positive = gaps > 0.0
     reach = np.nan_to_num(2.0 * errors[positive])
     below = np.minimum(reach, 0.9 * gaps[positive])  # keep bars on the logarithmic axis
     axes.errorbar(
@@ -263,10 +270,16 @@ def _plot_gaps(axes: Any, sandwiches: Mapping[int, Sandwich]) -> None:
         ms=4,
         capsize=2,
     )
+    # a realized gap can be of either sign: where it is not positive show only how far it may reach
+    limits = np.nan_to_num(gaps + 2.0 * errors)
+    limited = ~positive & (limits > 0.0)
+    if limited.any():
+        marks = {"ls": "", "marker": "v", "mfc": "none", "color": _ESTIMATE, "ms": 5}
+        axes.plot(steps[limited], limits[limited], **marks, label="not positive, at most")
     if positive.any():
-        anchor = gaps[positive][-1] * steps[positive][-1]
+        anchor = gaps[positive][0] * steps[positive][0]
         axes.plot(steps, anchor / steps, color=_SHADE, lw=1, ls="--", label=r"$\propto 1 / T$")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left")
     axes.set(xscale="log", yscale="log", xlabel="steps $T$", ylabel="mean gap (nats)")
 
 
@@ -310,7 +323,10 @@ def _scale_beta_axis(axes: Any, result: AnnealedRun | Sandwich) -> None:
     if middle >= 0.1 or len(betas) < 4:
         axes.set_xlim(0.0, 1.0)
         return
-    power = max(math.log(0.5) / math.log(max(middle, 1e-300)), 0.01)
+    first = max(
+        float(betas[1]), 1e-300
+    )  # the stretch below the first beta is empty: keep it short
+    power = max(math.log(0.5) / math.log(middle), math.log(0.06) / math.log(first))
     axes.set_xscale(
         "function",
         functions=(
@@ -331,14 +347,22 @@ def _scale_beta_axis(axes: Any, result: AnnealedRun | Sandwich) -> None:
     axes.set_xlim(0.0, 1.0)
 
 
+def _scale_step_sizes(axes: Any, step_sizes: np.ndarray[Any, Any]) -> None:
+    axes.set_ylabel("step size")
+    if step_sizes.size and step_sizes.max() > 10.0 * step_sizes.min() > 0.0:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0.0)
+
+
 def _tidy(*panels: Any) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
 
 
 def _finite(values: Tensor) -> np.ndarray[Any, Any]:
-    array = _numpy(values).reshape(-1)
-    return array[np.isfinite(array)]
+    array: np.ndarray[Any, Any] = _numpy(values).reshape(-1)
+    return np.asarray(array[np.isfinite(array)])
 
 
 def _numpy(values: Tensor) -> np.ndarray[Any, Any]:

@@ -59,26 +59,26 @@ def make_run(problem, num_chains=16, num_steps=50, *, betas=None, start=None, **
         plates = {"simulation": batch[0], **plates}
     weights = betas.diff().reshape(-1, *[1] * (ratios.dim() - 1))
     per_datum = taken.reshape(num_steps, num_chains, -1)
-    fields = dict(
-        direction="reverse" if reverse else "forward",
-        log_weights=log_weights,
-        betas=betas,
-        accept_prob=torch.full((num_steps - 1,), 0.75),
-        num_diverging=torch.zeros(num_steps - 1, dtype=torch.long),
-        step_size=0.3 * (1 + betas[1:-1]).rsqrt(),
-        mean_log_ratio=per_datum.mean((1, 2)),
-        var_log_ratio=per_datum.var(1, correction=0).mean(-1),
-        log_evidence_ti=(0.5 * weights * (ratios[1:] + ratios[:-1])).sum(0),
-        posterior={"z": last},
-        plates=plates,
-        site_plates={"z": (*plates,)},
-        num_gradients=1 + 3 * (num_steps - 1),
-        num_evaluations=1 + 3 * (num_steps - 1),
-        seconds=0.25,
-        seed=7,
-        kernel="HMC(num_leapfrog=3)",
-        density_mode="compiled",
-        pilot=PilotSummary(
+    fields = {
+        "direction": "reverse" if reverse else "forward",
+        "log_weights": log_weights,
+        "betas": betas,
+        "accept_prob": torch.full((num_steps - 1,), 0.75),
+        "num_diverging": torch.zeros(num_steps - 1, dtype=torch.long),
+        "step_size": 0.3 * (1 + betas[1:-1]).rsqrt(),
+        "mean_log_ratio": per_datum.mean((1, 2)),
+        "var_log_ratio": per_datum.var(1, correction=0).mean(-1),
+        "log_evidence_ti": (0.5 * weights * (ratios[1:] + ratios[:-1])).sum(0),
+        "posterior": {"z": last},
+        "plates": plates,
+        "site_plates": {"z": (*plates,)},
+        "num_gradients": 1 + 3 * (num_steps - 1),
+        "num_evaluations": 1 + 3 * (num_steps - 1),
+        "seconds": 0.25,
+        "seed": 7,
+        "kernel": "HMC(num_leapfrog=3)",
+        "density_mode": "compiled",
+        "pilot": PilotSummary(
             num_chains=32,
             num_gradients=400,
             betas=torch.linspace(0, 1, 9),
@@ -88,8 +88,8 @@ def make_run(problem, num_chains=16, num_steps=50, *, betas=None, start=None, **
             length=4.2,
             seconds=0.5,
         ),
-        observed={"x": problem.x},
-    )
+        "observed": {"x": problem.x},
+    }
     return AnnealedRun(**(fields | changes))
 
 
@@ -97,15 +97,15 @@ def make_sandwich(s, batch=(), num_chains=16, num_steps=50, *, betas=None, **cha
     problem, z = simulate(s, batch)
     betas = torch.linspace(0, 1, num_steps + 1) if betas is None else betas
     forward = make_run(problem, num_chains, betas=betas)
-    fields = dict(
-        forward=forward,
-        reverse=make_run(problem, num_chains, betas=betas, start=z),
-        simulated={"x": problem.x},
-        true_log_likelihood=problem.log_ratio(z),
-    )
+    fields = {
+        "forward": forward,
+        "reverse": make_run(problem, num_chains, betas=betas, start=z),
+        "simulated": {"x": problem.x},
+        "true_log_likelihood": problem.log_ratio(z),
+    }
     if num_chains > 1:
-        # a perfect transition forgets where it came from, but for the state shared at beta_T
-        _, ratios, _ = chains(problem, num_chains - 1, betas, reverse=True)
-        increments = betas.diff().reshape(-1, *[1] * (ratios.dim() - 1))
-        fields["coupled_reverse"] = (increments * ratios[1:]).sum(0)
+        end = forward.posterior["z"][0]  # where forward chain 0 took its last weight
+        fields["coupled_reverse"] = chains(
+            problem, num_chains - 1, betas, start=end, reverse=True
+        )[0]
     return Sandwich(**(fields | changes)), problem

@@ -65,7 +65,7 @@ class AnnealedRun:
     log_evidence_ti: Tensor  # [K, *batch], each chain's integral of log p/q over beta
     posterior: dict[str, Tensor]  # [K, *value_shape] by site, at the last weight
     plates: dict[str, int]  # sizes of the batch plates, in the order of the batch
-    site_plates: dict[str, tuple[str | None, ...]]  # names of the leading dims of a site's value
+    site_plates: dict[str, tuple[str | None, ...]]  # of a site's leading dims
     num_gradients: int  # per chain: 1 + L (T - 1)
     num_evaluations: int  # calls of the density, counted
     seconds: float

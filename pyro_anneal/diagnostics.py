@@ -340,7 +340,7 @@ def warn(diagnostics: Iterable[Diagnostic], *, stacklevel: int = 2) -> None:
 
     Args:
         diagnostics: Findings; the first of each kind speaks for it.
-        stacklevel: As in :func:`warnings.warn`, seen from the caller.
+        stacklevel: Whom to blame: 1 for the line that calls this function, 2 for its caller, ...
 
     Example:
         >>> warn([Diagnostic(name="gap", severity="info", message="wide", value=2.0)])

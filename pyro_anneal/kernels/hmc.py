@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Density, Info, Kernel, State, Tuning
+from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
 
 __all__ = ["HMC", "accept", "leapfrog"]
 
@@ -65,7 +65,8 @@ def accept(
         The next states, and the acceptance probability in [0, 1].
     """
     log_accept = torch.where(log_accept.isnan(), -torch.inf, log_accept)
-    take = torch.log(uniform) < log_accept
+    # 1 - uniform lies in (0, 1]: a uniform of exactly 0 must not accept an absurd proposal.
+    take = torch.log1p(-uniform) < log_accept
     wide = take.unsqueeze(-1)
     new = State(
         position=torch.where(wide, proposal.position, state.position),
@@ -115,9 +116,7 @@ class HMC:
 
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws a standard normal momentum and a uniform number."""
-        position = state.position
-        options = {"dtype": position.dtype, "device": position.device, "generator": generator}
-        return torch.randn(position.shape, **options), torch.rand(position.shape[:-1], **options)
+        return normal_and_uniform(state, generator)
 
     def step(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Density, Info, Kernel, State, Tuning
+from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
 from .hmc import accept
 
 __all__ = ["RandomWalk"]
@@ -45,9 +45,7 @@ class RandomWalk:
 
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws a standard normal step and a uniform number."""
-        position = state.position
-        options = {"dtype": position.dtype, "device": position.device, "generator": generator}
-        return torch.randn(position.shape, **options), torch.rand(position.shape[:-1], **options)
+        return normal_and_uniform(state, generator)
 
     def step(
         self,

@@ -157,7 +157,8 @@ def _named_dims(run: AnnealedRun, site: str, shape: Sequence[int]) -> tuple[str,
     dims = []
     for i, size in enumerate(shape):
         plate = known[i] if i < len(known) else None
-        full = plate is not None and size == run.plates[plate]
+        # an inner plate is known by name only; a size of one stands for all rows of a plate
+        full = plate is not None and size == run.plates.get(plate, size)
         dims.append(plate if plate is not None and full else f"{site}_dim_{i}")
     return tuple(dims)
 

@@ -139,21 +139,23 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
     spread = []
     for direction, run in _runs(result).items():
         betas, curve = _numpy(run.betas), run.scale * _numpy(run.mean_log_ratio)
+        curve = np.where(np.isfinite(curve), curve, np.nan)  # chains of zero weight leave gaps
         taken = betas[:-1] if direction == "forward" else betas[1:]
         color = _LOWER if direction == "forward" else _UPPER
         axes.plot(taken, curve, color=color, lw=1.8, label=f"{direction}: " + _EXPECTATION)
-        integral = np.concatenate([[0.0], np.cumsum(np.diff(betas) * curve)])
-        label = f"{direction}: integral, {integral[-1]:.4g}"
+        integral = np.concatenate([[0.0], np.cumsum(np.diff(betas) * curve)])  # NaN from a gap on
+        label = f"{direction}: integral, {run.single.mean().item():.4g}"
         axes.plot(betas, integral, color=color, lw=1.2, ls="--", label=label)
         if direction == "forward" or len(_runs(result)) == 1:
             axes.fill_between(taken, curve, 0.0, color=_SHADE, alpha=0.25, lw=0)
         spread += [curve, integral]
     axes.axhline(0.0, color=_SHADE, lw=0.8)
-    values = np.abs(np.concatenate(spread))
-    settled = max(values[len(values) // 2 :].min(), np.median(values), 1.0)
-    if values.max() > 100.0 * settled:
+    drawn = np.concatenate(spread)
+    drawn = drawn[np.isfinite(drawn)]
+    settled = max(float(np.median(np.abs(drawn))), 1.0)
+    if np.abs(drawn).max() > 100.0 * settled:
         axes.set_yscale("symlog", linthresh=settled)
-        low, high = min(0.0, *(c.min() for c in spread)), max(0.0, *(c.max() for c in spread))
+        low, high = min(0.0, drawn.min()), max(0.0, drawn.max())
         axes.set_ylim(1.5 * low - 0.2 * settled, 1.5 * high + 0.2 * settled)
     _scale_beta_axis(axes, result)
     axes.set(ylabel="nats per datum")

@@ -81,10 +81,10 @@ def test_plates_of_size_one_and_inner_plates_keep_their_place():
         log_evidence_ti=torch.zeros(2, 3),
         plates={"data": 3},
         posterior={"inner": torch.zeros(2, 5, 3), "shared": torch.zeros(2, 1, 4)},
-        site_plates={"inner": (None, "data"), "shared": ("data",)},
+        site_plates={"inner": ("group", "data"), "shared": ("data",)},
     )
     posterior = to_datasets(run)["posterior"]
-    assert posterior["inner"].dims == ("chain", "draw", "inner_dim_0", "data")
+    assert posterior["inner"].dims == ("chain", "draw", "group", "data")
     assert posterior["shared"].dims == ("chain", "draw", "shared_dim_0", "shared_dim_1")
 
 

@@ -153,6 +153,18 @@ def test_acceptance_and_step_size(sandwich):
     assert plotting.plot_acceptance(steep).axes[1].get_yscale() == "log"
 
 
+def test_dead_chains_leave_a_gap_in_the_curve():
+    run = make_run(simulate(S)[0], num_steps=10)
+    curve = run.mean_log_ratio.clone()
+    curve[0] = -math.inf
+    axes = plotting.plot_thermodynamic_curve(dataclasses.replace(run, mean_log_ratio=curve)).axes[
+        0
+    ]
+    _, y = _line(axes, "forward: $E").get_data()
+    np.testing.assert_array_equal(y, [np.nan, *curve[1:].tolist()])
+    assert all(math.isfinite(end) for end in axes.get_ylim())
+
+
 @pytest.mark.parametrize("kind", ["run", "reverse", "sandwich", "single step", "all dead"])
 def test_four_panels_are_drawn(kind, sandwich, tmp_path):
     result = {

@@ -157,7 +157,7 @@ def test_resampling_places_the_plates_where_each_site_has_them():
     shapes = {  # name: (value shape, plates of its leading dims)
         "plain": ((rows, columns), ("row", "column")),
         "swapped": ((columns, rows, 7), ("column", "row")),
-        "gap": ((4, rows, 6, columns), (None, "row", None, "column")),
+        "gap": ((4, rows, 6, columns), ("inner", "row", None, "column")),
         "broadcast": ((rows, 1), ("row", "column")),
     }
     posterior = {

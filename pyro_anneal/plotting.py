@@ -305,12 +305,12 @@ def _mean_bound(result: AnnealedRun | Sandwich, side: str) -> tuple[float, float
 
 
 def _bin_edges(samples: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Shares bins between directions; the range ignores outliers beyond twice the bulk."""
+    """Shares bins between directions; the range leaves out what lies far from the middle half."""
     values = np.concatenate(samples)
     if values.size == 0:
         return np.linspace(-1.0, 1.0, 3)
-    low, high = np.quantile(values, [0.05, 0.95])
-    reach = 2.0 * (high - low)
+    low, high = np.quantile(values, [0.25, 0.75])
+    reach = 4.0 * (high - low)  # 6 standard deviations of a Gaussian
     low, high = max(values.min(), low - reach), min(values.max(), high + reach)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5

@@ -216,7 +216,7 @@ def test_warnings_are_given_once_per_kind():
         return Diagnostic(name=name, severity=severity, message=message, value=0.0)
 
     with pytest.warns(AnnealingWarning) as caught:
-        warn([finding("ess"), finding("gap"), finding("ess"), finding("x", "info")], stacklevel=1)
+        warn([finding("ess"), finding("gap"), finding("ess"), finding("x", "info")])
     assert len(caught) == 2
     assert caught[0].filename == __file__
     with warnings.catch_warnings():

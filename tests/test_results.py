@@ -231,6 +231,40 @@ def test_sandwich_holds_the_table_of_bounds(sandwich):
     assert (table["single upper"] >= table["CR upper"]).all()
 
 
+def test_sandwich_bounds_keep_their_identities():
+    # E[e^L] = Z and E[e^-U] = 1 / Z for each x, so the ratios average to one over pairs
+    sandwich, problem = make_sandwich([0.9, 0.3], (40_000,), num_chains=3, num_steps=2)
+    for name in ("IM lower", "CR lower", "IM upper", "CR upper"):
+        sign = 1 if name.endswith("lower") else -1
+        ratio = torch.exp(sign * (sandwich.bounds[name] - problem.log_evidence))
+        std_error = (ratio.std() / math.sqrt(40_000)).item()
+        assert std_error < 0.005, name
+        assert abs(ratio.mean().item() - 1.0) < 5 * std_error, name
+
+
+def test_sandwich_pairs_the_right_chains():
+    problem, z = simulate(S)
+    run, back = make_run(problem, num_chains=3), make_run(problem, num_chains=3, start=z)
+    sandwich = Sandwich(
+        forward=dataclasses.replace(run, log_weights=torch.tensor([2.0, 3.0, 4.0]).log()),
+        reverse=dataclasses.replace(back, log_weights=torch.tensor([5.0, 8.0, 10.0]).log()),
+        coupled_reverse=torch.tensor([16.0, 20.0]).log(),
+    )
+    expected = {
+        "IM lower": 3.0,  # mean of 2, 3, 4
+        "IM upper": 4.0,  # mean of 5, 3, 4
+        "CR lower": 3 / (1 / 2 + 1 / 16 + 1 / 20),  # harmonic mean of 2, 16, 20
+        "CR upper": 3 / (1 / 5 + 1 / 8 + 1 / 10),
+        "single lower": 24.0 ** (1 / 3),
+        "single upper": 400.0 ** (1 / 3),
+    }
+    assert {n: b.exp().item() for n, b in sandwich.bounds.items()} == pytest.approx(expected)
+    ti = sandwich.thermodynamic_integration
+    mean = torch.stack([run.log_evidence_ti.mean(), back.log_evidence_ti.mean()]).mean()
+    assert ti.value.item() == pytest.approx(mean.item())
+    assert ti.std_error.isnan()  # the reverse chains share their start
+
+
 def test_standard_errors_come_from_pairs(sandwich):
     sandwich, problem = sandwich
     assert sandwich.num_pairs == 1000

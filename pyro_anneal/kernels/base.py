@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Density", "Info", "Kernel", "State", "Tuning"]
+__all__ = ["Density", "Info", "Kernel", "State", "Tuning", "normal_and_uniform"]
 
 
 class State(NamedTuple):
@@ -61,6 +61,18 @@ class Info(NamedTuple):
 
     accept_prob: Tensor  # [K, *batch]
     diverging: Tensor  # bool, [K, *batch]
+
+
+def normal_and_uniform(state: State, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Draws a standard normal per coordinate and a uniform number per chain and batch element."""
+    position = state.position
+    normal = torch.randn(
+        position.shape, dtype=position.dtype, device=position.device, generator=generator
+    )
+    uniform = torch.rand(
+        position.shape[:-1], dtype=position.dtype, device=position.device, generator=generator
+    )
+    return normal, uniform
 
 
 @runtime_checkable

@@ -1,0 +1,100 @@
+"""Pyro's AutoGuides, which sample an auxiliary site and derive the model's latents from it.
+
+Their density is known in the unconstrained space of that auxiliary site. Two maps are enough to
+anneal from them: from a guide's trace to the unconstrained value of each model site, and back from
+those values to the auxiliary sites that the guide is to be conditioned on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.infer import autoguide
+from torch import Tensor
+
+__all__ = [
+    "auxiliary_values",
+    "check_guide",
+    "derived_sites",
+    "is_autoguide",
+    "unconstrained_values",
+]
+
+
+def is_autoguide(guide: Any) -> bool:
+    """Tells whether a guide is one of Pyro's AutoGuides."""
+    return isinstance(guide, autoguide.AutoGuide)
+
+
+def _parts(guide: Any) -> Iterator[Any]:
+    """Iterates over the AutoGuides that sample auxiliary sites."""
+    if isinstance(guide, autoguide.AutoGuideList):
+        for part in guide:
+            yield from _parts(part)
+    elif is_autoguide(guide) and not isinstance(guide, autoguide.AutoCallable):
+        yield guide
+
+
+def check_guide(guide: Callable[..., Any] | None) -> None:
+    """Checks that an AutoGuide has a density that can be evaluated.
+
+    Raises:
+        ValueError: If the guide is a point mass, or of a kind without a tractable density.
+    """
+    for part in _parts(guide):
+        name = type(part).__name__
+        if isinstance(part, autoguide.AutoLaplaceApproximation):
+            raise ValueError(
+                "AutoLaplaceApproximation is a point mass until it is completed: pass "
+                "guide.laplace_approximation(*args) instead"
+            )
+        if isinstance(part, autoguide.AutoDelta | autoguide.AutoDiscreteParallel):
+            raise ValueError(
+                f"{name} has no density to anneal from (it is a point mass or discrete): use "
+                'guide="auto", AutoNormal or AutoMultivariateNormal'
+            )
+        if not isinstance(part, autoguide.AutoNormal | autoguide.AutoContinuous):
+            raise ValueError(
+                f"{name} is not supported as a base: its density at given latents cannot be "
+                'evaluated; use guide="auto", AutoNormal, or one of the AutoContinuous family'
+            )
+
+
+def _joint_site(guide: Any) -> str:
+    return f"_{guide._pyro_name}_latent"
+
+
+def derived_sites(guide: Any) -> set[str]:
+    """Collects the model sites whose values an AutoGuide derives from auxiliary sites."""
+    return {
+        name for part in _parts(guide) for name, _ in part.prototype_trace.iter_stochastic_nodes()
+    }
+
+
+def unconstrained_values(guide: Any, trace: Any) -> dict[str, Tensor]:
+    """Reads the unconstrained value of each derived site from the guide's trace."""
+    values = {}
+    for part in _parts(guide):
+        if isinstance(part, autoguide.AutoNormal):
+            for name, _ in part.prototype_trace.iter_stochastic_nodes():
+                values[name] = trace.nodes[f"{name}_unconstrained"]["value"]
+        else:
+            latent = trace.nodes[_joint_site(part)]["value"]
+            for site, value in part._unpack_latent(latent):
+                values[site["name"]] = value
+    return values
+
+
+def auxiliary_values(guide: Any, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Computes the values of the auxiliary sites that give these unconstrained values."""
+    values = {}
+    for part in _parts(guide):
+        names = [name for name, _ in part.prototype_trace.iter_stochastic_nodes()]
+        if isinstance(part, autoguide.AutoNormal):
+            values.update({f"{name}_unconstrained": unconstrained[name] for name in names})
+        else:
+            flat = [unconstrained[name].reshape(-1) for name in names]
+            values[_joint_site(part)] = torch.cat(flat)
+    return values

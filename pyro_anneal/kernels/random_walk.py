@@ -1,0 +1,68 @@
+"""Random-walk Metropolis: the simplest kernel, for densities without useful gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
+from .hmc import accept
+
+__all__ = ["RandomWalk"]
+
+
+@dataclass(frozen=True)
+class RandomWalk:
+    r"""Random-walk Metropolis with Gaussian proposals ``u + step_size * scale * noise``.
+
+    Reversible. One step evaluates the density once.
+
+    Source: Roberts, Gelman and Gilks (1997) for the default acceptance.
+
+    Args:
+        target_accept: Acceptance probability that the pilot steers the step sizes toward.
+
+    Raises:
+        ValueError: If ``target_accept`` is not in (0, 1).
+
+    Example:
+        >>> RandomWalk().num_gradients
+        1
+    """
+
+    target_accept: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.target_accept < 1.0:
+            raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
+
+    @property
+    def num_gradients(self) -> int:
+        """Evaluations per transition."""
+        return 1
+
+    def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """Draws a standard normal step and a uniform number."""
+        return normal_and_uniform(state, generator)
+
+    def step(
+        self,
+        state: State,
+        density: Density,
+        beta: Tensor,
+        tuning: Tuning,
+        noise: tuple[Tensor, ...],
+    ) -> tuple[State, Info]:
+        """Moves all chains once at inverse temperature ``beta``."""
+        direction, uniform = noise
+        move = tuning.step_size.unsqueeze(-1) * tuning.scale
+        proposal = density(state.position + move * direction)
+        log_accept = proposal.log_density(beta) - state.log_density(beta)
+        new, accept_prob = accept(state, proposal, log_accept, uniform)
+        return new, Info(accept_prob=accept_prob, diverging=log_accept.isnan())
+
+    def reversal(self) -> Kernel:
+        """Returns the kernel itself: it satisfies detailed balance."""
+        return self

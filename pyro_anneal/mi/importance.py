@@ -97,7 +97,7 @@ class IWAE(_Importance):
         true = (log_likelihood + log_prior - log_q).unsqueeze(0)
         draws, log_q_draws = q.sample(self.num_particles)
         weights = self._log_weights(x, draws, log_q_draws)
-        log_upper = bounds.independent_multi_upper(true, weights[1:])
+        log_upper = bounds.independent_multi_upper(true, weights[:-1])
         return {
             "variational": log_q - log_prior,
             "contrastive": true[0] - log_upper,
@@ -143,7 +143,7 @@ class StructuredInfoNCE(_Importance):
         log_likelihood = self.joint.log_likelihood(x, z)
         draws = self.joint.sample_prior(self.num_particles, x)
         weights = self.joint.log_likelihood(x, draws)
-        log_upper = bounds.independent_multi_upper(log_likelihood.unsqueeze(0), weights[1:])
+        log_upper = bounds.independent_multi_upper(log_likelihood.unsqueeze(0), weights[:-1])
         return {
             "contrastive": log_likelihood - log_upper,
             "upper": log_likelihood - bounds.independent_multi_lower(weights),

@@ -63,7 +63,7 @@ def population(make_bound, q, num_particles):
     weight = P[x, z] * np.prod(q[x[:, None], others], axis=1)
     # IWAE asks for K draws and uses K - 1 of them below: the last is a dummy.
     draws = table(np.concatenate([others, z[:, None]], axis=1).T.copy())
-    guide = lambda given: Scripted(table(q)[given], draws)  # noqa: E731
+    guide = lambda given: Scripted(table(q)[given], draws)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ceiling")
         est = make_bound(guide).estimate(table(x), table(z), batch_size=len(x))
@@ -142,7 +142,7 @@ def mine(bound, critic):
     multiplicity = np.round(COUNTS * 2).astype(int)  # COUNTS are multiples of a half
     x, z = (np.repeat(i.ravel(), multiplicity.ravel()) for i in np.indices((3, 4)))
     draws = np.array([np.repeat(np.arange(4), Q8[i]) for i in x]).T.copy()
-    guide = lambda given: Scripted(table(Q)[given], table(draws))  # noqa: E731
+    guide = lambda given: Scripted(table(Q)[given], table(draws))
     est = bound(look_up(critic), 8, model=PRIOR, guide=guide).estimate(table(x), table(z))
     return float(est.plug_in if est.lower is None else est.lower)
 
@@ -189,7 +189,7 @@ def test_giwae_tends_to_ibal():
             log_binomial + ones * np.log(q[x, 1]) + (count - ones) * np.log(q[x, 0])
         )
         draws = (np.arange(count)[:, None] < ones).astype(int)
-        guide = lambda given: Scripted(table(q)[given], table(draws))  # noqa: E731
+        guide = lambda given: Scripted(table(q)[given], table(draws))
         bound = mi.GIWAE(prior, guide, look_up(critic), num_particles)
         est = bound.estimate(table(x), table(z), batch_size=len(x))
         assert weight.sum() == pytest.approx(1.0)

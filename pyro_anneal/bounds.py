@@ -46,9 +46,9 @@ __all__ = [
 def single_sample(log_weights: Tensor) -> Tensor:
     r"""Computes the single-sample bound, the mean of K log-weights.
 
-    Forward chains give a lower bound, ``E[log w] <= log Z``; reverse chains an upper one. Being an
-    average of logarithms it holds in expectation only: with K > 1 the identity ``E[e^L] = Z`` and
-    the guarantee of :func:`interval` are lost.
+    Forward chains give a lower bound, ``E[log w] <= log Z``; reverse chains an upper one. The
+    identity ``E[e^L] = Z`` is lost for K > 1, but by the inequality of the means it is never above
+    the IM lower (below the CR upper) bound of the same chains, so :func:`interval` still covers.
 
     Source: Neal (2001), *Annealed importance sampling*; Brekelmans et al. (2022), Eq. 9.
 

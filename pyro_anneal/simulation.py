@@ -59,16 +59,14 @@ def _check_exact(name: str, site: Mapping[str, Any]) -> None:
 
 
 def _joint(trace: Any) -> Tensor:
-    total = None
+    total = torch.zeros((), dtype=torch.float64)
     for site in trace.nodes.values():
         if site["type"] != "sample" or site_is_subsample(site) or is_deterministic(site):
             continue
         value = site["fn"].log_prob(site["value"])
         if site["mask"] is not None:
             value = dist.util.scale_and_mask(value, mask=site["mask"])
-        value = value.double().sum()
-        total = value if total is None else total + value
-    assert total is not None
+        total = total + value.double().sum().cpu()
     return total
 
 
@@ -105,7 +103,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
             _check_exact(name, site)
             if site["infer"].get("was_observed"):
                 observed[name] = site["value"]
-                original[name] = site["infer"]["obs"]
+                original[name] = torch.as_tensor(site["infer"]["obs"])
             else:
                 latents[name] = site["value"]
         log_joint = _joint(trace)

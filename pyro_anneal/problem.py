@@ -1,0 +1,262 @@
+"""One annealing problem: a model and a base at given arguments, captured and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .capture import capture
+from .densities import (
+    Arguments,
+    Base,
+    GaussianBase,
+    GuideBase,
+    ModelDensity,
+    PathDensity,
+    PriorBase,
+)
+from .gaussian_fit import fit_gaussian
+from .kernels import State
+from .sites import Layout, inspect_model, latent_sites, observed_sites
+
+__all__ = ["Problem", "prepare"]
+
+Guide = Callable[..., Any] | Literal["auto"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model and a base, ready to be annealed."""
+
+    layout: Layout
+    model: ModelDensity
+    base: Base
+    function: PathDensity  # one chain, through Pyro
+    density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
+    fit_gradients: int  # spent on guide="auto", per batch element
+
+    def draw(self, num_chains: int, *, num_tries: int = 20) -> Tensor:
+        """Draws positions ``[K, *batch, D]`` from the base.
+
+        A draw on the edge of a support (a Beta draw that rounds to 1) has no unconstrained value
+        and is drawn again. A draw for which the model raises has no density: NaN, weight zero.
+
+        Raises:
+            ValueError: If a batch element has no finite draw.
+        """
+        with torch.no_grad():
+            return torch.stack([self._draw_one(num_tries) for _ in range(num_chains)])
+
+    def _draw_one(self, num_tries: int) -> Tensor:
+        layout = self.layout
+        shape = (*layout.batch_shape, layout.dim)
+        position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
+        for _ in range(num_tries):
+            try:
+                drawn = self.base.draw().to(layout.dtype)
+            except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
+                continue
+            missing = ~position.isfinite().all(dim=-1, keepdim=True)
+            position = torch.where(missing, drawn, position)
+            if bool(position.isfinite().all()):
+                break
+        return position
+
+    def unpack(self, position: Tensor) -> dict[str, Tensor]:
+        """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
+        with torch.no_grad():
+            chains = [self.model.unpack(chain) for chain in position]
+        names = [site.name for site in self.layout.sites]
+        return {name: torch.stack([chain[name] for chain in chains]) for name in names}
+
+    def pack(self, values: dict[str, Tensor]) -> Tensor:
+        """Packs one value of each latent site into ``[*batch, D]``."""
+        with torch.no_grad():
+            return self.model.pack(values).to(self.layout.dtype)
+
+    def check_supports(self, values: dict[str, Tensor]) -> None:
+        """Checks that one value of each site lies inside its support.
+
+        Raises:
+            ValueError: If one does not; names the site.
+        """
+        args, kwargs = self.model.arguments
+        model = poutine.condition(self.model.model, data=values)
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        for name, value in values.items():
+            support = trace.nodes[name]["fn"].support
+            if not bool(support.check(value).all()):
+                raise ValueError(
+                    f'a posterior sample of site "{name}" lies outside its support {support}'
+                )
+
+    def log_likelihood(self, position: Tensor) -> Tensor:
+        """Computes log p(x | z) of one chain, enumerated sites summed out, ``[*batch]``."""
+        with torch.no_grad():
+            evaluation = self.model.evaluate(position)
+        return evaluation.log_joint - evaluation.log_prior
+
+    def check_start(self, state: State) -> None:
+        """Checks the log densities at the start of forward chains.
+
+        Raises:
+            ValueError: If a log density is +inf, or no chain of a batch element has any.
+        """
+        ratio = state.log_ratio()
+        infinite = (state.log_target == torch.inf) | (state.log_base == torch.inf)
+        infinite |= (state.log_base == -torch.inf) & state.position.isfinite().all(-1)
+        dead = ~(ratio > -torch.inf).any(dim=0)
+        if bool(infinite.any()):
+            chain = int(infinite.flatten(1).any(1).nonzero()[0])
+            self._raise(state.position[chain], "is infinite")
+        if bool(dead.any()):
+            element = [int(i) for i in dead.nonzero()[0]]
+            where = f" (batch element {element})" if element else ""
+            self._raise(
+                state.position[0],
+                f"has no finite value at any of the {len(ratio)} starting points{where}",
+            )
+
+    def _raise(self, position: Tensor, problem: str) -> None:
+        sites = self._culprits(position)
+        named = f"at site(s) {sites} the log density" if sites else "the log density"
+        raise ValueError(
+            f"{named} {problem}: check the data for NaN or values outside the support, and the "
+            "guide for mass where the model has none"
+        )
+
+    def _culprits(self, position: Tensor) -> list[str]:
+        """Names the sites whose log density at ``position`` is not finite."""
+        culprits = []
+        try:
+            values = self.unpack(position.unsqueeze(0))
+            data = {name: value[0] for name, value in values.items()}
+            args, kwargs = self.model.arguments
+            model = poutine.condition(self.model.model, data=data)
+            with torch.no_grad(), poutine.block():
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+            for name, site in {**latent_sites(trace), **observed_sites(trace)}.items():
+                if not bool(site["fn"].log_prob(site["value"]).isfinite().all()):
+                    culprits.append(name)
+        except ValueError as error:  # torch's own validation names parameter and value
+            culprits.append(str(error).splitlines()[0])
+        return culprits
+
+
+def prepare(
+    model: Callable[..., Any],
+    guide: Guide,
+    model_args: Arguments,
+    guide_args: Arguments,
+    *,
+    num_chains: int,
+    batch_plates: str | Sequence[str],
+    compile: bool,
+    seed: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Problem:
+    """Inspects, captures and checks a model and a base.
+
+    Args:
+        model: Pyro model with its observations.
+        guide: Guide, ``"auto"``, or None for the prior.
+        model_args: ``(args, kwargs)`` of the model.
+        guide_args: ``(args, kwargs)`` of the guide.
+        num_chains: Chains K that the capture is made for; others are captured when met.
+        batch_plates: ``"auto"`` or plate names.
+        compile: Whether to compile the captured graph.
+        seed: Seed of ``guide="auto"``.
+        progress: Called with the steps of the automatic fit.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: For everything that :func:`~pyro_anneal.sites.inspect_model` and the capture
+            refuse, and if rows of a requested batch plate influence each other.
+    """
+    hand_written = None if isinstance(guide, str) else guide
+    if isinstance(guide, str) and guide != "auto":
+        raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
+    layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
+    problem = _assemble(model, hand_written, model_args, guide_args, layout)
+    if layout.batch and _rows_are_coupled(problem):
+        names = [plate.name for plate in layout.batch]
+        if batch_plates != "auto":
+            raise ValueError(
+                f"elements of plate(s) {names} influence each other's log density in spite of the "
+                "plate (a mean over rows, BatchNorm in the decoder): leave them out of "
+                "batch_plates to treat the plate jointly"
+            )
+        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=[])
+        note = f"elements of plate(s) {names} influence each other: one joint evidence"
+        layout = replace(layout, notes=(*layout.notes, note))
+        problem = _assemble(model, hand_written, model_args, guide_args, layout)
+    example = problem.draw(1)[0].nan_to_num()
+    if guide == "auto":
+        return _fit(problem, example, num_chains, compile, seed, progress)
+    density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+    return replace(problem, density=density)
+
+
+def _assemble(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+    layout: Layout,
+) -> Problem:
+    model_density = ModelDensity(model, layout, model_args)
+    base: Base = PriorBase(model_density)
+    if guide is not None:
+        base = GuideBase(guide, model_density, guide_args)
+    return Problem(layout, model_density, base, PathDensity(model_density, base), None, 0)
+
+
+def _fit(
+    problem: Problem,
+    example: Tensor,
+    num_chains: int,
+    compile: bool,
+    seed: int,
+    progress: Callable[[int], object],
+) -> Problem:
+    """Replaces the prior by a fitted Gaussian."""
+    target = capture(problem.function, example, num_chains=num_chains, compile=False)
+    fit = fit_gaussian(target, torch.zeros_like(example), seed=seed, progress=progress)
+    base = GaussianBase(fit.loc, fit.scale_tril)
+    function = PathDensity(problem.model, base)
+    density = capture(function, torch.zeros_like(fit.loc), num_chains=num_chains, compile=compile)
+    return replace(
+        problem, base=base, function=function, density=density, fit_gradients=fit.num_gradients
+    )
+
+
+def _rows_are_coupled(problem: Problem, *, num_tests: int = 2) -> bool:
+    """Tells whether one batch element's log densities move with another's latents.
+
+    Two draws a and b are mixed by a random half of the rows: an element whose latents come from a
+    must have the densities it has at a, whatever its neighbours do.
+    """
+    if problem.layout.batch_shape.numel() < 2:
+        return False
+    first, second = problem.draw(2).nan_to_num()
+    tolerance = 1e-10 if first.dtype == torch.float64 else 1e-5
+    with torch.no_grad():
+        at_first, at_second = problem.function(first), problem.function(second)
+        for _ in range(num_tests):
+            take = torch.rand(problem.layout.batch_shape, device=first.device) < 0.5
+            mixed = problem.function(torch.where(take.unsqueeze(-1), second, first))
+            for a, b, value in zip(at_first, at_second, mixed, strict=True):
+                expected = torch.where(take, b, a)
+                same = (value - expected).abs() <= tolerance * (1.0 + expected.abs())
+                if not bool((same | ~expected.isfinite()).all()):
+                    return True
+    return False

@@ -1,0 +1,610 @@
+"""What an annealed run, a sandwich and a mutual information estimate return.
+
+Results store what was measured and derive the rest. All densities and bounds are in nats; a batch
+is the tuple of plates that enclose the whole model, in the order of ``AnnealedRun.plates``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import bounds
+from .tables import format_fields, format_value
+from .weights import effective_sample_size, log_mean_exp, resample_indices
+
+if TYPE_CHECKING:
+    from .diagnostics import Diagnostic
+
+__all__ = ["AnnealedRun", "Estimate", "MutualInformation", "PilotSummary", "Sandwich"]
+
+
+class Estimate(NamedTuple):
+    """An estimate, not a bound, with its standard error (NaN where it is unknown), in nats."""
+
+    value: Tensor
+    std_error: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PilotSummary:
+    """What the pilot found and what it cost; the run used it frozen."""
+
+    num_chains: int
+    num_gradients: int  # per chain
+    betas: Tensor  # knots of the tuning, [S]
+    step_size: Tensor  # [S], geometric mean over the batch
+    accept_prob: Tensor  # [S], mean over chains and batch
+    ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
+    length: float  # thermodynamic length of the path
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AnnealedRun:
+    r"""Outcome of K annealed chains over T steps in one direction.
+
+    Forward chains give a lower bound on the log evidence, reverse chains, started from exact
+    posterior samples, an upper one. A common ``poutine.scale`` s multiplies the bound outside the
+    logarithm, so that :math:`E[e^{L/s}] = Z`.
+    """
+
+    direction: Literal["forward", "reverse"]
+    log_weights: Tensor  # [K, *batch], float64
+    betas: Tensor  # [T + 1], from 0 to 1
+    accept_prob: Tensor  # [T - 1], mean over chains and batch
+    num_diverging: Tensor  # [T - 1], over chains and batch
+    step_size: Tensor  # [T - 1], geometric mean over the batch
+    mean_log_ratio: Tensor  # [T], of log p/q where increment t is taken, per datum
+    var_log_ratio: Tensor  # [T], over chains, per datum
+    log_evidence_ti: Tensor  # [K, *batch], each chain's integral of log p/q over beta
+    posterior: dict[str, Tensor]  # [K, *value_shape] by site, at the last weight
+    plates: dict[str, int]  # sizes of the batch plates, in the order of the batch
+    site_plates: dict[str, tuple[str | None, ...]]  # names of the leading dims of a site's value
+    num_gradients: int  # per chain: 1 + L (T - 1)
+    num_evaluations: int  # calls of the density, counted
+    seconds: float
+    seed: int | None
+    kernel: str
+    density_mode: str
+    pilot: PilotSummary | None = None
+    notes: tuple[str, ...] = ()
+    scale: float = 1.0
+    certified: bool = True
+    independent_starts: bool = (
+        False  # reverse only: one posterior sample per chain, not one in all
+    )
+    observed: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    def __post_init__(self) -> None:
+        if tuple(self.plates.values()) != self.batch_shape:
+            raise ValueError(
+                f"plates {self.plates} do not name the batch of log_weights: expected sizes "
+                f"{list(self.batch_shape)}"
+            )
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    @property
+    def num_chains(self) -> int:
+        """Number K of chains."""
+        return self.log_weights.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """Number T of increments."""
+        return self.betas.shape[0] - 1
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the plates that enclose the whole model."""
+        return tuple(self.log_weights.shape[1:])
+
+    @property
+    def lower(self) -> Tensor:
+        """IM lower bound on the log evidence, ``log mean_k w_k``, nats, shape ``batch``.
+
+        Raises:
+            ValueError: If the chains ran in reverse.
+        """
+        if self.direction == "reverse":
+            raise ValueError("reverse chains give no lower bound: use .upper of this run")
+        return self.scale * bounds.independent_multi_lower(self.log_weights)
+
+    @property
+    def upper(self) -> Tensor:
+        """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
+
+        It is one only if the posterior samples were exact (``certified``).
+
+        Raises:
+            ValueError: If the chains ran forward.
+        """
+        if self.direction == "forward":
+            raise ValueError(
+                "forward chains give no upper bound: use .lower, or sandwich() or run_reverse() "
+                "for an upper bound"
+            )
+        return self.scale * bounds.log_harmonic_mean(self.log_weights)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The bound of this direction: ``lower`` forward, ``upper`` in reverse, shape ``batch``."""
+        return self.lower if self.direction == "forward" else self.upper
+
+    @property
+    def single(self) -> Tensor:
+        """Single-sample bound, the mean log-weight: lower forward, upper in reverse."""
+        return self.scale * bounds.single_sample(self.log_weights)
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K]."""
+        sign = 1.0 if self.direction == "forward" else -1.0
+        return effective_sample_size(sign * self.log_weights)
+
+    @property
+    def std_error(self) -> Tensor:
+        r"""Standard error of ``log_evidence`` by the delta method, nats, shape ``batch``.
+
+        .. math:: \sqrt{\mathrm{Var}(w) / K} \,/\, \bar w
+
+        An asymptotic figure: a mode that no chain visited does not show. NaN for one chain, and
+        for reverse chains that share their start (theirs comes from independent pairs only).
+        """
+        sign = 1.0 if self.direction == "forward" else -1.0
+        log_weights = sign * self.log_weights
+        relative = torch.exp(log_weights - log_mean_exp(log_weights))
+        return self.scale * self._std_error_of_mean(relative)
+
+    @property
+    def thermodynamic_integration(self) -> Estimate:
+        """Estimate of the log evidence by integrating ``log p/q`` over beta, shape ``batch``.
+
+        Not a bound: it carries the trapezoid's error and that of chains which lag behind.
+        """
+        value = self.scale * self.log_evidence_ti.mean(dim=0)
+        return Estimate(value, self.scale * self._std_error_of_mean(self.log_evidence_ti))
+
+    def _std_error_of_mean(self, values: Tensor) -> Tensor:
+        dependent = self.direction == "reverse" and not self.independent_starts
+        if self.num_chains == 1 or dependent:
+            return torch.full_like(values[0], torch.nan)
+        return values.std(dim=0) / math.sqrt(self.num_chains)
+
+    def interval(self, level: float = 0.95, *, total: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Computes a one-sided interval with a finite-sample guarantee.
+
+        .. math:: P\bigl(\log Z \ge L - \log(1 / \alpha)\bigr) \ge 1 - \alpha = level
+
+        By Markov's inequality on ``E[e^L] = Z``, at any K and T. Forward chains alone cannot
+        exclude evidence that none of them found, so the upper end is infinite; a reverse run has
+        the mirrored interval.
+
+        Args:
+            level: Probability of coverage, in (0, 1).
+            total: Whether to cover the sum over the batch instead of each element.
+
+        Returns:
+            Ends of the interval in nats, each of shape ``batch``, or scalars for the total.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1), or the run is not certified.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+        if not self.certified:
+            raise ValueError(
+                "this run is not certified (its posterior samples are approximate), so no interval "
+                "has a guarantee; use sandwich() on simulated data"
+            )
+        bound = self.log_evidence.sum() if total else self.log_evidence
+        margin = self.scale * math.log(1.0 / (1.0 - level))
+        infinite = torch.full_like(bound, torch.inf)
+        if self.direction == "forward":
+            return bound - margin, infinite
+        return -infinite, bound + margin
+
+    def resample(self, num_samples: int, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws equally weighted posterior samples, per datum, by systematic resampling.
+
+        Each batch element has weights and indices of its own. A site outside some batch plate
+        has no weight of its own: it is kept if all chains agree on it, else left out.
+
+        Args:
+            num_samples: Number of draws.
+            seed: Seed of the draws; the global generator if ``None``.
+
+        Returns:
+            Values by site in the model's own space, shape ``[num_samples, *value_shape]``.
+
+        Raises:
+            ValueError: If the chains ran in reverse, or ``num_samples`` is below 1.
+        """
+        if self.direction == "reverse":
+            raise ValueError(
+                "reverse chains end at the base, not at the posterior: resample a forward run"
+            )
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=self.log_weights.device).manual_seed(seed)
+        indices = resample_indices(self.log_weights, num_samples, generator=generator)
+        draws = {}
+        for name, value in self.posterior.items():
+            missing = [p for p in self.plates if p not in self.site_plates[name]]
+            if not missing:
+                draws[name] = _take(value, indices, tuple(self.plates), self.site_plates[name])
+            elif bool((value == value[:1]).all()):
+                draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
+        return draws
+
+    def summary(self) -> str:
+        """Formats a short table of the run."""
+        name = f"{'lower' if self.direction == 'forward' else 'upper'} bound"
+        batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
+        total_error = self.std_error.square().sum().sqrt().item()
+        ti = self.thermodynamic_integration
+        fields = [
+            (
+                f"{name} (nats{', sum' if batch else ''})",
+                format_value(self.log_evidence.sum().item(), total_error),
+            ),
+            ("single-sample bound", format_value(self.single.sum().item())),
+            (
+                "thermodynamic integration (no bound)",
+                format_value(ti.value.sum().item(), ti.std_error.square().sum().sqrt().item()),
+            ),
+            ("effective sample size", _range(self.ess, f" of {self.num_chains}")),
+        ]
+        if batch:
+            fields.insert(1, (f"{name} per datum", _range(self.log_evidence)))
+        if self.num_steps > 1:
+            fields.append(("acceptance", _range(self.accept_prob)))
+            fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
+        cost = f"{self.num_gradients} gradients per chain"
+        if self.pilot is not None:
+            cost += f" (pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains)"
+        fields.append(("cost", f"{cost}, {self.seconds:.2f} s, {self.density_mode}"))
+        if self.direction == "reverse" or not self.certified:
+            fields.append(("certified", str(self.certified)))
+        title = (
+            f"AnnealedRun, {self.direction}: {self.num_chains} chains, {self.num_steps} steps, "
+            f"{self.kernel}{', batch ' + batch if batch else ''}"
+        )
+        notes = [*self.notes]
+        if not self.certified:
+            notes.append("certified=False: the starts are approximate, so this is no bound")
+        return format_fields(title, fields, notes + [d.message for d in self.diagnostics])
+
+    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+        """Converts to ArviZ; see :func:`pyro_anneal.arviz_export.to_arviz`."""
+        from .arviz_export import to_arviz
+
+        return to_arviz(self, resample=resample, seed=seed)
+
+    def plot(self) -> Any:
+        """Draws the run; see :func:`pyro_anneal.plotting.plot_run`."""
+        from .plotting import plot_run
+
+        return plot_run(self)
+
+
+def _take(
+    value: Tensor, indices: Tensor, plates: tuple[str, ...], names: tuple[str | None, ...]
+) -> Tensor:
+    """Takes particle ``indices[n, *batch]`` of a value whose dims carry the plates in any place."""
+    shape = list(value.shape[1:])
+    view = [1] * len(shape)
+    for position, name in enumerate(names):
+        if name is not None:  # a size of one stands for all rows of the plate
+            view[position] = shape[position] = indices.shape[1 + plates.index(name)]
+    order = [1 + plates.index(name) for name in names if name is not None]
+    placed = indices.permute(0, *order).reshape(-1, *view)
+    expanded = value.expand(value.shape[0], *shape)
+    return expanded.gather(0, placed.expand(-1, *shape))
+
+
+def _range(values: Tensor, suffix: str = "") -> str:
+    if values.numel() == 1:
+        return f"{values.item():.4g}{suffix}"
+    return (
+        f"{values.mean().item():.4g}{suffix} "
+        f"({values.min().item():.4g} to {values.max().item():.4g})"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Sandwich:
+    r"""Lower and upper bounds on the log evidence of SIMULATED data.
+
+    Each pair (z, x) is drawn from the model, so that z is an exact posterior sample given x: the
+    reverse chains start there. The bounds speak of the simulated x, not of the user's data. For
+    several simulations the first plate of both runs counts them.
+    """
+
+    forward: AnnealedRun
+    reverse: AnnealedRun
+    coupled_reverse: Tensor | None = None  # [K - 1, *batch], from the end of forward chain 0
+    simulated: dict[str, Tensor] = field(default_factory=dict)  # observed sites' values
+    true_log_likelihood: Tensor | None = None  # log p(x | z) of the pairs, nats, [*batch]
+    lower_bound: str = "IM lower"
+    upper_bound: str = "CR upper"
+    notes: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.forward.direction != "forward" or self.reverse.direction != "reverse":
+            raise ValueError(
+                "a sandwich takes a forward and a reverse run, got "
+                f"{self.forward.direction} and {self.reverse.direction}"
+            )
+        if self.forward.batch_shape != self.reverse.batch_shape:
+            raise ValueError(
+                "forward and reverse runs must share their batch, got "
+                f"{list(self.forward.batch_shape)} and {list(self.reverse.batch_shape)}"
+            )
+        for name, end in ((self.lower_bound, "lower"), (self.upper_bound, "upper")):
+            if name not in self.bounds or not name.endswith(end):
+                available = [key for key in self.bounds if key.endswith(end)]
+                raise ValueError(f'no {end} bound "{name}" here: choose among {available}')
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    @property
+    def bounds(self) -> dict[str, Tensor]:
+        """All bounds by name, nats, shape ``batch``; see :mod:`pyro_anneal.bounds`."""
+        forward, reverse = self.forward.log_weights, self.reverse.log_weights
+        result = {
+            "IM lower": bounds.independent_multi_lower(forward),
+            "IM upper": bounds.independent_multi_upper(reverse[:1], forward[1:]),
+            "CR upper": bounds.coupled_upper(reverse),
+            "single lower": bounds.single_sample(forward),
+            "single upper": bounds.single_sample(reverse),
+        }
+        if self.coupled_reverse is not None:
+            result["CR lower"] = bounds.coupled_lower(forward[:1], self.coupled_reverse)
+        return {name: self.forward.scale * bound for name, bound in result.items()}
+
+    @property
+    def lower(self) -> Tensor:
+        """The lower bound named by ``lower_bound``, nats, shape ``batch``."""
+        return self.bounds[self.lower_bound]
+
+    @property
+    def upper(self) -> Tensor:
+        """The upper bound named by ``upper_bound``, nats, shape ``batch``."""
+        return self.bounds[self.upper_bound]
+
+    @property
+    def gap(self) -> Tensor:
+        """``upper - lower``: nonnegative in expectation, of either sign in one draw."""
+        return self.upper - self.lower
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of independent pairs (z, x): simulations times batch elements."""
+        return self.lower.numel()
+
+    @property
+    def bennett(self) -> Tensor:
+        """Bennett acceptance ratio estimate, where both weight sets cross, no bound."""
+        return self.forward.scale * bounds.bennett(
+            self.forward.log_weights, self.reverse.log_weights
+        )
+
+    @property
+    def thermodynamic_integration(self) -> Estimate:
+        """Mean of both directions' estimates, no bound; the lags of the two oppose each other.
+
+        The standard error is NaN: the reverse chains of a pair share their start.
+        """
+        forward, reverse = (r.thermodynamic_integration for r in (self.forward, self.reverse))
+        std_error = 0.5 * (forward.std_error.square() + reverse.std_error.square()).sqrt()
+        return Estimate(0.5 * (forward.value + reverse.value), std_error)
+
+    @property
+    def std_error(self) -> dict[str, Tensor]:
+        """Standard errors of the means over pairs of each bound and of the gap, by name.
+
+        They come from independent pairs only, since the reverse chains of a pair share one
+        posterior sample; NaN for a single pair.
+        """
+        quantities = {**self.bounds, "gap": self.gap}
+        return {name: _std_error_over_pairs(value) for name, value in quantities.items()}
+
+    def interval(self, level: float = 0.95, *, total: bool = False) -> tuple[Tensor, Tensor]:
+        """Computes an interval that covers the log evidence with at least ``level``.
+
+        It holds in finite samples, at any K and T; see :func:`pyro_anneal.bounds.interval`.
+
+        Args:
+            level: Probability of coverage, in (0, 1).
+            total: Whether to cover the sum over all pairs instead of each.
+
+        Returns:
+            Ends of the interval in nats, each of shape ``batch``, or scalars for the total.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        lower, upper = (b.sum() if total else b for b in (self.lower, self.upper))
+        low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, level)
+        return self.forward.scale * low, self.forward.scale * high
+
+    def summary(self) -> str:
+        """Formats a short table of the bounds and estimates, as means over the pairs."""
+        several = self.num_pairs > 1
+        errors = self.std_error
+        fields = [
+            (name, format_value(value.mean().item(), errors[name].item()))
+            for name, value in sorted(self.bounds.items(), key=lambda item: item[0].split()[::-1])
+        ]
+        fields.append(("gap", format_value(self.gap.mean().item(), errors["gap"].item())))
+        low, high = self.interval(0.95)
+        ends = f"[{low.mean().item():.3f}, {high.mean().item():.3f}]"
+        fields.append(("95% interval (guaranteed)", ends))
+        for name, value in (
+            ("Bennett (no bound)", self.bennett),
+            ("thermodynamic integration (no bound)", self.thermodynamic_integration.value),
+        ):
+            error = _std_error_over_pairs(value).item()
+            fields.append((name, format_value(value.mean().item(), error)))
+        batch = ", ".join(f"{plate}={size}" for plate, size in self.forward.plates.items())
+        title = (
+            f"Sandwich of the log evidence of SIMULATED data: {self.forward.num_chains} chains, "
+            f"{self.forward.num_steps} steps{', batch ' + batch if batch else ''}; nats"
+            f"{', means over ' + str(self.num_pairs) + ' pairs' if several else ''}"
+        )
+        notes = [*self.forward.notes, *self.notes, *(d.message for d in self.diagnostics)]
+        return format_fields(title, fields, notes)
+
+    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+        """Converts to ArviZ; see :func:`pyro_anneal.arviz_export.to_arviz`."""
+        from .arviz_export import to_arviz
+
+        return to_arviz(self, resample=resample, seed=seed)
+
+    def plot(self) -> Any:
+        """Draws the sandwich; see :func:`pyro_anneal.plotting.plot_sandwich`."""
+        from .plotting import plot_sandwich
+
+        return plot_sandwich(self)
+
+
+def _std_error_over_pairs(values: Tensor) -> Tensor:
+    if values.numel() < 2:
+        return torch.full((), torch.nan, dtype=values.dtype, device=values.device)
+    return values.std() / math.sqrt(values.numel())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MutualInformation:
+    r"""Bounds on the mutual information of observed and latent variables, over simulated pairs.
+
+    .. math:: I = E[\log p(x | z)] - E[\log p(x)]
+
+    An upper bound on ``log p(x)`` gives the lower bound on I, and the reverse. Both hold in
+    expectation over pairs.
+    """
+
+    pair_lower: Tensor  # log p(x|z) - upper bound on log p(x), nats, [N]
+    pair_upper: Tensor  # log p(x|z) - lower bound on log p(x), nats, [N]
+    log_likelihood: Tensor  # log p(x|z), nats, [N]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_sandwich(
+        cls, sandwich: Sandwich, *, notes: tuple[str, ...] = ()
+    ) -> MutualInformation:
+        """Computes the bounds from a sandwich that kept its pairs' log likelihood.
+
+        Args:
+            sandwich: Bounds on simulated data.
+            notes: Remarks to keep, such as which latents were summed out.
+
+        Returns:
+            The bounds on mutual information.
+
+        Raises:
+            ValueError: If the sandwich has no ``true_log_likelihood``.
+        """
+        log_likelihood = sandwich.true_log_likelihood
+        if log_likelihood is None:
+            raise ValueError("the sandwich has no true_log_likelihood of its pairs")
+        return cls(
+            pair_lower=(log_likelihood - sandwich.upper).flatten(),
+            pair_upper=(log_likelihood - sandwich.lower).flatten(),
+            log_likelihood=log_likelihood.flatten(),
+            notes=(*sandwich.notes, *notes),
+        )
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    @property
+    def num_pairs(self) -> int:
+        """Number N of pairs."""
+        return self.pair_lower.numel()
+
+    @property
+    def lower(self) -> Tensor:
+        """Mean lower bound on the mutual information, nats, scalar."""
+        return self.pair_lower.mean()
+
+    @property
+    def upper(self) -> Tensor:
+        """Mean upper bound on the mutual information, nats, scalar."""
+        return self.pair_upper.mean()
+
+    @property
+    def lower_std_error(self) -> Tensor:
+        """Standard error of ``lower`` over pairs; NaN for one pair."""
+        return _std_error_over_pairs(self.pair_lower)
+
+    @property
+    def upper_std_error(self) -> Tensor:
+        """Standard error of ``upper`` over pairs; NaN for one pair."""
+        return _std_error_over_pairs(self.pair_upper)
+
+    def lower_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Computes an asymptotic normal interval of the expected lower bound, over pairs.
+
+        Args:
+            level: Coverage for many pairs, in (0, 1).
+
+        Returns:
+            Both ends in nats, scalars.
+        """
+        return _normal_interval(self.lower, self.lower_std_error, level)
+
+    def upper_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Computes an asymptotic normal interval of the expected upper bound, over pairs.
+
+        Args:
+            level: Coverage for many pairs, in (0, 1).
+
+        Returns:
+            Both ends in nats, scalars.
+        """
+        return _normal_interval(self.upper, self.upper_std_error, level)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Computes an asymptotic interval that covers the mutual information itself.
+
+        The lower end of the lower bound's interval and the upper end of the upper bound's, each
+        one-sided at half of ``1 - level``.
+
+        Args:
+            level: Coverage for many pairs, in (0, 1).
+
+        Returns:
+            Both ends in nats, scalars.
+        """
+        return self.lower_interval(level)[0], self.upper_interval(level)[1]
+
+    def summary(self) -> str:
+        """Formats a short table."""
+        low, high = (end.item() for end in self.interval(0.95))
+        fields = [
+            ("lower bound", format_value(self.lower.item(), self.lower_std_error.item())),
+            ("upper bound", format_value(self.upper.item(), self.upper_std_error.item())),
+            ("95% interval (asymptotic over pairs)", f"[{low:.3f}, {high:.3f}]"),
+            ("mean log p(x|z)", format_value(self.log_likelihood.mean().item())),
+        ]
+        title = f"MutualInformation (nats) from {self.num_pairs} simulated pairs"
+        return format_fields(title, fields, self.notes)
+
+
+def _normal_interval(mean: Tensor, std_error: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    margin = NormalDist().inv_cdf(0.5 + 0.5 * level) * std_error
+    return mean - margin, mean + margin

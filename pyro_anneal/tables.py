@@ -1,0 +1,80 @@
+"""Plain-text tables for the summaries of results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["format_fields", "format_grid", "format_value"]
+
+
+def format_value(value: float, std_error: float | None = None) -> str:
+    """Formats a value in nats, with its standard error where there is one.
+
+    Args:
+        value: The value.
+        std_error: Its standard error; ``None`` or NaN leaves it out.
+
+    Returns:
+        Digits down to the second of the standard error, to a thousandth at least.
+
+    Example:
+        >>> format_value(-2.26551, 0.00123)
+        '-2.2655 +- 0.0012'
+        >>> format_value(-309.92433)
+        '-309.924'
+    """
+    if std_error is None or math.isnan(std_error):
+        return f"{value:.3f}"
+    digits = 3
+    if 0.0 < std_error < math.inf:
+        digits = min(max(1 - math.floor(math.log10(std_error)), 3), 9)
+    return f"{value:.{digits}f} +- {std_error:.2g}"
+
+
+def format_fields(title: str, fields: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> str:
+    """Formats a title, aligned names and values, and notes below.
+
+    Args:
+        title: First line.
+        fields: Pairs of a name and a value.
+        notes: Sentences, one line each.
+
+    Returns:
+        The text, without a final newline.
+
+    Example:
+        >>> print(format_fields("Run", [("lower", "-2.3"), ("ESS", "8 of 10")], ["simulated data"]))
+        Run
+          lower  -2.3
+          ESS    8 of 10
+          note: simulated data
+    """
+    width = max((len(name) for name, _ in fields), default=0)
+    lines = [title, *(f"  {name:<{width}}  {value}" for name, value in fields)]
+    return "\n".join(lines + [f"  note: {note}" for note in notes])
+
+
+def format_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats a table with a header: first column to the left, the others to the right.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells, as many per row as there are columns.
+
+    Returns:
+        The text, without a final newline.
+
+    Example:
+        >>> print(format_grid(["model", "log Z"], [["linear", "-3.1"], ["quadratic", "-12.5"]]))
+        model      log Z
+        linear      -3.1
+        quadratic  -12.5
+    """
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ Source: Brekelmans et al. (2022), *Improving Mutual Information Estimation with 
 Energy-Based Bounds*.
 """
 
+from .annealed import AIS
 from .base import Bound
 from .critics import ConcatCritic, Critic, SeparableCritic, pairwise_scores
 from .importance import IWAE, RIWAE, StructuredInfoNCE
@@ -19,6 +20,7 @@ from .samples import MINE_DV, MINE_F, InfoNCE
 from .variational import GIWAE, BarberAgakov
 
 __all__ = [
+    "AIS",
     "GIWAE",
     "IWAE",
     "MINE_DV",

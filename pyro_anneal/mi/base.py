@@ -213,9 +213,9 @@ class Bound(nn.Module, ABC):
             )
         return MutualInformationEstimate(
             method=type(self).__name__,
-            lower_values=values.lower,
-            upper_values=values.upper,
-            plug_in_values=values.plug_in,
+            pair_lower=values.lower,
+            pair_upper=values.upper,
+            pair_plug_in=values.plug_in,
             terms=terms,
             ceiling=ceiling,
             saturated=saturated,

@@ -16,7 +16,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .joints import Layout, PyroJoint, sample_sites
+from .bijections import Bijection
+from .joints import Layout, PyroJoint, sample_sites, site_bijection
 
 __all__ = ["Conditional", "condition_on"]
 
@@ -37,6 +38,10 @@ class Conditional(ABC):
         Raises:
             NotImplementedError: If gradients of q are wanted and it cannot be reparameterized.
         """
+
+    @abstractmethod
+    def bijection(self) -> Bijection:
+        """Maps the support of q to unconstrained vectors."""
 
 
 class _FromDistribution(Conditional):
@@ -67,6 +72,9 @@ class _FromDistribution(Conditional):
         _refuse_score_function(log_q, "the guide's distribution")
         return z, log_q
 
+    def bijection(self) -> Bijection:
+        return Bijection([(self.q.support, self.q.event_shape)])
+
 
 class _FromTrace(Conditional):
     def __init__(self, guide: Callable[..., Any], x: Tensor, trace: Any, joint: Any) -> None:
@@ -92,20 +100,23 @@ class _FromTrace(Conditional):
                 )
         tails = {name: sites[name]["value"].shape[1:] for name in names}
         self.layout = Layout(tails, self.nesting - 1)
-        self.first_names = names
 
     def _run(self, num_particles: int | None, data: dict[str, Tensor]) -> tuple[Any, Tensor]:
         guide = poutine.condition(self.guide, data=data)
         if num_particles is not None:
             guide = pyro.plate("_particles", num_particles, dim=-1 - self.nesting)(guide)
         trace = poutine.trace(guide).get_trace(self.x)
-        lead = (1 if num_particles is None else 2,)[0]
+        lead = 1 if num_particles is None else 2
         total: Any = 0.0
         for name in self.layout.names:
             site = trace.nodes[name]
             log_prob = site["fn"].log_prob(site["value"])
             total = total + log_prob.reshape((*log_prob.shape[:lead], -1)).sum(dim=-1)
         return trace, total
+
+    def bijection(self) -> Bijection:
+        with torch.no_grad():
+            return site_bijection(poutine.trace(self.guide).get_trace(self.x), self.layout)
 
     def log_prob(self, z: Tensor) -> Tensor:
         num_particles = z.shape[0] if self.layout.num_leading(z) == 2 else None

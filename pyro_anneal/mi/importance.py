@@ -80,7 +80,7 @@ class IWAE(_Importance):
         >>> model = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> exact = lambda x: dist.Normal(x / 2, 0.5**0.5)
         >>> est = mi.IWAE(model, exact, num_particles=3).estimate(num_pairs=4)
-        >>> torch.allclose(est.lower_values, est.upper_values, atol=1e-6)
+        >>> torch.allclose(est.pair_lower, est.pair_upper, atol=1e-6)
         True
     """
 
@@ -181,7 +181,7 @@ class RIWAE(_Importance):
         >>> exact = lambda x: dist.Normal(x / 2, 0.5**0.5)
         >>> bound = mi.RIWAE(model, exact, 3, posterior=lambda x, n: exact(x).sample((n,)))
         >>> est = bound.estimate(num_pairs=4)
-        >>> torch.allclose(est.lower_values, est.upper_values, atol=1e-6)
+        >>> torch.allclose(est.pair_lower, est.pair_upper, atol=1e-6)
         True
     """
 

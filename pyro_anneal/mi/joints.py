@@ -20,6 +20,8 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .bijections import Bijection
+
 __all__ = ["DistributionJoint", "Joint", "Knowledge", "PyroJoint", "as_joint"]
 
 Knowledge = Literal["joint samples", "marginal p(z)", "full joint p(x, z)"]
@@ -52,6 +54,10 @@ class Joint(ABC):
     @abstractmethod
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Computes log p(x|z) in nats, shape ``[(K,) N]``."""
+
+    @abstractmethod
+    def bijection(self, x: Tensor) -> Bijection:
+        """Maps the support of z to unconstrained vectors."""
 
 
 class DistributionJoint(Joint):
@@ -124,6 +130,9 @@ class DistributionJoint(Joint):
                 "dimensions of x"
             )
         return value  # type: ignore[no-any-return]
+
+    def bijection(self, x: Tensor) -> Bijection:  # noqa: D102
+        return Bijection([(self.prior.support, self.prior.event_shape)])
 
 
 class _Simulate(Messenger):  # type: ignore[misc, unused-ignore]
@@ -213,6 +222,12 @@ def sample_sites(trace: Any) -> dict[str, Any]:
             )
         sites[name] = site
     return sites
+
+
+def site_bijection(trace: Any, layout: Layout) -> Bijection:
+    """Maps the supports of sites, as they are in one run, to unconstrained vectors."""
+    sites = [(trace.nodes[name]["fn"].support, tail) for name, tail in layout.tails.items()]
+    return Bijection(sites, event=layout.event)
 
 
 def _takes_data(model: Callable[..., Any]) -> bool:
@@ -308,6 +323,11 @@ class PyroJoint(Joint):
                 "deterministic one, which has no density"
             )
         return self._log_density(x, z, which="observed")
+
+    def bijection(self, x: Tensor) -> Bijection:  # noqa: D102
+        _, z_layout = self.layouts(x)
+        trace = self._trace(x.shape[0], x)
+        return site_bijection(trace, z_layout)
 
     def _template(self, num_pairs: int) -> Tensor | None:
         if not self.takes_data:

@@ -24,9 +24,9 @@ class MutualInformationEstimate:
 
     Attributes:
         method: Name of the bound.
-        lower_values: Per-pair values of the lower bound, shape ``[N]``, or None.
-        upper_values: Per-pair values of the upper bound, shape ``[N]``, or None.
-        plug_in_values: Per-pair values of an estimate without direction, shape ``[N]``, or None.
+        pair_lower: Per-pair values of the lower bound, shape ``[N]``, or None.
+        pair_upper: Per-pair values of the upper bound, shape ``[N]``, or None.
+        pair_plug_in: Per-pair values of an estimate without direction, shape ``[N]``, or None.
         terms: Means of the parts that add up to the lower bound (or the plug-in estimate): the
             ``variational`` (Barber-Agakov) and the ``contrastive`` term, scalars in nats.
         ceiling: Largest value that the contrastive term can take (``log K``), or for a plug-in
@@ -39,16 +39,16 @@ class MutualInformationEstimate:
 
     Example:
         >>> estimate = MutualInformationEstimate(
-        ...     method="BarberAgakov", lower_values=torch.tensor([1.0, 3.0])
+        ...     method="BarberAgakov", pair_lower=torch.tensor([1.0, 3.0])
         ... )
         >>> estimate.lower, estimate.lower_std_error
         (tensor(2.), tensor(1.))
     """
 
     method: str
-    lower_values: Tensor | None = None
-    upper_values: Tensor | None = None
-    plug_in_values: Tensor | None = None
+    pair_lower: Tensor | None = None
+    pair_upper: Tensor | None = None
+    pair_plug_in: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
     ceiling: float | None = None
     saturated: bool = False
@@ -59,32 +59,32 @@ class MutualInformationEstimate:
     @property
     def lower(self) -> Tensor | None:
         """Lower bound in expectation, scalar in nats, or None."""
-        return None if self.lower_values is None else self.lower_values.mean()
+        return None if self.pair_lower is None else self.pair_lower.mean()
 
     @property
     def upper(self) -> Tensor | None:
         """Upper bound in expectation, scalar in nats, or None."""
-        return None if self.upper_values is None else self.upper_values.mean()
+        return None if self.pair_upper is None else self.pair_upper.mean()
 
     @property
     def plug_in(self) -> Tensor | None:
         """Estimate that is neither a lower nor an upper bound, scalar in nats, or None."""
-        return None if self.plug_in_values is None else self.plug_in_values.mean()
+        return None if self.pair_plug_in is None else self.pair_plug_in.mean()
 
     @property
     def lower_std_error(self) -> Tensor | None:
         """Standard error of ``lower`` over pairs, scalar in nats; NaN for a single pair."""
-        return None if self.lower_values is None else _std_error(self.lower_values)
+        return None if self.pair_lower is None else _std_error(self.pair_lower)
 
     @property
     def upper_std_error(self) -> Tensor | None:
         """Standard error of ``upper`` over pairs, scalar in nats; NaN for a single pair."""
-        return None if self.upper_values is None else _std_error(self.upper_values)
+        return None if self.pair_upper is None else _std_error(self.pair_upper)
 
     @property
     def plug_in_std_error(self) -> Tensor | None:
         """Standard error of ``plug_in`` over pairs, scalar in nats; NaN for a single pair."""
-        return None if self.plug_in_values is None else _std_error(self.plug_in_values)
+        return None if self.pair_plug_in is None else _std_error(self.pair_plug_in)
 
     @property
     def gap(self) -> Tensor | None:
@@ -96,7 +96,7 @@ class MutualInformationEstimate:
     @property
     def num_pairs(self) -> int:
         """Number N of pairs."""
-        for values in (self.lower_values, self.upper_values, self.plug_in_values):
+        for values in (self.pair_lower, self.pair_upper, self.pair_plug_in):
             if values is not None:
                 return values.shape[0]
         return 0
@@ -121,7 +121,7 @@ class MutualInformationEstimate:
 
         Example:
             >>> values = torch.tensor([1.0, 3.0])
-            >>> MutualInformationEstimate(method="IWAE", upper_values=values).interval(0.6827)
+            >>> MutualInformationEstimate(method="IWAE", pair_upper=values).interval(0.6827)
             (-inf, 3.0...)
         """
         if not 0.0 < level < 1.0:
@@ -142,7 +142,7 @@ class MutualInformationEstimate:
             if value is not None:
                 parts.append(f"{name.replace('_', '-')} {value:.4g} +- {error:.2g}")
         text = f"{self.method} on {target}: {', '.join(parts)} nats from {self.num_pairs} pairs"
-        if self.plug_in_values is not None:
+        if self.pair_plug_in is not None:
             text += " (no direction)"
         if self.saturated:
             text += f" (at its ceiling of {self.ceiling:.3g} nats)"

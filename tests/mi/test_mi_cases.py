@@ -58,8 +58,8 @@ def test_exact_guide_gives_equality(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             est = bound.estimate(x, z)
-        torch.testing.assert_close(est.lower_values, expected, atol=1e-8, rtol=1e-8)
-        torch.testing.assert_close(est.upper_values, expected, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(est.pair_lower, expected, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(est.pair_upper, expected, atol=1e-8, rtol=1e-8)
         assert abs(est.lower - problem.truth) < 5 * est.lower_std_error
 
 
@@ -85,7 +85,7 @@ def test_best_critic_makes_giwae_equal_iwae(name):
         - guide(x).log_prob(log_w)
     )
     expected = joint.likelihood(z).log_prob(x) - (log_w.logsumexp(0) - math.log(6))
-    torch.testing.assert_close(giwae.lower_values, expected)
+    torch.testing.assert_close(giwae.pair_lower, expected)
 
 
 def test_linear_vae_truths():

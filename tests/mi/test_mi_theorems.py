@@ -67,7 +67,7 @@ def population(make_bound, q, num_particles):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ceiling")
         est = make_bound(guide).estimate(table(x), table(z), batch_size=len(x))
-    return float((table(weight) * est.lower_values).sum())
+    return float((table(weight) * est.pair_lower).sum())
 
 
 def giwae(q, critic, num_particles):
@@ -193,7 +193,7 @@ def test_giwae_tends_to_ibal():
         bound = mi.GIWAE(prior, guide, look_up(critic), num_particles)
         est = bound.estimate(table(x), table(z), batch_size=len(x))
         assert weight.sum() == pytest.approx(1.0)
-        return float((table(weight) * est.lower_values).sum())
+        return float((table(weight) * est.pair_lower).sum())
 
     errors = [abs(exact(k) - ibal) for k in (2, 8, 32, 128)]
     assert errors == sorted(errors, reverse=True)

@@ -15,6 +15,7 @@ from .base import Bound
 from .critics import ConcatCritic, Critic, SeparableCritic, pairwise_scores
 from .importance import IWAE, RIWAE, StructuredInfoNCE
 from .joints import DistributionJoint, Joint, PyroJoint
+from .mine_ais import MINEAIS
 from .result import MutualInformationEstimate
 from .samples import MINE_DV, MINE_F, InfoNCE
 from .variational import GIWAE, BarberAgakov
@@ -23,6 +24,7 @@ __all__ = [
     "AIS",
     "GIWAE",
     "IWAE",
+    "MINEAIS",
     "MINE_DV",
     "MINE_F",
     "RIWAE",

@@ -22,7 +22,7 @@ from .samples import contrastive_term
 __all__ = ["GIWAE", "BarberAgakov"]
 
 
-class _Variational(Bound):
+class VariationalBound(Bound):
     """What bounds with a variational conditional and one marginal share: the swap of roles."""
 
     def __init__(
@@ -55,7 +55,7 @@ class _Variational(Bound):
         return torch.full((x.shape[0],), -(self.data_entropy or 0.0), dtype=x.dtype).to(x.device)
 
 
-class BarberAgakov(_Variational):
+class BarberAgakov(VariationalBound):
     r"""Bounds I by a variational conditional: from below, and with the full joint from above.
 
     .. math:: E_{p(x, z)}\Bigl[\log \frac{q(z|x)}{p(z)}\Bigr] \le I \le
@@ -122,7 +122,7 @@ class BarberAgakov(_Variational):
         return Values(lower=term, upper=upper, terms={"variational": term})
 
 
-class GIWAE(_Variational):
+class GIWAE(VariationalBound):
     r"""Bounds I from below by a variational and a contrastive term: generalized IWAE.
 
     .. math:: E\Bigl[\log \frac{q(z_1|x)}{p(z_1)}\Bigr] +

@@ -16,6 +16,7 @@ from .critics import ConcatCritic, Critic, SeparableCritic, pairwise_scores
 from .importance import IWAE, RIWAE, StructuredInfoNCE
 from .joints import DistributionJoint, Joint, PyroJoint
 from .mine_ais import MINEAIS
+from .plotting import plot_bounds, plot_bounds_against_time, plot_decomposition
 from .result import MutualInformationEstimate
 from .samples import MINE_DV, MINE_F, InfoNCE
 from .variational import GIWAE, BarberAgakov
@@ -40,4 +41,7 @@ __all__ = [
     "SeparableCritic",
     "StructuredInfoNCE",
     "pairwise_scores",
+    "plot_bounds",
+    "plot_bounds_against_time",
+    "plot_decomposition",
 ]

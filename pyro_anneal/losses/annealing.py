@@ -66,7 +66,7 @@ class Prepared:
     batch_plates: tuple[str, ...]
     example: Tensor  # a position, [*batch, D]
     owners: tuple[Fn, Fn]  # model and guide, kept alive since their ids are keys
-    num_calls: int = 1
+    num_calls: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -130,16 +130,10 @@ class ProblemCache:
             ValueError: As :func:`~pyro_anneal.problem.prepare`, and if model or guide use data
                 that the captured graph does not read as tensors.
         """
-        tensors = _tensors(arguments, subsamples)
-        key = _key(model, guide, arguments, tensors)
-        if key not in self._entries:
-            self._entries[key] = self._prepare(model, guide, arguments, subsamples, tensors)
-            while len(self._entries) > self.size:
-                self._entries.popitem(last=False)
-            return self._entries[key], self._entries[key].problem.density
-        prepared = self._entries[key]
-        prepared.num_calls += 1
+        prepared, tensors = self.prepared(model, guide, arguments, subsamples)
         density = prepared.problem.density
+        if prepared.num_calls == 1:
+            return prepared, density
         if density.mode == "eager":
             fresh = self._prepare(model, guide, arguments, subsamples, tensors)
             return fresh, fresh.problem.density
@@ -149,13 +143,26 @@ class ProblemCache:
         }
         if prepared.num_calls & (prepared.num_calls - 1):  # no power of two
             return prepared, density.rebind(replacements)
-        function = self._function(prepared, model, guide, arguments, subsamples)
+        function = self.function(prepared, model, guide, arguments, subsamples)
         density = density.rebind(replacements, function)
         density.check(prepared.example.unsqueeze(0))
         return prepared, density
 
+    def prepared(
+        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+    ) -> tuple[Prepared, dict[str, Tensor]]:
+        """Returns the problem for arguments of this shape, and the tensors among them."""
+        tensors = _tensors(arguments, subsamples)
+        key = _key(model, guide, arguments, tensors)
+        if key not in self._entries:
+            self._entries[key] = self._prepare(model, guide, arguments, subsamples, tensors)
+            while len(self._entries) > self.size:
+                self._entries.popitem(last=False)
+        self._entries[key].num_calls += 1
+        return self._entries[key], tensors
+
     @staticmethod
-    def _function(
+    def function(
         prepared: Prepared, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
     ) -> PathDensity:
         """Returns one chain's densities on the present data, through Pyro."""

@@ -62,6 +62,10 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
     """
 
+    num_particles: int
+    vectorize_particles: bool
+    max_plate_nesting: float
+
     def __init__(
         self,
         num_particles: int,
@@ -93,7 +97,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     def _is_linear(self) -> bool:
         """Tells whether the objective is linear in the log-weights, as the ELBO is."""
-        return self.num_particles == 1  # type: ignore[no-any-return]
+        return self.num_particles == 1
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

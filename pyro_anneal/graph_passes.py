@@ -18,7 +18,6 @@ __all__ = [
     "lift_constants",
     "make_batchable",
     "refuse_impurities",
-    "simplify",
 ]
 
 aten = torch.ops.aten
@@ -233,35 +232,3 @@ def _unstride(node: fx.Node, device: torch.device) -> Tensor:
             new = call(aten.reshape.default, (taken, size))
     _replace(node, new)
     return seen.to(device)
-
-
-_COPIES = (
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-)
-
-
-def simplify(graph: fx.GraphModule) -> fx.GraphModule:
-    """Drops copies that a functional graph without autograd does not need, and repetitions.
-
-    The two gradients share most of their forward pass and part of the backward pass.
-    """
-    seen: dict[tuple[Any, str, str], fx.Node] = {}
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _COPIES:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-            continue
-        # repr tells 1 from 1.0 and True, which compare equal.
-        first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()
-    return graph

@@ -22,13 +22,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .graph_folding import fold_uniform, shapes_to_literals, simplify
 from .graph_passes import (
     dependent_nodes,
     is_mutable,
     lift_constants,
     make_batchable,
     refuse_impurities,
-    simplify,
 )
 
 __all__ = [
@@ -190,7 +190,9 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
         constants += lift_constants(graph)
     refuse_impurities(graph)
     ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
+    shapes_to_literals(graph, position.device)
     constants += make_batchable(graph, position.device)
+    fold_uniform(simplify(graph), position.device)
     return Trace(simplify(graph), constants)
 
 
@@ -218,7 +220,9 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
         # A missing batching rule only means one operation per chain, unrolled into the graph.
         warnings.simplefilter("ignore")
         batched = make_fx(chains)(position, *constants)
-    return Trace(simplify(batched), [*constants, *lift_constants(batched)])
+        constants = [*constants, *lift_constants(batched)]
+        ShapeProp(batched).propagate(position, *constants)
+    return Trace(simplify(batched), constants)
 
 
 def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -74,12 +74,12 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
 def _is_identity(node: fx.Node) -> bool:
     if node.target in _COPIES:
         return True
-    source: Any = node.args[0] if node.args else None
+    before, after = _meta(node.args[0]) if node.args else None, _meta(node)
+    if before is None or after is None:
+        return False
     if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:  # derivative of a square
-        return _meta(source) is not None and _meta(source).dtype == _meta(node).dtype
-    if node.target in _SAME_SHAPE:
-        return _meta(source) is not None and _meta(source).shape == _meta(node).shape
-    return False
+        return bool(before.dtype == after.dtype)
+    return node.target in _SAME_SHAPE and before.shape == after.shape
 
 
 def shapes_to_literals(graph: fx.GraphModule, device: torch.device) -> None:

@@ -137,6 +137,10 @@ def make_batchable(graph: fx.GraphModule, device: torch.device) -> list[Tensor]:
             _copy_to_expand(node)
         elif node.target in (aten.as_strided.default, aten.as_strided_scatter.default):
             constants.append(_unstride(node, device))
+        elif node.target is aten.masked_select.default:
+            _masked_select_to_index(node)
+        elif node.target is aten.log_sigmoid_backward.default:
+            _open_log_sigmoid(node)
         elif _NO_END in node.args:
             _close_slice(node)
     return constants
@@ -147,6 +151,8 @@ def _refuse_dynamic_shape(node: fx.Node, dependent: set[fx.Node]) -> None:
     if node.target in (aten.index.Tensor, aten.index_put.default):
         indices: Any = node.args[1]
         arguments = [index for index in indices if _dtype(index) is torch.bool]
+    elif node.target is aten.masked_select.default:
+        arguments = [node.args[1]]
     elif torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return
     if not dependent.isdisjoint(arguments):
@@ -157,6 +163,34 @@ def _replace(old: fx.Node, new: fx.Node) -> None:
     new.meta = dict(old.meta)
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
+
+
+def _masked_select_to_index(node: fx.Node) -> None:
+    """Replaces ``masked_select`` with a constant mask by indexing."""
+    operands: Any = node.args[:2]
+    source, mask = operands
+    shape = torch.broadcast_shapes(*(x.meta["tensor_meta"].shape for x in operands))
+    call = node.graph.call_function
+    with node.graph.inserting_before(node):
+        wide = call(aten.expand.default, (source, list(shape)))
+        wide_mask = call(aten.expand.default, (mask, list(shape)))
+        new = call(aten.index.Tensor, (wide, [wide_mask]))
+    wide_mask.meta["tensor_meta"] = mask.meta["tensor_meta"]._replace(shape=shape)
+    _replace(node, new)
+    _masks_to_indices(new)
+
+
+def _open_log_sigmoid(node: fx.Node) -> None:
+    """Writes the derivative out: the fused kernel does not broadcast its first argument."""
+    operands: Any = node.args[:2]
+    grad, source = operands
+    with node.graph.inserting_before(node):
+        new = source
+        for target in (aten.neg.default, aten.sigmoid.default):
+            new = node.graph.call_function(target, (new,))
+            new.meta = dict(source.meta)
+        new = node.graph.call_function(aten.mul.Tensor, (grad, new))
+    _replace(node, new)
 
 
 def _copy_to_expand(node: fx.Node) -> None:

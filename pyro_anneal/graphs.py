@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph_folding import fold_uniform, shapes_to_literals, simplify
@@ -84,6 +85,42 @@ class FailuresAsNaN(TorchDispatchMode):
         *values, info = result
         failed = info.ne(0)
         return (*[_nan_where(failed, value) for value in values], info)
+
+
+class _Recording(FailuresAsNaN):
+    """Lets numbers leave the graph that do not depend on the position.
+
+    A branch on the data, a loop over ``range(len(x))`` or over a sequential plate are the same in
+    every evaluation. ``make_fx`` refuses them all, since it does not know which operations lie
+    between the position and a number; this mode follows the position through the storages it
+    reaches. The numbers are recorded as constants.
+    """
+
+    def __init__(self, position: Tensor) -> None:
+        super().__init__()
+        self.reached = {_storage(position)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs one operation and notes where the position's influence goes."""
+        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        depends = any(_storage(x) in self.reached for x in inputs)
+        if torch.Tag.data_dependent_output in func.tags and not depends:
+            with disable_proxy_modes_tracing():
+                return func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        written = inputs[:1] if func._schema.is_mutable else []
+        for output in (*written, *pytree.tree_leaves(result)):
+            if isinstance(output, Tensor) and depends:
+                self.reached.add(_storage(output))
+            elif isinstance(output, Tensor):
+                self.reached.discard(_storage(output))  # the address of a freed storage
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
@@ -179,7 +216,7 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
     """
 
     def recorded(leaf: Tensor) -> Outputs:
-        with FailuresAsNaN():
+        with _Recording(leaf):
             return evaluate(function, leaf)
 
     graph = make_fx(recorded)(position)

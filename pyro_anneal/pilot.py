@@ -286,7 +286,7 @@ def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:
         pooled = variance.reshape(-1, variance.shape[-1]).mean(0)
         prior, strength = pooled.expand_as(variance), 3.0
     else:
-        prior, strength = (2.0 * previous.double()).exp(), 0.5 * count
+        prior, strength = (2.0 * previous.double()).exp(), 3.0
     variance = (count * variance + strength * prior) / (count + strength)
     return (0.5 * variance.clamp(min=tiny).log()).to(position.dtype)
 

@@ -22,8 +22,9 @@ from .densities import (
     PriorBase,
 )
 from .gaussian_fit import fit_gaussian
+from .inspection import inspect_model
 from .kernels import State
-from .sites import Layout, inspect_model, latent_sites, observed_sites
+from .sites import Layout, latent_sites, observed_sites
 
 __all__ = ["Problem", "prepare"]
 
@@ -179,7 +180,7 @@ def prepare(
         The problem.
 
     Raises:
-        ValueError: For everything that :func:`~pyro_anneal.sites.inspect_model` and the capture
+        ValueError: For everything that :func:`~pyro_anneal.inspection.inspect_model` and the capture
             refuse, and if rows of a requested batch plate influence each other.
     """
     hand_written = None if isinstance(guide, str) else guide

@@ -9,7 +9,7 @@ from problems import PROBLEMS
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.densities import ModelDensity, PathDensity, PriorBase
 from pyro_anneal.problem import prepare
-from pyro_anneal.sites import inspect_model
+from pyro_anneal.inspection import inspect_model
 
 by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 

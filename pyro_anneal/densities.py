@@ -50,6 +50,7 @@ __all__ = [
     "ModelEvaluation",
     "PathDensity",
     "PriorBase",
+    "StandardNormalBase",
 ]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -64,22 +65,21 @@ class _Substitute(Messenger):  # type: ignore[misc]
         unconstrained: Mapping[str, Tensor] | None = None,
         constrained: Mapping[str, Tensor] | None = None,
         record: frozenset[str] = frozenset(),
-        indices: Mapping[str, Tensor] | None = None,
+        loops: Mapping[str, list[int]] | None = None,
     ) -> None:
         super().__init__()
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
         self.record = record  # sites whose unconstrained value is wanted, sampled if not given
-        self.indices = indices or {}  # of plates, as constants: their elements are read by loops
+        self.loops = loops or {}  # indices as numbers: a capture could not read them from a tensor
         self.unconstrained: dict[str, Tensor] = {}
         self.log_det: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
-            if msg["value"] is None:
-                msg["value"] = self.indices.get(name)
-                msg["done"] = msg["value"] is not None
+            if msg["value"] is None and name in self.loops:
+                msg["value"], msg["done"] = self.loops[name], True
             return
         if not msg["is_observed"]:
             msg["fn"], msg["mask"] = unmasked(msg["fn"]), None
@@ -158,7 +158,7 @@ class ModelDensity:
         """
         layout = self.layout
         unconstrained = layout.split(position)
-        substitute = _Substitute(unconstrained=unconstrained, indices=layout.plate_indices)
+        substitute = _Substitute(unconstrained=unconstrained, loops=layout.loops)
         trace = self._trace(substitute, enumerate_sites=bool(layout.enumerated))
         latents = latent_sites(trace)
         unknown = [n for n in latents if n not in unconstrained and n not in layout.enumerated]
@@ -406,6 +406,24 @@ class GuideBase:
             if name in evaluation.log_det:
                 result = result + evaluation.log_det[name]
         return result
+
+
+class StandardNormalBase:
+    """Starts from a standard normal in unconstrained space, whatever the prior."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def draw(self) -> Tensor:
+        """Draws from the standard normal."""
+        layout = self.layout
+        shape = (*layout.batch_shape, layout.dim)
+        return torch.randn(shape, dtype=layout.dtype, device=layout.device)
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the standard normal's log density at u."""
+        normalizer = -0.5 * position.shape[-1] * math.log(2.0 * math.pi)
+        return normalizer - 0.5 * position.square().sum(-1)
 
 
 class GaussianBase:

@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -269,9 +268,7 @@ def _supports_are_static(
         for value in latents.values():
             value.requires_grad_(True)
         trace = _trace(poutine.condition(model, data=latents), arguments)
-        images = [
-            image for image in _support_images(trace, sites) if image.requires_grad
-        ]
+        images = [image for image in _support_images(trace, sites) if image.requires_grad]
         if not images:
             return True
         total = torch.stack([image.sum() for image in images]).sum()
@@ -381,10 +378,12 @@ def inspect_model(
             if not is_factor(site)
         },
         improper=improper,
-        plate_indices={
-            name: site["value"]
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and site_is_subsample(site)
+        loops={
+            frame.name: list(range(frame.size))
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if not frame.vectorized and frame.name in trace.nodes
         },
         notes=notes,
     )

@@ -153,7 +153,7 @@ class Layout:
     is_static: bool  # no support depends on another latent
     observed: dict[str, Tensor]  # values of observed sites, factors left out
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
-    plate_indices: dict[str, Tensor]  # indices of each plate, constants for the capture
+    loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
 
     @property

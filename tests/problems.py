@@ -549,9 +549,7 @@ def _enumerated() -> list[KnownProblem]:
             _log_integral(lambda z: normal(z) * each(z, data).prod(), line),
             1,
         ),
-        KnownProblem(
-            "enumerated: upstream", upstream, (x,), math.log(upstream_density()), 1
-        ),
+        KnownProblem("enumerated: upstream", upstream, (x,), math.log(upstream_density()), 1),
         KnownProblem(
             "enumerated: per datum",
             batched,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -42,7 +42,7 @@ class KnownProblem:
 class WithSupport(TorchDistribution):
     """A distribution given by functions, on any support: what a user's own class would be."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, log_prob, sample, support, batch_shape=(), event_shape=()):
         self._log_prob, self._sample, self._support = log_prob, sample, support

@@ -91,7 +91,7 @@ class PoolSampler(SamplerInduced):
         exact = getattr(source, "has_exact_log_prob", True)
         if source.has_rsample or not exact or not torch.is_grad_enabled():
             return others, None
-        log_prob = source.log_prob(others)
+        log_prob: Tensor = source.log_prob(others)
         if not log_prob.requires_grad:
             return others, None
         return others, (log_prob - log_prob.detach()).sum(dim=0)
@@ -115,7 +115,8 @@ class PoolSampler(SamplerInduced):
         order = keys.scatter(0, index.unsqueeze(0), -1.0).argsort(dim=0)
         event_dim = len(self.event_shape)
         order = order.reshape(order.shape + (1,) * event_dim).expand(pool.shape)
-        return pool.gather(0, order).movedim(0, pool.dim() - 1 - event_dim)
+        ordered: Tensor = pool.gather(0, order).movedim(0, pool.dim() - 1 - event_dim)
+        return ordered
 
 
 def check_pool(name: str, value: int) -> int:

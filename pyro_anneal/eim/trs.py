@@ -228,14 +228,15 @@ class LARS(TRS):
         )
 
     def _log_ratio(self, log_weight: Tensor, others: Tensor) -> Tensor:
-        normalizer = self.log_normalizer
-        moving = isinstance(normalizer, MovingAverageNormalizer)
-        log_normalizer: Tensor = normalizer(others) if callable(normalizer) else normalizer
+        if isinstance(self.log_normalizer, MovingAverageNormalizer):
+            moving, log_normalizer = True, self.log_normalizer(others)
+        else:
+            moving, log_normalizer = False, self.log_normalizer
         log_reject = log_one_minus_exp(log_normalizer)  # log(1 - Z_0)
         trials = torch.arange(self.num_trials, dtype=log_weight.dtype, device=log_weight.device)
         trials = trials.reshape(-1, *([1] * log_weight.dim()))
-        log_terms = trials * log_reject + log_weight
-        log_terms = torch.cat([log_terms[:-1], (log_terms - log_weight)[-1:]])  # forced: no a(x)
+        forced = trials == self.num_trials - 1  # the last trial has no factor a(x)
+        log_terms = trials * log_reject + torch.where(forced, 0.0, log_weight)
         log_f = torch.logsumexp(log_terms, dim=0)
         if moving:
             return log_f.expand(others.shape[1], *log_f.shape)

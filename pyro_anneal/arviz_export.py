@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def _run_datasets(run: AnnealedRun, *, resample: bool, seed: int | None) -> dict
         log_weight = (("chain", "draw", *plates), _numpy(run.log_weights.unsqueeze(0)))
         groups["sample_stats"]["log_weight"] = log_weight
     if run.observed:
-        groups["observed_data"] = _observed(run.observed)
+        groups["observed_data"] = _observed(run, run.observed)
     groups["annealing"] = _curves(run)
     ti = run.thermodynamic_integration
     evidence = {
@@ -108,11 +108,11 @@ def _sandwich_datasets(sandwich: Sandwich, *, resample: bool, seed: int | None) 
     datasets["sample_stats"] = datasets["sample_stats"].assign(
         {f"{name}_reverse": value for name, value in reversed_stats.data_vars.items()}
     )
-    curves = {
-        f"{name}_reverse": (backward["annealing"][name].dims, backward["annealing"][name].values)
-        for name in ("accept_prob", "num_diverging", "mean_log_ratio", "var_log_ratio")
-    }
-    datasets["annealing"] = datasets["annealing"].assign(curves)
+    names = ["accept_prob", "num_diverging", "mean_log_ratio", "var_log_ratio"]
+    curves = backward["annealing"][names].rename({"increment_beta": "reverse_increment_beta"})
+    datasets["annealing"] = datasets["annealing"].merge(
+        curves.rename({name: f"{name}_reverse" for name in names})
+    )
     evidence = {name.replace(" ", "_"): bound for name, bound in sandwich.bounds.items()} | {
         "lower": sandwich.lower,
         "upper": sandwich.upper,
@@ -126,7 +126,7 @@ def _sandwich_datasets(sandwich: Sandwich, *, resample: bool, seed: int | None) 
         evidence["true_log_likelihood"] = sandwich.true_log_likelihood
     groups = {"evidence": {name: (plates, _numpy(value)) for name, value in evidence.items()}}
     if sandwich.simulated:
-        groups["observed_data"] = _observed(sandwich.simulated)
+        groups["observed_data"] = _observed(forward, sandwich.simulated)
     attrs = _attributes(forward) | {
         "resampled": int(resample),
         "simulated_data": 1,
@@ -138,24 +138,29 @@ def _sandwich_datasets(sandwich: Sandwich, *, resample: bool, seed: int | None) 
 
 
 def _posterior(run: AnnealedRun, draws: Mapping[str, Tensor]) -> dict[str, Any]:
-    variables = {}
-    for site, value in draws.items():
-        known = run.site_plates[site]
-        dims = []
-        for i, size in enumerate(value.shape[1:]):
-            plate = known[i] if i < len(known) else None
-            full = plate is not None and size == run.plates[plate]
-            dims.append(plate if full else f"{site}_dim_{i}")
-        variables[site] = (("chain", "draw", *dims), _numpy(value.unsqueeze(0)))
-    return variables
-
-
-def _observed(observed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Names the dims by site and number: which of them are plates is not known here."""
     return {
-        site: (tuple(f"{site}_dim_{i}" for i in range(value.dim())), _numpy(value))
-        for site, value in observed.items()
+        site: (
+            ("chain", "draw", *_named_dims(run, site, value.shape[1:])),
+            _numpy(value.unsqueeze(0)),
+        )
+        for site, value in draws.items()
     }
+
+
+def _observed(run: AnnealedRun, values: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {s: (_named_dims(run, s, v.shape), _numpy(v)) for s, v in values.items()}
+
+
+def _named_dims(run: AnnealedRun, site: str, shape: Sequence[int]) -> tuple[str, ...]:
+    """Names a value's dims by their plates where they are known, else by site and number."""
+    known = run.site_plates.get(site, ())
+    dims = []
+    for i, size in enumerate(shape):
+        plate = known[i] if i < len(known) else None
+        # an inner plate is known by name only; a size of one stands for all rows of a plate
+        full = plate is not None and size == run.plates.get(plate, size)
+        dims.append(plate if plate is not None and full else f"{site}_dim_{i}")
+    return tuple(dims)
 
 
 def _curves(run: AnnealedRun) -> dict[str, Any]:

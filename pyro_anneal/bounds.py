@@ -26,6 +26,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .weights import log_mean_exp
 
@@ -301,8 +302,9 @@ def bennett(forward: Tensor, reverse: Tensor, *, num_iterations: int = 60) -> Te
     high = torch.where(finite, both, -torch.inf).amax(dim=0) + abs(shift)
     for _ in range(num_iterations):
         middle = 0.5 * (low + high)
-        accepted_forward = torch.sigmoid(forward - middle - shift).sum(dim=0)
-        accepted_reverse = torch.sigmoid(middle + shift - reverse).sum(dim=0)
+        # in logs: 1000 nats from the crossing both sums underflow and would compare equal
+        accepted_forward = logsigmoid(forward - middle - shift).logsumexp(dim=0)
+        accepted_reverse = logsigmoid(middle + shift - reverse).logsumexp(dim=0)
         root_above = accepted_forward > accepted_reverse
         low = torch.where(root_above, middle, low)
         high = torch.where(root_above, high, middle)

@@ -91,7 +91,8 @@ class Comparison:
     def summary(self) -> str:
         """Formats the table of models, each against the best."""
         low, high = self.interval(0.95)
-        header = ["model", "log evidence", "log Bayes factor", "95% (asymptotic)", "probability"]
+        header = ["model", "log evidence (lower)", "log Bayes factor"]
+        header += ["95% (asymptotic)", "probability"]
         guaranteed_low, guaranteed_high = self.guaranteed_interval(0.95)
         guaranteed = len(self.names) > 1 and bool(self.upper.isfinite().any())
         if guaranteed:

@@ -8,6 +8,8 @@ signs is complete: a base that misses a mode gives flawless weights, which is wh
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -335,12 +337,13 @@ def diagnose_starts(
     )
 
 
-def warn(diagnostics: Iterable[Diagnostic], *, stacklevel: int = 2) -> None:
+def warn(diagnostics: Iterable[Diagnostic]) -> None:
     """Issues one :class:`AnnealingWarning` per kind of finding of severity "warning".
+
+    The warning points at the innermost line outside this package.
 
     Args:
         diagnostics: Findings; the first of each kind speaks for it.
-        stacklevel: As in :func:`warnings.warn`, seen from the caller.
 
     Example:
         >>> warn([Diagnostic(name="gap", severity="info", message="wide", value=2.0)])
@@ -349,7 +352,16 @@ def warn(diagnostics: Iterable[Diagnostic], *, stacklevel: int = 2) -> None:
     for diagnostic in diagnostics:
         if diagnostic.severity == "warning" and diagnostic.name not in seen:
             seen.add(diagnostic.name)
-            warnings.warn(diagnostic.message, AnnealingWarning, stacklevel=stacklevel + 1)
+            warnings.warn(diagnostic.message, AnnealingWarning, stacklevel=_outside_level())
+
+
+def _outside_level() -> int:
+    """Counts the stack level, as ``warn`` must give it, of the first frame outside the package."""
+    package = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _share(condition: Tensor) -> float:

@@ -119,7 +119,14 @@ def run_pilot(
     while True:
         moves = settings.num_moves * (3 if stage == 0 else 1)
         state, log_step, accept = _tune_and_move(
-            density, kernel, state, beta, Tuning(log_step, log_scale), moves, generator
+            density,
+            kernel,
+            state,
+            beta,
+            Tuning(log_step, log_scale),
+            moves,
+            generator,
+            first_gain=1.5 if stage == 0 else 0.8,
         )
         num_moves += moves
         knots.append(beta)
@@ -241,6 +248,8 @@ def _tune_and_move(
     log_tuning: Tuning,
     num_moves: int,
     generator: torch.Generator,
+    *,
+    first_gain: float,
 ) -> tuple[State, Tensor, float]:
     """Moves particles at ``beta``, steering the step size toward the kernel's acceptance."""
     log_step, log_scale = log_tuning
@@ -248,15 +257,17 @@ def _tune_and_move(
     scale = log_scale.exp()
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
     accept_prob = torch.zeros(())
+    late = torch.zeros_like(log_step)
     for move in range(num_moves):
         tuning = Tuning(log_step.exp(), scale)
         noise = kernel.noise(state, generator)
         state, info = kernel.step(state, density, on_device, tuning, noise)
         accept_prob = info.accept_prob.mean(0)
         if target is not None:
-            gain = 1.5 / (1.0 + move) ** 0.5
-            log_step = log_step + gain * (accept_prob - target)
-    return state, log_step, float(accept_prob.mean())
+            log_step = log_step + first_gain / (1.0 + move) ** 0.6 * (accept_prob - target)
+        if move >= num_moves // 2:  # Polyak average: acceptance over few chains is noisy
+            late = late + log_step / (num_moves - num_moves // 2)
+    return state, late, float(accept_prob.mean())
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:

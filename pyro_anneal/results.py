@@ -65,7 +65,7 @@ class AnnealedRun:
     log_evidence_ti: Tensor  # [K, *batch], each chain's integral of log p/q over beta
     posterior: dict[str, Tensor]  # [K, *value_shape] by site, at the last weight
     plates: dict[str, int]  # sizes of the batch plates, in the order of the batch
-    site_plates: dict[str, tuple[str | None, ...]]  # names of the leading dims of a site's value
+    site_plates: dict[str, tuple[str | None, ...]]  # of a site's leading dims
     num_gradients: int  # per chain: 1 + L (T - 1)
     num_evaluations: int  # calls of the density, counted
     seconds: float
@@ -302,10 +302,12 @@ def _take(
     """Takes particle ``indices[n, *batch]`` of a value whose dims carry the plates in any place."""
     shape = list(value.shape[1:])
     view = [1] * len(shape)
+    order = []
     for position, name in enumerate(names):
-        if name is not None:  # a size of one stands for all rows of the plate
-            view[position] = shape[position] = indices.shape[1 + plates.index(name)]
-    order = [1 + plates.index(name) for name in names if name is not None]
+        if name in plates:  # a size of one stands for all rows of the plate
+            axis = 1 + plates.index(name)
+            view[position] = shape[position] = indices.shape[axis]
+            order.append(axis)
     placed = indices.permute(0, *order).reshape(-1, *view)
     expanded = value.expand(value.shape[0], *shape)
     return expanded.gather(0, placed.expand(-1, *shape))

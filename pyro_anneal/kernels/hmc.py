@@ -85,15 +85,19 @@ class HMC:
     Reversible with respect to the path's density at any beta, step size and mass. One step costs
     exactly ``num_leapfrog`` gradients.
 
-    Source: Neal (2011), *MCMC using Hamiltonian dynamics*, section 3.2.
+    Source: Neal (2011), *MCMC using Hamiltonian dynamics*, sections 3.2 and 4.2 (jitter).
 
     Args:
         num_leapfrog: Leapfrogs per transition. Few leapfrogs and many temperatures win for
             annealing.
         target_accept: Acceptance probability that the pilot steers the step sizes toward.
+        jitter: Each chain multiplies its step size by a number uniform on ``1 - jitter`` to
+            ``1 + jitter``, drawn anew at each transition. Without it, L leapfrogs of one length can
+            return a Gaussian to where it was, with an acceptance that looks perfect.
 
     Raises:
-        ValueError: If ``num_leapfrog`` is below 1 or ``target_accept`` is not in (0, 1).
+        ValueError: If ``num_leapfrog`` is below 1, ``target_accept`` not in (0, 1) or ``jitter`` not
+            in [0, 1).
 
     Example:
         >>> HMC(num_leapfrog=3).num_gradients
@@ -102,6 +106,7 @@ class HMC:
 
     num_leapfrog: int = 2
     target_accept: float = 0.75
+    jitter: float = 0.5
 
     def __post_init__(self) -> None:
         if self.num_leapfrog < 1:
@@ -109,14 +114,19 @@ class HMC:
         if not 0.0 < self.target_accept < 1.0:
             raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
 
+        if not 0.0 <= self.jitter < 1.0:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
+
     @property
     def num_gradients(self) -> int:
         """Gradients per transition: the leapfrogs."""
         return self.num_leapfrog
 
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws a standard normal momentum and a uniform number."""
-        return normal_and_uniform(state, generator)
+        """Draws a standard normal momentum, a uniform number, and one for the jitter."""
+        momentum, uniform = normal_and_uniform(state, generator)
+        jitter = torch.empty_like(uniform).uniform_(-1.0, 1.0, generator=generator)
+        return momentum, uniform, jitter
 
     def step(
         self,
@@ -127,7 +137,9 @@ class HMC:
         noise: tuple[Tensor, ...],
     ) -> tuple[State, Info]:
         """Moves all chains once at inverse temperature ``beta``."""
-        momentum, uniform = noise
+        momentum, uniform, jitter = noise
+        step_size = tuning.step_size * (1.0 + self.jitter * jitter)
+        tuning = Tuning(step_size, tuning.scale)
         proposal, end = leapfrog(state, momentum, density, beta, tuning, self.num_leapfrog)
         kinetic = 0.5 * (momentum.square().sum(-1) - end.square().sum(-1))
         log_accept = proposal.log_density(beta) - state.log_density(beta) + kinetic

@@ -1,1 +1,47 @@
-"""Placeholder."""
+"""Bounds on mutual information, from joint samples only up to the full joint density.
+
+| known of p(x, z) | bounds |
+|---|---|
+| joint samples | :class:`InfoNCE`, :class:`MINE_DV`, :class:`MINE_F` |
+| and p(z) | :class:`BarberAgakov`, :class:`GIWAE`, generalized MINE (guide given) |
+| and p(x given z) | :class:`IWAE`, :class:`RIWAE`, :class:`StructuredInfoNCE`, upper bounds |
+
+Source: Brekelmans et al. (2022), *Improving Mutual Information Estimation with Annealed and
+Energy-Based Bounds*.
+"""
+
+from .annealed import AIS
+from .base import Bound
+from .critics import ConcatCritic, Critic, SeparableCritic, pairwise_scores
+from .importance import IWAE, RIWAE, StructuredInfoNCE
+from .joints import DistributionJoint, Joint, PyroJoint
+from .mine_ais import MINEAIS
+from .plotting import plot_bounds, plot_bounds_against_time, plot_decomposition
+from .result import MutualInformationEstimate
+from .samples import MINE_DV, MINE_F, InfoNCE
+from .variational import GIWAE, BarberAgakov
+
+__all__ = [
+    "AIS",
+    "GIWAE",
+    "IWAE",
+    "MINEAIS",
+    "MINE_DV",
+    "MINE_F",
+    "RIWAE",
+    "BarberAgakov",
+    "Bound",
+    "ConcatCritic",
+    "Critic",
+    "DistributionJoint",
+    "InfoNCE",
+    "Joint",
+    "MutualInformationEstimate",
+    "PyroJoint",
+    "SeparableCritic",
+    "StructuredInfoNCE",
+    "pairwise_scores",
+    "plot_bounds",
+    "plot_bounds_against_time",
+    "plot_decomposition",
+]

@@ -1,0 +1,63 @@
+"""Compiling graphs with inductor, once per distinct graph."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["compile_graph", "compiler_problem"]
+
+# Compiled code by graph and input layout. A graph holds no tensors (all are inputs), so captures
+# of the same model on other data, and after other optimizer steps, share one compilation.
+_COMPILED: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
+_CAPACITY = 64
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Says why this machine cannot compile for ``device``, or None if it can."""
+    try:
+        from torch._inductor import cpp_builder
+
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:  # noqa: BLE001 - InvalidCxxCompiler, PermissionError for an empty CXX, ...
+        first_line = (str(error).strip() or "no reason given").splitlines()[0]
+        return f"no C++ compiler ({type(error).__name__}: {first_line})"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "no triton for the GPU"
+    return None
+
+
+def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compiles a functional graph for inputs of fixed shapes, or finds it compiled already.
+
+    Args:
+        graph: Graph without tensors of its own.
+        inputs: Example inputs.
+
+    Returns:
+        A function of the same inputs, to be called under :class:`torch.no_grad`.
+
+    Raises:
+        Exception: Whatever inductor raises.
+    """
+    key = (
+        graph.code,
+        *((x.shape, x.stride(), x.dtype, x.device) for x in inputs),
+        torch.get_num_threads(),
+    )
+    if key not in _COMPILED:
+        with torch.no_grad():
+            compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+            compiled(*inputs)
+        _COMPILED[key] = compiled
+        if len(_COMPILED) > _CAPACITY:
+            _COMPILED.popitem(last=False)
+    _COMPILED.move_to_end(key)
+    return _COMPILED[key]

@@ -1,0 +1,334 @@
+"""What all losses share: Pyro's contract, and particles drawn from a guide."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer.elbo import ELBO
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from .traces import (
+    PARTICLE_PLATE,
+    Arguments,
+    EnumerationNeeded,
+    Gates,
+    Particles,
+    Run,
+    Sampling,
+    collect,
+    run_guide,
+    warn_once,
+)
+
+__all__ = [
+    "Evaluation",
+    "ParticleELBO",
+    "doubly_reparameterized",
+    "finite_or_zero",
+    "require_pathwise",
+    "weighted_sum",
+]
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of a loss."""
+
+    value: Tensor  # what is minimized, nats, scalar, detached
+    surrogate: Tensor | None  # scalar whose gradient estimates that of the objective
+
+
+class ParticleELBO(ELBO):  # type: ignore[misc]
+    """A loss made of K particles from the guide, under Pyro's contract.
+
+    Subclasses implement :meth:`_evaluate`. ``loss`` returns the value without gradients,
+    ``loss_and_grads`` also runs backward, ``differentiable_loss`` returns a scalar tensor whose
+    value is the loss and whose gradient is that of the surrogate.
+
+    Args:
+        num_particles: Number K of particles.
+        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
+        vectorize_particles: Whether to draw all particles in one run, inside an outermost plate.
+        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
+        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
+        jit_options: Accepted for compatibility with Pyro's losses.
+        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+    """
+
+    def __init__(
+        self,
+        num_particles: int,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            retain_graph=retain_graph,
+        )
+        self._warned: set[str] = set()
+
+    @abstractmethod
+    def _evaluate(
+        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
+    ) -> Evaluation:
+        """Evaluates the loss, with a surrogate if gradients are enabled."""
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Evaluates the loss without gradients.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            *args: Arguments of both.
+            **kwargs: Arguments of both.
+
+        Returns:
+            The loss in nats.
+        """
+        with torch.no_grad():
+            value = float(self._evaluate(model, guide, (args, kwargs)).value)
+        warn_if_nan(value, "loss")
+        return value
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Evaluates the loss as a tensor to differentiate.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            *args: Arguments of both.
+            **kwargs: Arguments of both.
+
+        Returns:
+            Scalar in nats; its gradient is that of the surrogate.
+        """
+        value, surrogate = self._evaluate(model, guide, (args, kwargs))
+        warn_if_nan(value, "loss")
+        return value if surrogate is None else value + (surrogate - surrogate.detach())
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Evaluates the loss and accumulates gradients of all parameters that it reaches.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            *args: Arguments of both.
+            **kwargs: Arguments of both.
+
+        Returns:
+            The loss in nats.
+        """
+        value, surrogate = self._evaluate(model, guide, (args, kwargs))
+        if surrogate is not None and surrogate.requires_grad:
+            surrogate.backward(retain_graph=self.retain_graph)
+        loss = float(value)
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def _get_trace(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Any]:
+        """Returns the model's and the guide's trace of one run."""
+        run = run_guide(model, guide, (args, kwargs), (args, kwargs))
+        return run.model, run.guide
+
+    def _particles(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        arguments: Arguments,
+        sampling: Sampling,
+        **options: Any,
+    ) -> Particles:
+        """Draws the K particles."""
+        if not torch.is_grad_enabled():
+            sampling = "pathwise"  # nothing to hold back, and nothing to check
+        gates = None if sampling == "pathwise" else Gates(closed=sampling == "score")
+        count = self.num_particles
+        runs = self._runs(model, guide, arguments, arguments, count, gates, **options)
+        particles = collect(
+            runs,
+            num_particles=count,
+            vectorized=self.vectorize_particles and count > 1,
+            sampling=sampling,
+            gates=gates,
+        )
+        if count > 1:
+            warn_once(particles.notes, self._warned)
+        return particles
+
+    def _runs(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        model_arguments: Arguments,
+        guide_arguments: Arguments,
+        count: int,
+        gates: Gates | None,
+        shared: Any = None,
+        model_context: Callable[[], Any] = contextlib.nullcontext,
+    ) -> list[Run]:
+        """Runs guide and model for ``count`` particles that share their subsamples."""
+        vectorized = self.vectorize_particles and count > 1
+        if self.vectorize_particles and self.max_plate_nesting == math.inf:
+            self._guess(model, guide, model_arguments, guide_arguments)
+        runs: list[Run] = []
+        while len(runs) < (1 if vectorized else count):
+            finite = self.max_plate_nesting < math.inf
+            try:
+                run = run_guide(
+                    self._in_particle_plate(model, count) if vectorized else model,
+                    self._in_particle_plate(guide, count) if vectorized else guide,
+                    model_arguments,
+                    guide_arguments,
+                    gates=gates,
+                    shared=shared,
+                    first_enumeration_dim=-1 - int(self.max_plate_nesting) if finite else None,
+                    max_plate_nesting=self.max_plate_nesting,
+                    model_context=model_context,
+                )
+            except EnumerationNeeded:
+                if gates is not None:
+                    gates.clear()
+                self._guess(model, guide, model_arguments, guide_arguments)
+                continue
+            runs.append(run)
+            shared = run.subsamples
+        return runs
+
+    def _guess(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        model_arguments: Arguments,
+        guide_arguments: Arguments,
+    ) -> None:
+        """Guesses ``max_plate_nesting`` by running guide and model once."""
+        args, kwargs = guide_arguments
+        if model_arguments is guide_arguments:
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+            return
+        model_args, model_kwargs = model_arguments
+        self._guess_max_plate_nesting(
+            lambda *_, **__: model(*model_args, **model_kwargs), guide, args, kwargs
+        )
+
+    def _in_particle_plate(self, fn: Callable[..., Any], count: int) -> Callable[..., Any]:
+        plate = pyro.plate(PARTICLE_PLATE, count, dim=-int(self.max_plate_nesting))
+        return plate(fn)  # type: ignore[no-any-return]
+
+
+def finite_or_zero(values: Tensor) -> Tensor:
+    """Replaces ``-inf`` by 0, so that particles of zero weight pass no NaN into a gradient."""
+    return torch.where(values == -torch.inf, torch.zeros_like(values), values)
+
+
+def require_pathwise(particles: Particles, gradient: str, alternative: str) -> None:
+    """Checks that gradients reach every draw of the guide along its sampling path.
+
+    Raises:
+        NotImplementedError: If a site has no reparameterized sampler; it names the site.
+    """
+    if particles.score_sites:
+        name = particles.score_sites[0]
+        fn = particles.runs[0].guide.nodes[name]["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        raise NotImplementedError(
+            f'gradient="{gradient}" needs reparameterized draws, but guide site "{name}" is a '
+            f"{type(fn).__name__} with parameters, whose gradient would be silently lost; "
+            f"use {alternative}"
+        )
+
+
+def weighted_sum(particles: Particles, weights: Tensor, score_weights: Tensor | None) -> Tensor:
+    r"""Builds the surrogate ``sum_k a_k log w_k + b_k score_k`` of a bound, a scalar.
+
+    Args:
+        particles: The particles.
+        weights: Coefficients ``a`` of the log-weights, ``[K, *batch]``, taken as constants.
+        score_weights: Coefficients ``b`` of the scores, ``[K, *batch]``, likewise.
+
+    Returns:
+        Scalar whose gradient is the estimate of the bound's gradient.
+    """
+    terms = weights.detach() * finite_or_zero(particles.log_weights)
+    if particles.score is not None and score_weights is not None:
+        terms = terms + score_weights.detach() * finite_or_zero(particles.score)
+    return particles.total(terms.sum(dim=0))
+
+
+def doubly_reparameterized(particles: Particles, weights: Tensor, path_weights: Tensor) -> Tensor:
+    r"""Builds the surrogate of a doubly reparameterized gradient.
+
+    .. math::
+        \nabla_\theta: \sum_k a_k \nabla_\theta \log p(x, z_k), \qquad
+        \nabla_\phi: \sum_k \Bigl(a_k - \frac{\partial a_k}{\partial \log w_k}\Bigr)
+        \frac{\partial \log w_k}{\partial z_k} \nabla_\phi z_k
+
+    with :math:`a_k = \partial L / \partial \log w_k` for a bound L of the log-weights. The gradient of
+    the guide's density at fixed z, whose expectation the second term replaces, is not there.
+
+    Source: Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo
+    Objectives*, section 3, for L = IWAE.
+
+    Args:
+        particles: Particles with open gates, which this function closes.
+        weights: ``a``, ``[K, *batch]``.
+        path_weights: ``a`` minus its derivative, ``[K, *batch]``.
+
+    Returns:
+        Scalar whose gradient is the estimate of the bound's gradient.
+
+    Raises:
+        NotImplementedError: If a site of the guide is not reparameterized, masked or scaled.
+    """
+    require_pathwise(particles, "dreg", 'gradient="auto"')
+    if particles.altered_sites:
+        raise NotImplementedError(
+            f'gradient="dreg" needs the plain density of the guide, but site '
+            f'"{particles.altered_sites[0]}" has a mask or a scale of its own; use '
+            'gradient="reparam"'
+        )
+    gates = particles.gates
+    assert gates is not None
+    path = particles.total(
+        (path_weights.detach() * finite_or_zero(particles.log_weights)).sum(dim=0)
+    )
+    surrogate = particles.total(
+        (weights.detach() * finite_or_zero(particles.log_joint)).sum(dim=0)
+    )
+    if gates.outputs:
+        grads = torch.autograd.grad(path, gates.outputs, retain_graph=True, allow_unused=True)
+        for grad, value in zip(grads, gates.inputs, strict=True):
+            if grad is not None:
+                surrogate = surrogate + (grad * value).sum()
+    gates.closed = True
+    return surrogate

@@ -1,0 +1,306 @@
+"""The thermodynamic variational objective (TVO)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..schedules import LogUniform, as_betas
+from ..weights import log_normalized_weights
+from .base import (
+    Evaluation,
+    ParticleELBO,
+    doubly_reparameterized,
+    finite_or_zero,
+    require_pathwise,
+    weighted_sum,
+)
+from .traces import Arguments, Sampling
+
+__all__ = ["TVO", "Moments", "Thermodynamic", "thermodynamic"]
+
+_SAMPLING: dict[str, Sampling] = {
+    "auto": "pathwise",
+    "reparam": "pathwise",
+    "dreg": "gated",
+    "covariance": "score",
+}
+Integration = Literal["left", "right", "trapezoid"]
+Correction = Literal["weighted", "particles", "none"]
+
+
+def _widths(betas: Tensor, integration: Integration) -> Tensor:
+    """Computes quadrature weights of a Riemann sum or the trapezoid rule; they sum to 1."""
+    steps = betas.diff()
+    zero = steps.new_zeros(1)
+    left, right = torch.cat([steps, zero]), torch.cat([zero, steps])
+    return {"left": left, "right": right, "trapezoid": 0.5 * (left + right)}[integration]
+
+
+class Thermodynamic(NamedTuple):
+    """A thermodynamic objective at given log-weights, and the coefficients of its gradient."""
+
+    value: Tensor  # nats, [*batch]
+    weights: Tensor  # of each log-weight's gradient, [S, *batch]
+    score_weights: Tensor  # of each score, [S, *batch]
+    path_weights: Tensor  # of a doubly reparameterized path, [S, *batch]
+
+
+def thermodynamic(
+    log_weights: Tensor,
+    betas: Tensor,
+    *,
+    integration: Integration = "left",
+    correction: Correction = "none",
+) -> Thermodynamic:
+    r"""Integrates the self-normalized curve :math:`E_\beta[\log w]` over beta.
+
+    .. math::
+        T = \sum_j \Delta_j \sum_s \bar w_s^{(j)} \log w_s, \qquad
+        \bar w_s^{(j)} \propto w_s^{\beta_j}
+
+    The curve rises with beta, and its integral is ``log mean w``. So, at any S and on any betas,
+    ``left <= log mean w <= right``.
+
+    The gradient of an expectation under :math:`\pi_\beta \propto q\, w^\beta` is
+
+    .. math:: \nabla E_\beta[f] = E_\beta[\nabla f] + \mathrm{Cov}_\beta[\nabla \log \pi_\beta, f]
+
+    which gives each log-weight the coefficient
+    :math:`a_s = \sum_j \Delta_j \bar w_s^{(j)} (1 + \beta_j c_j (\log w_s - E_j))`, and each score
+    :math:`b_s = 1 / S + \sum_j \Delta_j \bar w_s^{(j)} c_j (\log w_s - E_j)`. The term 1 / S has
+    mean zero and removes all noise where the guide is exact.
+
+    Source: Masrani, Le and Wood (2019), *The Thermodynamic Variational Objective*, Eq. 9 to 13.
+
+    Args:
+        log_weights: Log-weights in nats, shape ``[S, *batch]``.
+        betas: From 0 to 1, shape ``[K + 1]``.
+        integration: Riemann sum or trapezoid rule.
+        correction: Factor c of the sample covariance: ``"weighted"`` for ``1 / (1 - sum w^2)``,
+            ``"particles"`` for ``S / (S - 1)``, ``"none"`` for 1, which makes ``a`` the exact
+            derivative of the value.
+
+    Returns:
+        Value and coefficients.
+
+    Example:
+        >>> betas = torch.tensor([0.0, 1.0])
+        >>> thermodynamic(torch.tensor([1.0, 3.0]), betas).value  # the mean: the ELBO
+        tensor(2.)
+    """
+    count = log_weights.shape[0]
+    shape = (-1,) + (1,) * log_weights.dim()
+    beta = betas.to(log_weights).reshape(shape)  # [K + 1, 1, ...]
+    width = _widths(betas, integration).to(log_weights).reshape(shape)
+    zero = log_weights == -torch.inf
+    value_of = finite_or_zero(log_weights)
+    heated = torch.where(zero, -torch.inf, beta * value_of)  # [K + 1, S, *batch]
+    weight = log_normalized_weights(heated.movedim(1, 0)).exp().movedim(0, 1)
+    mean = (weight * value_of).sum(1, keepdim=True)
+    value = (width * mean).sum(0)[0]
+    # At beta = 0 a particle of weight zero makes the mean log-weight -inf.
+    value = torch.where((zero.any(0)) & bool(width.flatten()[0] > 0), -torch.inf, value)
+    value = torch.where(zero.all(0), -torch.inf, value)
+    deviation = torch.where(zero, 0.0, value_of - mean)
+    plain = weight * (1.0 + beta * deviation)
+    path = plain - beta * weight * (1.0 - weight) * (1.0 + beta * deviation)
+    path = path - beta * weight * (1.0 - plain)
+    covariance = weight * deviation
+    if correction == "weighted":
+        spread = (weight * (1.0 - weight)).sum(1, keepdim=True)
+        covariance = covariance / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    elif correction == "particles":
+        covariance = covariance * (count / (count - 1))
+    return Thermodynamic(
+        value,
+        (width * (weight + beta * covariance)).sum(0),
+        (width * covariance).sum(0) + 1.0 / count,
+        (width * path).sum(0),
+    )
+
+
+@dataclass(frozen=True)
+class Moments:
+    r"""Spaces betas so that :math:`E_\beta[\log w]`, averaged over the batch, grows equally.
+
+    The betas are found by bisection on the particles of each evaluation. Any betas give a lower
+    bound with ``integration="left"``, so these do.
+
+    Source: Brekelmans et al. (2020), *All in the Exponential Family*, section 6.
+
+    Args:
+        partitions: Number K of intervals.
+
+    Raises:
+        ValueError: If ``partitions`` is below 1.
+
+    Example:
+        >>> Moments(partitions=2)(torch.tensor([[0.0], [1.0]])).tolist()[::2]
+        [0.0, 1.0]
+    """
+
+    partitions: int
+
+    def __post_init__(self) -> None:
+        if self.partitions < 1:
+            raise ValueError(f"Moments needs at least one partition, got {self.partitions}")
+
+    def __call__(self, log_weights: Tensor, num_iterations: int = 40) -> Tensor:
+        """Returns betas of shape ``[K + 1]`` for log-weights ``[S, *batch]``, float64."""
+        values = finite_or_zero(log_weights.detach().double())
+        values = values.reshape(values.shape[0], -1)
+
+        def curve(betas: Tensor) -> Tensor:
+            weights = torch.softmax(betas[:, None, None] * values, dim=1)
+            return (weights * values).sum(1).mean(1)
+
+        fractions = torch.arange(1, self.partitions, device=values.device) / self.partitions
+        ends = curve(values.new_tensor([0.0, 1.0]))
+        targets = ends[0] + fractions * (ends[1] - ends[0])
+        low, high = torch.zeros_like(targets), torch.ones_like(targets)
+        for _ in range(num_iterations):
+            middle = 0.5 * (low + high)
+            below = curve(middle) < targets
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        # A flat curve (an exact guide) says nothing: space linearly there.
+        flat = ~(ends[1] - ends[0] > 1e-12 * (1.0 + ends[0].abs()))
+        inner = torch.where(flat, fractions.to(values.dtype), 0.5 * (low + high))
+        return torch.cat([values.new_zeros(1), inner, values.new_ones(1)])
+
+
+class TVO(ParticleELBO):
+    r"""Thermodynamic variational objective, a Riemann sum of the log evidence over temperatures.
+
+    .. math::
+        \log p(x) = \int_0^1 E_{\pi_\beta}[\log w] \, d\beta, \qquad
+        \pi_\beta(z) \propto q(z | x)^{1 - \beta} p(x, z)^\beta, \quad w = p(x, z) / q(z | x)
+
+    The expectations are self-normalized importance sums over S particles of the guide, the same
+    for all betas, so more betas cost next to nothing. The loss is **minus** the sum.
+
+    * ``integration="left"``: a lower bound in expectation, never above the IWAE bound of the same
+      particles. With betas (0, 1) it is the ELBO.
+    * ``"right"``: above the IWAE bound of the same particles and an upper bound in the limit of
+      many. At finite S it is **not** an upper bound.
+    * ``"trapezoid"``: between the two; neither.
+
+    Gradients of the guide:
+
+    * ``"covariance"``: the paper's, by the score, for any guide with a density.
+    * ``"reparam"``: along the sampling path of the S-particle sum; an error where a site has none.
+    * ``"dreg"``: doubly reparameterized; an error likewise.
+    * ``"auto"``: per site, ``"reparam"`` where that is possible, ``"covariance"`` elsewhere.
+
+    Source: Masrani, Le and Wood (2019), Eq. 8 to 13, and appendix for the correction; Brekelmans
+    et al. (2020) for :class:`Moments`.
+
+    Args:
+        num_particles: Number S of particles, at least 2.
+        schedule: ``LogUniform(beta_1, partitions)``, another schedule with ``partitions``,
+            :class:`Moments`, or a tensor of betas from 0 to 1.
+        integration: Riemann sum or trapezoid rule.
+        gradient: Estimator of the guide's gradient.
+        correction: Factor of the sample covariance, as in :func:`thermodynamic`; it acts where
+            some site's gradient is taken by the score.
+        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
+        vectorize_particles: Whether to draw all particles in one run.
+        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
+        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
+        jit_options: Accepted for compatibility with Pyro's losses.
+        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+
+    Raises:
+        ValueError: If ``num_particles`` is below 2, the betas do not increase from 0 to 1, or an
+            option is unknown.
+
+    Example:
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):  # the exact posterior: every weight equals p(x)
+        ...     pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> round(TVO(num_particles=5).loss(model, guide, torch.tensor(2.0)), 4)
+        2.2655
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 10,
+        schedule: Callable[..., Tensor] | Tensor | None = None,
+        integration: Integration = "left",
+        gradient: Literal["auto", "covariance", "reparam", "dreg"] = "auto",
+        *,
+        correction: Correction = "weighted",
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if num_particles < 2:
+            raise ValueError(
+                "TVO estimates a covariance over particles and needs num_particles >= 2, got "
+                f"{num_particles}; for one particle use IWAE(1) or Trace_ELBO"
+            )
+        if gradient not in _SAMPLING:
+            raise ValueError(f"gradient must be one of {list(_SAMPLING)}, got {gradient!r}")
+        if integration not in ("left", "right", "trapezoid"):
+            raise ValueError(
+                f'integration must be "left", "right" or "trapezoid", got {integration!r}'
+            )
+        if correction not in ("weighted", "particles", "none"):
+            raise ValueError(
+                f'correction must be "weighted", "particles" or "none", got {correction!r}'
+            )
+        super().__init__(
+            num_particles,
+            max_plate_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
+            ignore_jit_warnings,
+            jit_options,
+            retain_graph,
+        )
+        schedule = LogUniform(beta_1=0.025, partitions=2) if schedule is None else schedule
+        self._moments = schedule if isinstance(schedule, Moments) else None
+        self._betas = None if isinstance(schedule, Moments) else as_betas(schedule)
+        self.schedule = schedule
+        self.integration: Integration = integration
+        self.gradient = gradient
+        self.correction: Correction = correction
+
+    def betas(self, log_weights: Tensor) -> Tensor:
+        """Returns the betas used at these log-weights, ``[S, *batch]``, as a tensor ``[K + 1]``."""
+        if self._moments is not None:
+            return self._moments(log_weights)
+        assert self._betas is not None
+        return self._betas
+
+    def _evaluate(
+        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
+    ) -> Evaluation:
+        particles = self._particles(model, guide, arguments, _SAMPLING[self.gradient])
+        log_weights = particles.log_weights.detach()
+        by_score = particles.score is not None
+        parts = thermodynamic(
+            log_weights,
+            self.betas(log_weights),
+            integration=self.integration,
+            correction=self.correction if by_score else "none",
+        )
+        value = -particles.total(parts.value)
+        if not torch.is_grad_enabled():
+            return Evaluation(value, None)
+        if self.gradient == "dreg":
+            surrogate = doubly_reparameterized(particles, parts.weights, parts.path_weights)
+            return Evaluation(value, -surrogate)
+        if self.gradient == "reparam":
+            require_pathwise(particles, "reparam", 'gradient="covariance" or "auto"')
+        return Evaluation(value, -weighted_sum(particles, parts.weights, parts.score_weights))

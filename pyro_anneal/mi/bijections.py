@@ -1,0 +1,81 @@
+"""Supports of z to unconstrained vectors, for chains that move z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import biject_to
+
+__all__ = ["Bijection"]
+
+
+class Bijection:
+    """Maps z of shape ``[K, N, *event]`` to ``u [K, N, D]`` without constraints, and back.
+
+    Args:
+        parts: Support and shape (after the rows) of each part that z is made of.
+        event: Shape of z after the rows; that of the only part by default. Several parts are
+            flattened and concatenated.
+
+    Raises:
+        NotImplementedError: If a support is discrete: gradients of chains do not exist there.
+
+    Example:
+        >>> positive = torch.distributions.constraints.positive
+        >>> bijection = Bijection([(positive, torch.Size([]))])
+        >>> z, log_det = bijection.constrain(torch.zeros(2, 3, 1))
+        >>> z.shape, log_det.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Any, torch.Size]], *, event: torch.Size | None = None
+    ) -> None:
+        for support, _ in parts:
+            if support.is_discrete:
+                raise NotImplementedError(
+                    f"z has the discrete support {support}, which gradient-based chains cannot "
+                    "move on; use BarberAgakov, GIWAE, IWAE or the contrastive bounds"
+                )
+        self.event = parts[0][1] if event is None else event
+        self.tails = [tail for _, tail in parts]
+        self.transforms = [biject_to(support) for support, _ in parts]
+
+    def unconstrain(self, z: Tensor) -> Tensor:
+        """Maps z ``[K, N, *event]`` to u ``[K, N, D]``."""
+        lead = z.shape[:2]
+        sizes = [math.prod(tail) for tail in self.tails]
+        parts = z.reshape(*lead, -1).split(sizes, dim=-1)
+        shaped = [part.reshape(lead + tail) for part, tail in zip(parts, self.tails, strict=True)]
+        return torch.cat(
+            [
+                t.inv(part).reshape(*lead, -1)
+                for t, part in zip(self.transforms, shaped, strict=True)
+            ],
+            dim=-1,
+        )
+
+    def constrain(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps u ``[K, N, D]`` to z ``[K, N, *event]`` and log |dz/du| ``[K, N]``."""
+        lead = u.shape[:2]
+        shapes = [
+            t.inverse_shape(lead + tail)
+            for t, tail in zip(self.transforms, self.tails, strict=True)
+        ]
+        sizes = [math.prod(shape[2:]) for shape in shapes]
+        total = torch.zeros(lead, dtype=u.dtype, device=u.device)
+        values = []
+        for part, shape, transform in zip(
+            u.split(sizes, dim=-1), shapes, self.transforms, strict=True
+        ):
+            unconstrained = part.reshape(shape)
+            value = transform(unconstrained)
+            log_det = transform.log_abs_det_jacobian(unconstrained, value)
+            total = total + sum_rightmost(log_det, log_det.dim() - 2)
+            values.append(value.reshape(*lead, -1))
+        return torch.cat(values, dim=-1).reshape(lead + self.event), total

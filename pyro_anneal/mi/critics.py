@@ -1,0 +1,180 @@
+r"""Critics: functions T(x, z) that score how well x and z belong together.
+
+A critic is any callable (usually an ``nn.Module``) that maps ``x [*batch, Dx]`` and
+``z [*batch, Dz]``, with batches that broadcast, to scores ``[*batch]`` in nats. Bounds flatten
+events before they call it. One more method is optional: ``pairwise(x, z)``, from ``[N, Dx]`` and
+``[M, Dz]`` to all ``[N, M]`` scores, where that can be done in fewer than ``N M`` passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ConcatCritic", "Critic", "SeparableCritic", "indexed_scores", "pairwise_scores"]
+
+_MAX_ROWS = 2**17  # rows of one pass of a concatenated critic when many pairs are scored
+_MAX_TABLE = 2**24  # entries of a full table of scores of which only some are wanted
+
+
+class Critic(Protocol):
+    """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``, in nats."""
+
+    def __call__(self, x: Tensor, z: Tensor, /) -> Tensor:
+        """Scores pairs."""
+        ...
+
+
+def _mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(len(sizes) - 1):
+        layers.append(nn.Linear(sizes[i], sizes[i + 1]))
+        if i < len(sizes) - 2:
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+class ConcatCritic(nn.Module):
+    r"""Scores pairs with one network on the concatenated vector, ``T(x, z) = f([x, z])``.
+
+    It can represent any critic, at the price of ``N M`` passes for all pairs of N x's and M z's.
+    Its first layer is split, ``A x + B z + b``, so that this layer at least runs ``N + M`` times.
+    The paper uses two or three hidden layers (Brekelmans et al., 2022, experiments).
+
+    Args:
+        x_dim: Flattened size of x.
+        z_dim: Flattened size of z.
+        hidden: Sizes of the hidden layers.
+        activation: Class of the nonlinearity; smooth by default, since MINE-AIS takes gradients
+            of the critic with respect to z.
+
+    Raises:
+        ValueError: If ``hidden`` is empty: a linear critic of [x, z] has no interaction.
+
+    Example:
+        >>> critic = ConcatCritic(x_dim=3, z_dim=2, hidden=[8])
+        >>> critic(torch.zeros(5, 3), torch.zeros(4, 5, 2)).shape
+        torch.Size([4, 5])
+    """
+
+    def __init__(
+        self,
+        x_dim: int,
+        z_dim: int,
+        hidden: Sequence[int] = (256, 256),
+        *,
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        if not hidden:
+            raise ValueError("ConcatCritic needs at least one hidden layer, got hidden=[]")
+        self.first_x = nn.Linear(x_dim, hidden[0])
+        self.first_z = nn.Linear(z_dim, hidden[0], bias=False)
+        self.rest = nn.Sequential(activation(), _mlp([*hidden, 1], activation))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
+        return self.rest(self.first_x(x) + self.first_z(z)).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class SeparableCritic(nn.Module):
+    r"""Scores pairs by an inner product of features, ``T(x, z) = f(x)^\top g(z) + a(x) + b(z)``.
+
+    All pairs of N x's and M z's cost ``N + M`` passes and one matrix product. With ``hidden=[]``
+    and linear features it is the bilinear critic. The offsets a and b cost nothing and matter:
+    the best critic ``log p(x|z) + c(x)`` of a Gaussian model has a quadratic part in z alone.
+
+    Args:
+        x_dim: Flattened size of x.
+        z_dim: Flattened size of z.
+        hidden: Sizes of the hidden layers of each side.
+        num_features: Size of the feature vectors.
+        activation: Class of the nonlinearity.
+
+    Example:
+        >>> critic = SeparableCritic(x_dim=3, z_dim=2, hidden=[8], num_features=4)
+        >>> x, z = torch.randn(5, 3), torch.randn(6, 2)
+        >>> critic.pairwise(x, z).shape
+        torch.Size([5, 6])
+        >>> torch.allclose(critic.pairwise(x, z)[2, 3], critic(x[2], z[3]))
+        True
+    """
+
+    def __init__(
+        self,
+        x_dim: int,
+        z_dim: int,
+        hidden: Sequence[int] = (256, 256),
+        *,
+        num_features: int = 32,
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.x_net = _mlp([x_dim, *hidden, num_features + 1], activation)
+        self.z_net = _mlp([z_dim, *hidden, num_features + 1], activation)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
+        f, g = self.x_net(x), self.z_net(z)
+        inner = (f[..., :-1] * g[..., :-1]).sum(dim=-1)
+        return inner + f[..., -1] + g[..., -1]  # type: ignore[no-any-return]
+
+    def pairwise(self, x: Tensor, z: Tensor) -> Tensor:
+        """Scores all pairs in N + M passes: ``[N, Dx]``, ``[M, Dz]`` to ``[N, M]``."""
+        f, g = self.x_net(x), self.z_net(z)
+        return f[:, :-1] @ g[:, :-1].mT + f[:, -1:] + g[:, -1]  # type: ignore[no-any-return]
+
+
+def pairwise_scores(critic: Critic, x: Tensor, z: Tensor) -> Tensor:
+    """Scores all pairs of N x's and M z's, by the critic's own ``pairwise`` where it has one.
+
+    Args:
+        critic: Any critic.
+        x: Flattened x, shape ``[N, Dx]``.
+        z: Flattened z, shape ``[M, Dz]``.
+
+    Returns:
+        Scores in nats, shape ``[N, M]``.
+
+    Example:
+        >>> inner = lambda x, z: (x * z).sum(-1)
+        >>> pairwise_scores(inner, torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0]]))
+        tensor([[ 3.,  5.],
+                [ 6., 10.]])
+    """
+    fast = getattr(critic, "pairwise", None)
+    if fast is not None:
+        return fast(x, z)  # type: ignore[no-any-return]
+    # Chunks bound the memory of the hidden layers when no graph is kept.
+    rows = max(1, _MAX_ROWS // z.shape[0])
+    return torch.cat([critic(part.unsqueeze(1), z) for part in x.split(rows)])
+
+
+def indexed_scores(critic: Critic, x: Tensor, z: Tensor, index: Tensor) -> Tensor:
+    """Scores each x against M chosen z's.
+
+    Args:
+        critic: Any critic.
+        x: Flattened x, shape ``[N, Dx]``.
+        z: Flattened z, shape ``[L, Dz]``.
+        index: Rows of z for each x, shape ``[N, M]``.
+
+    Returns:
+        Scores in nats, shape ``[N, M]``.
+
+    Example:
+        >>> inner = lambda x, z: (x * z).sum(-1)
+        >>> x, z = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0]])
+        >>> indexed_scores(inner, x, z, torch.tensor([[1], [0]]))
+        tensor([[5.],
+                [6.]])
+    """
+    if hasattr(critic, "pairwise") and x.shape[0] * z.shape[0] <= _MAX_TABLE:
+        return pairwise_scores(critic, x, z).gather(1, index)
+    rows = max(1, _MAX_ROWS // index.shape[1])
+    parts = zip(x.split(rows), index.split(rows), strict=True)
+    return torch.cat([critic(part.unsqueeze(1), z[chosen]) for part, chosen in parts])

@@ -1,0 +1,236 @@
+"""MINE-AIS: an energy-based posterior trained by MCMC, measured by multi-sample AIS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels import HMC, Kernel, Tuning
+from ..pilot import Pilot
+from ..schedules import Schedule
+from .annealing import Annealer, PairDensity
+from .base import Direction, Values, flatten
+from .guides import Conditional
+from .joints import Knowledge
+from .variational import VariationalBound
+
+__all__ = ["MINEAIS"]
+
+_CONDITIONAL = (
+    "the reverse chains start from p(z|x), not from the energy-based posterior: that they bound "
+    "log Z(x) from above, hence IBAL from below, is conditional on Prop. M.1 (the lower bound on I "
+    "is not); compare log_z_upper with log_z_lower"
+)
+
+
+class MINEAIS(VariationalBound):
+    r"""Bounds I from below by an energy-based posterior: the implicit Barber-Agakov bound (IBAL).
+
+    .. math::
+        \pi(z|x) = \frac{q(z|x)\, e^{T(x, z)}}{Z(x)}, \qquad
+        \mathrm{IBAL} = E_{p(x, z)}\Bigl[\log \frac{q(z|x)}{p(z)} + T(x, z)\Bigr]
+        - E_{p(x)}[\log Z(x)] = I - E\, \mathrm{KL}(p(z|x) \| \pi(z|x))
+
+    **Training** (:meth:`loss`). log Z cannot be computed, but its gradient is an expectation under
+    :math:`\pi`, so that of IBAL with respect to the parameters of q and T is
+
+    .. math:: E_{p(x, z)}[\nabla (\log q(z|x) + T(x, z))]
+        - E_{p(x) \pi(z|x)}[\nabla (\log q(z|x) + T(x, z))]
+
+    The samples of :math:`\pi` come from ``num_moves`` HMC transitions started at the z of the pair,
+    a true posterior sample. **Only the gradient of the loss means something; its value is a
+    difference of energies, not a bound.**
+
+    **Measuring** (:meth:`estimate`). AIS from q to :math:`q e^T`. Forward chains bound log Z from
+    below. Reverse chains ought to start at samples of :math:`\pi`, of which there are none; they
+    start at the z of the pair. In place of log Z plus a divergence their mean log-weight is
+    ``log Z + KL(P_rev || Q_fwd) - KL(p(z|x) || pi(z|x))``, so
+
+    - as a bound on IBAL the result is conditional on the first divergence exceeding the second
+      (Prop. M.1), which tight agreement of both sides makes plausible and no run proves;
+    - as a lower bound on I it holds without that condition: I minus the first divergence, the
+      Barber-Agakov argument on the extended space of the chains. The same holds for IM and CR.
+
+    ``diagnostics`` has ``log_z_lower`` and ``log_z_upper`` (means over x) and ``ibal_upper``, the
+    value of IBAL that the forward chains allow: a convergence check, not a bound on I.
+
+    Source: Brekelmans et al. (2022), Eq. 19-20 and Prop. M.1; App. N for joint samples only.
+
+    Args:
+        model: What gives p(z): a Pyro model, a distribution of z or a joint; None for joint
+            samples only, where roles are swapped and the bound only measures.
+        guide: The variational conditional q(z|x), called with x; with roles swapped q(x|z), called
+            with z.
+        critic: Scores pairs, differentiable in z.
+        num_chains: K chains per pair and direction of a measurement.
+        num_steps: T weight increments of a measurement.
+        num_moves: M, HMC transitions per training step.
+        num_leapfrog: Leapfrogs per transition in training.
+        kernel: Transition kernel of measurements; HMC by default.
+        bound: Multi-sample bound that the reverse chains of a measurement use.
+        schedule: ``"adaptive"`` from a pilot, a schedule such as ``Linear()``, or betas.
+        step_size: Fixed step size of measurements in place of the pilot's. In training the step
+            size adapts to an acceptance of 0.65, and is kept in the buffer ``log_step_size``.
+        pilot: Settings of the pilot.
+        data_entropy: H(x) in nats, if known while roles are swapped.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Example:
+        >>> prior, guide = dist.Normal(0.0, 1.0), lambda x: dist.Normal(0.5 * x, 1.0)
+        >>> no_critic = lambda x, z: 0.0 * (x * z).sum(-1)
+        >>> est = MINEAIS(prior, guide, no_critic, num_steps=4).estimate(
+        ...     torch.randn(9), torch.randn(9)
+        ... )
+        >>> torch.allclose(est.lower.float(), est.terms["variational"], atol=1e-5)
+        True
+    """
+
+    requires: ClassVar[Knowledge] = "marginal p(z)"
+    directions: ClassVar[tuple[Direction, ...]] = ("lower",)
+    breaks: ClassVar[str] = "a guide or critic trained on the same pairs"
+    log_step_size: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Callable[..., Any],
+        critic: Callable[..., Tensor],
+        *,
+        num_chains: int = 16,
+        num_steps: int = 500,
+        num_moves: int = 5,
+        num_leapfrog: int = 5,
+        kernel: Kernel | None = None,
+        bound: Literal["CR", "IM", "single"] = "CR",
+        schedule: str | Schedule | Tensor = "adaptive",
+        step_size: float | None = None,
+        pilot: Pilot | None = None,
+        data_entropy: float | None = None,
+    ) -> None:
+        super().__init__(model=model, guide=guide, critic=critic, data_entropy=data_entropy)
+        if num_moves < 1:
+            raise ValueError(f"num_moves must be at least 1, got {num_moves}")
+        if bound not in ("CR", "IM", "single"):
+            raise ValueError(f'bound must be "CR", "IM" or "single", got {bound!r}')
+        self.annealer = Annealer(
+            num_chains=num_chains,
+            num_steps=num_steps,
+            kernel=HMC() if kernel is None else kernel,
+            schedule=schedule,
+            pilot=Pilot() if pilot is None else pilot,
+            step_size=step_size,
+        )
+        self.num_moves = num_moves
+        self.training_kernel = HMC(num_leapfrog=num_leapfrog, target_accept=0.65)
+        self.bound = bound
+        self.register_buffer("log_step_size", torch.tensor(math.log(0.1)))
+
+    @property
+    def num_rows_per_pair(self) -> int:
+        """Chains of a pair that run together."""
+        return max(self.annealer.num_chains, self.annealer.pilot.chains_for(1))
+
+    def _energy(self, q: Conditional, x: Tensor, z: Tensor) -> Tensor:
+        """Computes log q(z|x) + T(x, z) of one z per pair, ``[N]``."""
+        return q.log_prob(z if self.joint is not None else x) + self._score(x, z)
+
+    def _tempered(
+        self, q: Conditional, given: Tensor
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Returns the function of ``[K, N, *event]`` that anneals q to q exp(T)."""
+        flat = flatten(given, 1)
+
+        def log_densities(values: Tensor) -> tuple[Tensor, Tensor]:
+            assert self.critic is not None
+            log_q = q.log_prob(values)
+            moved = flatten(values, 2)
+            pair = (flat, moved) if self.joint is not None else (moved, flat)
+            return log_q, log_q + self.critic(*pair)
+
+        return log_densities
+
+    def loss(self, x: Tensor, z: Tensor) -> Tensor:
+        """Computes a scalar whose gradient is that of minus IBAL, by Eq. 20; not its value.
+
+        Args:
+            x: Data, shape ``[N, *x_event]``.
+            z: The z that belongs to each row, shape ``[N, *z_event]``.
+
+        Returns:
+            Scalar; call ``backward()`` on it.
+
+        Raises:
+            ValueError: If x or z requires a gradient: an encoder cannot be trained through this
+                loss, since log Z depends on it too; or nothing has parameters.
+        """
+        self._check_pairs(x, z)
+        if x.requires_grad or z.requires_grad:
+            raise ValueError(
+                "MINEAIS trains its guide and critic only, but x or z requires a gradient: train "
+                "an encoder with BarberAgakov or GIWAE, or detach x and z"
+            )
+        negative = self._negatives(x, z)
+        if self.joint is None:
+            q = self._condition(z)
+            loss = self._energy(q, negative, z) - self._energy(q, x, z)
+        else:
+            q = self._condition(x)
+            loss = self._energy(q, x, negative) - self._energy(q, x, z)
+        if not loss.requires_grad:
+            raise ValueError("MINEAIS has nothing to learn: guide and critic have no parameters")
+        return loss.mean()
+
+    def _negatives(self, x: Tensor, z: Tensor) -> Tensor:
+        """Moves the true z (x, with roles swapped) by HMC toward the energy-based posterior."""
+        given, value = (x, z) if self.joint is not None else (z, x)
+        q = self._condition(given)
+        bijection = q.bijection()
+        density = PairDensity(self._tempered(q, given), bijection)
+        state = density(bijection.unconstrain(value.unsqueeze(0)).detach())
+        one = torch.ones((), dtype=state.position.dtype, device=state.position.device)
+        scale = torch.ones_like(state.position[0])
+        for _ in range(self.num_moves):
+            step = self.log_step_size.exp().to(one).expand(state.position.shape[1])
+            noise = self.training_kernel.noise(state, None)
+            state, info = self.training_kernel.step(
+                state, density, one, Tuning(step, scale), noise
+            )
+            gain = info.accept_prob.mean() - self.training_kernel.target_accept
+            self.log_step_size += 0.05 * gain.to(self.log_step_size)
+        with torch.no_grad():
+            return bijection.constrain(state.position)[0][0]
+
+    def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
+        given, value = (x, z) if self.joint is not None else (z, x)
+        q = self._condition(given)
+        weights = self.annealer.run(
+            self._tempered(q, given), q.bijection(), lambda count: q.sample(count)[0], value
+        )
+        score = self._score(x, z)
+        return {
+            "variational": q.log_prob(value) - self._log_marginal(x, z),
+            "score": score,
+            "log_z_lower": weights.lower("IM"),
+            "log_z_upper": weights.upper(self.bound),
+            "accept_prob": torch.full_like(score, float(weights.accept_prob)),
+        }
+
+    def _assemble(self, statistics: dict[str, Tensor]) -> Values:
+        variational, score = statistics["variational"], statistics["score"]
+        contrastive = score - statistics["log_z_upper"]
+        ibal_upper = variational + score - statistics["log_z_lower"]
+        diagnostics = {
+            name: statistics[name].mean() for name in ("log_z_lower", "log_z_upper", "accept_prob")
+        }
+        return Values(
+            lower=variational + contrastive,
+            terms={"variational": variational, "contrastive": contrastive},
+            caveats=(_CONDITIONAL,),
+            diagnostics={**diagnostics, "ibal_upper": ibal_upper.mean()},
+        )

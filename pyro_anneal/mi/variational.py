@@ -1,0 +1,209 @@
+r"""Bounds that need one marginal density: Barber-Agakov and GIWAE.
+
+With joint samples only (``model=None``) roles are swapped: the guide is a variational q(x|z),
+negatives are x, and p(x) is unknown, so the bounds are on I minus the constant data entropy H(x).
+That is enough to train an encoder: gradients flow through z. Source: Brekelmans et al. (2022),
+App. N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Bound, Direction, Values
+from .joints import Knowledge
+from .samples import contrastive_term
+
+__all__ = ["GIWAE", "BarberAgakov"]
+
+
+class VariationalBound(Bound):
+    """What bounds with a variational conditional and one marginal share: the swap of roles."""
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        guide: Callable[..., Any],
+        critic: Callable[..., Tensor] | None = None,
+        data_entropy: float | None = None,
+    ) -> None:
+        super().__init__(model=model, guide=guide, critic=critic)
+        if data_entropy is not None and model is not None:
+            raise ValueError(
+                "data_entropy is H(x), used with joint samples only (model=None); with a model "
+                "the marginal is that of z"
+            )
+        self.data_entropy = data_entropy
+
+    def _check_knowledge(self, needed: Knowledge) -> None:
+        if self.joint is not None:  # without a model roles are swapped
+            super()._check_knowledge(needed)
+
+    def _missing(self) -> str | None:
+        return "H(x)" if self.joint is None and self.data_entropy is None else None
+
+    def _log_marginal(self, x: Tensor, z: Tensor) -> Tensor:
+        """Computes log p(z); with roles swapped minus the data entropy, or 0 if that is unknown."""
+        if self.joint is not None:
+            return self.joint.log_prior(z, x)
+        return torch.full((x.shape[0],), -(self.data_entropy or 0.0), dtype=x.dtype).to(x.device)
+
+
+class BarberAgakov(VariationalBound):
+    r"""Bounds I by a variational conditional: from below, and with the full joint from above.
+
+    .. math:: E_{p(x, z)}\Bigl[\log \frac{q(z|x)}{p(z)}\Bigr] \le I \le
+        E_{p(x, z)}[\log p(x|z)] - E_{p(x) q(z|x)}\Bigl[\log \frac{p(x, z)}{q(z|x)}\Bigr]
+
+    The gaps are ``E KL(p(z|x) || q(z|x))`` and ``E KL(q(z|x) || p(z|x))``.
+
+    Source: Barber and Agakov (2003); Brekelmans et al. (2022), section 2.
+
+    Args:
+        model: What gives p(z): a Pyro model, a distribution of z or a joint; None for joint
+            samples only, where roles are swapped. The upper bound comes along where the full
+            joint is known.
+        guide: The variational conditional: q(z|x), called with x; with roles swapped q(x|z),
+            called with z.
+        num_particles: Draws of q per pair for the upper bound.
+        data_entropy: H(x) in nats, if known while roles are swapped.
+
+    Raises:
+        ValueError: If ``num_particles`` is below 1.
+
+    Example:
+        >>> prior, guide = dist.Normal(0.0, 1.0), lambda x: dist.Normal(0.0 * x, 1.0)
+        >>> BarberAgakov(prior, guide).estimate(torch.randn(9), torch.randn(9)).lower
+        tensor(0.)
+    """
+
+    requires: ClassVar[Knowledge] = "marginal p(z)"
+    directions: ClassVar[tuple[Direction, ...]] = ("lower", "upper")
+    breaks: ClassVar[str] = "a guide trained on the same pairs"
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Callable[..., Any],
+        num_particles: int = 1,
+        *,
+        data_entropy: float | None = None,
+    ) -> None:
+        super().__init__(model=model, guide=guide, data_entropy=data_entropy)
+        check_particles(num_particles)
+        self.num_particles = num_particles
+
+    @property
+    def num_rows_per_pair(self) -> int:  # noqa: D102
+        return self.num_particles
+
+    def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
+        given, value = (x, z) if self.joint is not None else (z, x)
+        q = self._condition(given)
+        statistics = {"variational": q.log_prob(value) - self._log_marginal(x, z)}
+        full = self.joint is not None and self.joint.knowledge == "full joint p(x, z)"
+        if full and not for_loss:
+            assert self.joint is not None
+            draws, log_q = q.sample(self.num_particles)
+            log_joint = self.joint.log_likelihood(x, draws) + self.joint.log_prior(draws, x)
+            elbo = (log_joint - log_q).mean(dim=0)
+            statistics["upper"] = self.joint.log_likelihood(x, z) - elbo
+        return statistics
+
+    def _assemble(self, statistics: dict[str, Tensor]) -> Values:
+        term = statistics["variational"]
+        upper = statistics.get("upper")
+        return Values(lower=term, upper=upper, terms={"variational": term})
+
+
+class GIWAE(VariationalBound):
+    r"""Bounds I from below by a variational and a contrastive term: generalized IWAE.
+
+    .. math:: E\Bigl[\log \frac{q(z_1|x)}{p(z_1)}\Bigr] +
+        E\Bigl[\log \frac{e^{T(x, z_1)}}{\frac{1}{K} \sum_{k=1}^K e^{T(x, z_k)}}\Bigr] \le I,
+        \qquad z_1 \sim p(z|x), \; z_{2:K} \sim q(z|x)
+
+    It is Barber-Agakov at K = 1, InfoNCE at q(z|x) = p(z), the IWAE lower bound with the best
+    critic ``log p(x, z) / q(z|x) + c(x)``, and tends to IBAL (see :class:`MINEAIS`) as K grows.
+    The contrastive term adds at most ``log K``; with a bad critic it is negative, and the bound
+    falls below Barber-Agakov.
+
+    Source: Brekelmans et al. (2022), GIWAE; App. N for joint samples only.
+
+    Args:
+        model: What gives p(z): a Pyro model, a distribution of z or a joint; None for joint
+            samples only, where roles are swapped and negatives are x.
+        guide: The variational conditional: q(z|x), called with x; with roles swapped q(x|z),
+            called with z. It must be reparameterizable, or frozen.
+        critic: Scores pairs.
+        num_particles: K, the positive included.
+        data_entropy: H(x) in nats, if known while roles are swapped.
+
+    Raises:
+        ValueError: If ``num_particles`` is below 1.
+
+    Example:
+        >>> from pyro_anneal import mi
+        >>> prior, guide = dist.Normal(0.0, 1.0), lambda x: dist.Normal(0.5 * x, 0.8)
+        >>> bound = GIWAE(prior, guide, mi.SeparableCritic(1, 1, [8]), num_particles=4)
+        >>> est = bound.estimate(torch.randn(64), torch.randn(64))
+        >>> torch.allclose(est.lower, est.terms["variational"] + est.terms["contrastive"])
+        True
+    """
+
+    requires: ClassVar[Knowledge] = "marginal p(z)"
+    directions: ClassVar[tuple[Direction, ...]] = ("lower",)
+    breaks: ClassVar[str] = "a guide or critic trained on the same pairs"
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Callable[..., Any],
+        critic: Callable[..., Tensor],
+        num_particles: int = 100,
+        *,
+        data_entropy: float | None = None,
+    ) -> None:
+        super().__init__(model=model, guide=guide, critic=critic, data_entropy=data_entropy)
+        check_particles(num_particles)
+        self.num_particles = num_particles
+
+    @property
+    def num_rows_per_pair(self) -> int:  # noqa: D102
+        return self.num_particles
+
+    def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
+        swapped = self.joint is None
+        given, value = (z, x) if swapped else (x, z)
+        q = self._condition(given)
+        variational = q.log_prob(value) - self._log_marginal(x, z)
+        positive = self._score(x, z)
+        negatives = positive.new_zeros((0, x.shape[0]))
+        if self.num_particles > 1:
+            draws, _ = q.sample(self.num_particles - 1)
+            negatives = self._score_swapped(draws, z) if swapped else self._score(x, draws, 2)
+        return {
+            "variational": variational,
+            "contrastive": contrastive_term(positive, negatives),
+        }
+
+    def _score_swapped(self, draws: Tensor, z: Tensor) -> Tensor:
+        assert self.critic is not None
+        return self.critic(draws.reshape((*draws.shape[:2], -1)), z.reshape(z.shape[0], -1))
+
+    def _assemble(self, statistics: dict[str, Tensor]) -> Values:
+        ceiling = math.log(self.num_particles) if self.num_particles > 1 else None
+        lower = statistics["variational"] + statistics["contrastive"]
+        return Values(lower=lower, terms=dict(statistics), ceiling=ceiling)
+
+
+def check_particles(num_particles: int) -> None:
+    """Raises unless there is at least one particle."""
+    if num_particles < 1:
+        raise ValueError(f"num_particles must be at least 1, got {num_particles}")

@@ -1,0 +1,236 @@
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+from perfect_chains import LinearGaussian, make_run, make_sandwich, simulate
+
+from pyro_anneal.diagnostics import (
+    AnnealingWarning,
+    Diagnostic,
+    check_acceptance,
+    check_agreement,
+    check_certified,
+    check_divergences,
+    check_gap,
+    check_pilot,
+    check_weights,
+    check_zero_weights,
+    diagnose,
+    diagnose_sandwich,
+    diagnose_starts,
+    warn,
+)
+
+S = [1.8, 0.6]
+
+
+@pytest.fixture
+def problem():
+    return simulate(S, (40,))[0]
+
+
+@pytest.fixture
+def run(problem):
+    return make_run(problem, num_chains=16, num_steps=100)
+
+
+def _replaced(run, **changes):
+    return dataclasses.replace(run, **changes)
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 4, 16, 100])
+def test_easy_runs_stay_unflagged(problem, num_chains):
+    assert diagnose(make_run(problem, num_chains=num_chains, num_steps=200)) == ()
+
+
+@pytest.mark.parametrize("batch", [(), (40,), (3, 20)])
+def test_easy_sandwiches_stay_unflagged(batch):
+    assert diagnose_sandwich(make_sandwich(S, batch, num_steps=200)[0]) == ()
+
+
+def test_collapsed_weights(problem):
+    run = make_run(problem, num_chains=16, num_steps=200)
+    log_weights = run.log_weights.clone()
+    log_weights[3, :10] += 20.0
+    finding = check_weights(_replaced(run, log_weights=log_weights))
+    assert finding.name == "ess"
+    assert finding.value == pytest.approx(10 / 40)
+    assert "for 25% of the batch" in finding.message
+    assert "down to 1.0 of 16" in finding.message
+
+
+def test_collapse_in_reverse_is_that_of_the_inverse_weights(problem):
+    run = make_run(problem, num_steps=200, start=problem.draw(1.0, 1)[0])
+    log_weights = run.log_weights.clone()
+    log_weights[3] += 20.0  # a large weight is harmless in reverse
+    assert check_weights(_replaced(run, log_weights=log_weights)) is None
+    log_weights[3] -= 40.0
+    assert check_weights(_replaced(run, log_weights=log_weights)).value == 1.0
+
+
+def test_many_chains_can_collapse_without_one_in_front():
+    log_weights = torch.full((1000,), -30.0)
+    log_weights[:50] = 0.0
+    run = make_run(simulate(S)[0], log_weights=log_weights)
+    assert check_weights(run).value == 1.0  # ESS 50 of 1000
+    assert check_weights(run, min_fraction=0.04) is None
+
+
+@pytest.mark.parametrize(("dead", "severity"), [(1, "info"), (100, "warning")])
+def test_chains_of_zero_weight(run, dead, severity):
+    log_weights = run.log_weights.clone()
+    log_weights.view(-1)[: dead * 5 : 5] = -math.inf
+    finding = check_zero_weights(_replaced(run, log_weights=log_weights))
+    assert (finding.name, finding.severity) == ("zero_weights", severity)
+    assert finding.value == pytest.approx(dead / 640)
+
+
+def test_a_datum_without_any_weight_is_a_warning_at_any_share(run):
+    log_weights = run.log_weights.clone()
+    log_weights[:, 7] = -math.inf
+    finding = check_zero_weights(_replaced(run, log_weights=log_weights))
+    assert finding.severity == "warning"
+    assert "all of them for some data" in finding.message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_undefined_weights(run, value):
+    log_weights = run.log_weights.clone()
+    log_weights[0, 0] = value
+    finding = check_zero_weights(_replaced(run, log_weights=log_weights))
+    assert (finding.name, finding.severity) == ("undefined_weights", "warning")
+    assert finding.value == pytest.approx(1 / 640)
+
+
+@pytest.mark.parametrize("low", [0.02, math.nan])
+def test_chains_that_do_not_move(run, low):
+    accept_prob = run.accept_prob.clone()
+    accept_prob[:9] = low
+    assert check_acceptance(_replaced(run, accept_prob=accept_prob)) is None  # 9 of 99
+    accept_prob[:20] = low
+    finding = check_acceptance(_replaced(run, accept_prob=accept_prob))
+    assert finding.value == pytest.approx(20 / 99)
+    assert "between 0.01 and 0.2" in finding.message
+
+
+def test_divergences(run):
+    num_diverging = torch.zeros(99, dtype=torch.long)
+    num_diverging[5] = 600  # of 16 * 40 * 99 = 63360 transitions
+    assert check_divergences(_replaced(run, num_diverging=num_diverging)) is None
+    num_diverging[6] = 600
+    finding = check_divergences(_replaced(run, num_diverging=num_diverging))
+    assert finding.value == pytest.approx(1200 / 63360)
+
+
+def test_pilot_that_saw_other_regions(run):
+    # a pilot whose acceptance ramps from 0.75 to 0.15, seen by a run at 0.75 throughout:
+    # the ramp leaves the tolerance of 0.25 at beta = 0.25 / 0.6
+    pilot = dataclasses.replace(
+        run.pilot, betas=torch.tensor([0.0, 1.0]), accept_prob=torch.tensor([0.75, 0.15])
+    )
+    finding = check_pilot(_replaced(run, pilot=pilot))
+    betas = run.betas[1:-1]
+    assert finding.value == pytest.approx((betas > 0.25 / 0.6).double().mean().item())
+    assert check_pilot(_replaced(run, pilot=pilot), tolerance=0.6) is None
+    assert check_pilot(_replaced(run, pilot=None)) is None
+
+
+def test_one_step_has_no_transitions_to_judge(problem):
+    run = make_run(problem, num_chains=4, num_steps=1)
+    assert check_acceptance(run) is check_divergences(run) is check_pilot(run) is None
+
+
+def test_uncertified_reverse_run(problem):
+    run = make_run(problem, start=problem.draw(1.0, 1)[0])
+    assert check_certified(run) is None
+    finding = check_certified(_replaced(run, certified=False))
+    assert finding.severity == "info"
+    assert "certified=False" in finding.message
+
+
+def test_wide_gap():
+    sandwich, _ = make_sandwich([6.0, 2.0], (40,), num_chains=2, num_steps=4)
+    finding = check_gap(sandwich)
+    assert finding.value == pytest.approx(sandwich.gap.mean().item())
+    assert finding.value > 1.0
+    assert check_gap(sandwich, tolerance=finding.value + 0.1) is None
+    assert "gap" in {d.name for d in diagnose_sandwich(sandwich)}
+
+
+def test_crossed_bounds_of_one_pair():
+    sandwich, _ = make_sandwich(S)
+    threshold = 2 * math.log(2e6)
+
+    def crossing(by):
+        reverse = sandwich.reverse
+        shift = -sandwich.gap - by
+        return dataclasses.replace(
+            sandwich, reverse=_replaced(reverse, log_weights=reverse.log_weights + shift)
+        )
+
+    assert check_agreement(crossing(threshold - 0.1)) is None  # chance cannot be excluded
+    finding = check_agreement(crossing(threshold + 0.1))
+    assert finding.value == pytest.approx(threshold + 0.1)
+
+
+def test_crossed_bounds_on_average():
+    # half a nat for every one of 400 pairs is no chance, though no single pair is suspect
+    sandwich, _ = make_sandwich(S, (400,), num_steps=100)
+    assert check_agreement(sandwich) is None
+    reverse = _replaced(sandwich.reverse, log_weights=sandwich.reverse.log_weights - 0.5)
+    finding = check_agreement(dataclasses.replace(sandwich, reverse=reverse))
+    assert finding.severity == "warning"
+    assert finding.value < 5.0
+
+
+def test_starts_that_disagree():
+    problem = LinearGaussian(torch.tensor(S), torch.tensor([2.4, -0.7]))
+    run, other = make_run(problem, 500, 50), make_run(problem, 500, 50)
+    assert diagnose_starts(run, other) is None
+    # a base that found one of two equal modes: flawless weights, log 2 too few
+    missed = _replaced(run, log_weights=run.log_weights - math.log(2.0))
+    assert diagnose(missed) == ()
+    finding = diagnose_starts(missed, other)
+    assert (finding.name, finding.severity) == ("starts", "warning")
+    assert "starting from the prior finds" in finding.message
+    assert finding.value == pytest.approx(-math.log(2.0), abs=0.1)
+    # the other way round the run in question is the better one
+    finding = diagnose_starts(other, missed)
+    assert finding.severity == "info"
+    assert "starting from the guide finds" in finding.message
+
+
+def test_starts_that_differ_by_noise_agree():
+    problem = LinearGaussian(torch.tensor([3.0, 1.0]), torch.tensor([2.4, -0.7]))
+    flagged = 0
+    for _ in range(30):
+        run, other = make_run(problem, 20, 5), make_run(problem, 20, 5)
+        flagged += diagnose_starts(run, other) is not None
+    assert flagged == 0
+
+
+def test_warnings_are_given_once_per_kind():
+    def finding(name, severity="warning", message="m"):
+        return Diagnostic(name=name, severity=severity, message=message, value=0.0)
+
+    with pytest.warns(AnnealingWarning) as caught:
+        warn([finding("ess"), finding("gap"), finding("ess"), finding("x", "info")])
+    assert len(caught) == 2
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn([finding("x", "info")])
+
+
+def test_a_sandwich_names_each_kind_once():
+    sandwich, _ = make_sandwich(S, (10,), num_steps=200)
+    low = torch.full((199,), 0.01)
+    both = dataclasses.replace(
+        sandwich,
+        forward=_replaced(sandwich.forward, accept_prob=low),
+        reverse=_replaced(sandwich.reverse, accept_prob=low, certified=False),
+    )
+    names = [d.name for d in diagnose_sandwich(both)]
+    assert sorted(names) == ["acceptance", "pilot", "uncertified"]

@@ -1,0 +1,75 @@
+"""Every kind of Pyro model: the density of u by quadrature, its gradient, and the evidence."""
+
+import math
+
+import pytest
+import torch
+from problems import PROBLEMS
+
+from pyro_anneal import AnnealedImportance
+from pyro_anneal.densities import ModelDensity, PathDensity, PriorBase
+from pyro_anneal.problem import prepare
+from pyro_anneal.sites import inspect_model
+
+by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+
+
+def prepared(problem, guide=None, **options):
+    arguments = (problem.args, problem.kwargs)
+    options = {"num_chains": 8, "batch_plates": "auto", "compile": False, "seed": 0} | options
+    return prepare(problem.model, guide, arguments, arguments, **options)
+
+
+def grid(dim, half_width, count):
+    """Points of the trapezoidal rule on a cube, ``[count ** dim, dim]``, and the log volume."""
+    axis = torch.linspace(-half_width, half_width, count)
+    points = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+    return points, dim * math.log(2 * half_width / (count - 1))
+
+
+def integrate(density, layout, half_width, count):
+    """Integrates base and target over u by the trapezoidal rule, to logs of shape ``batch``."""
+    points, log_volume = grid(layout.dim, half_width, count)
+    batch = layout.batch_shape
+    base, target = [], []
+    for part in points.split(50_000):
+        position = part.reshape(-1, *[1] * len(batch), layout.dim).expand(-1, *batch, -1)
+        with torch.no_grad():
+            state = density(position.contiguous())
+        base.append(state.log_base)
+        target.append(state.log_target)
+    return tuple(torch.cat(v).logsumexp(0) + log_volume for v in (base, target))
+
+
+# The trapezoidal rule converges geometrically for these analytic integrands on the line.
+RULES = {1: (60.0, 6001), 2: (36.0, 481), 3: (8.0, 61), 4: (7.0, 25)}
+
+
+@by_name
+def test_evidence_is_the_integral_over_u(problem):
+    made = prepared(problem)
+    layout = made.layout
+    assert layout.dim == problem.dim
+    assert tuple(layout.batch_shape) == problem.batch
+    log_prior, log_evidence = integrate(made.density, layout, *RULES[layout.dim])
+    truth = torch.as_tensor(problem.truth)
+    tolerance = 1e-7 if layout.dim <= 2 else 2e-4
+    torch.testing.assert_close(layout.scale * log_evidence, truth, rtol=0, atol=tolerance)
+    torch.testing.assert_close(log_prior, torch.zeros_like(truth), rtol=0, atol=tolerance)
+
+
+@by_name
+def test_gradient_matches_finite_differences(problem):
+    made = prepared(problem)
+    layout = made.layout
+    torch.manual_seed(1)
+    position = 0.7 * torch.randn(1, *layout.batch_shape, layout.dim)
+    state = made.density(position)
+    width = 1e-5
+    for axis in range(layout.dim):
+        shift = torch.zeros(layout.dim)
+        shift[axis] = width
+        up, down = made.function(position[0] + shift), made.function(position[0] - shift)
+        for grad, a, b in zip((state.grad_base, state.grad_target), up, down, strict=True):
+            slope = (a - b) / (2 * width)
+            torch.testing.assert_close(grad[0, ..., axis], slope, rtol=1e-6, atol=1e-6)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from .compilation import compile_graph, compiler_problem
-from .graphs import LINALG_ERROR, Impure, Outputs, Trace, batch, evaluate_or_nan, split, trace
+from .graph_passes import Impure
+from .graphs import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .kernels import State
 from .purity import check_pure, undisturbed, user_line
 
@@ -34,16 +35,17 @@ _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 class _Evaluator:
     """One graph, split into the part per run and the part per evaluation."""
 
-    def __init__(self, graph: fx.GraphModule, constants: Sequence[Tensor]) -> None:
-        self.prologue, self.body = split(graph)
+    def __init__(self, traced: Trace, constants: Sequence[Tensor]) -> None:
+        self.prologue, self.body = split(traced.graph)
         self.run: Callable[..., Outputs] = self.body
+        self.own = traced.constants[len(constants) :]  # made by the passes, never rebound
         self.values: list[Tensor] = []
         self.refresh(constants)
 
     def refresh(self, constants: Sequence[Tensor]) -> None:
         """Evaluates what does not depend on the position."""
         with torch.no_grad():
-            values = list(self.prologue(*(constant.detach() for constant in constants)))
+            values = list(self.prologue(*(c.detach() for c in (*constants, *self.own))))
         if self.values:
             for old, new in zip(self.values, values, strict=True):
                 if old.shape != new.shape:
@@ -225,17 +227,17 @@ class CapturedDensity:
         key = None if self._looped else num_chains
         if key in self._evaluators:
             return self._evaluators[key]
-        graph = self._trace.graph
+        traced = self._trace
         constants = [constant.detach() for constant in self._constants]
         if key is not None:
             try:
                 position = self.example.expand(num_chains, *self.example.shape).contiguous()
-                graph = batch(graph, position, constants)
+                traced = batch(traced.graph, position, constants)
             except Exception as error:  # noqa: BLE001 - whatever vmap does not know
                 self._looped = True
                 self.reason = f"the graph does not vectorize over chains ({_summary(error)})"
                 return self._evaluator(num_chains)
-        evaluator = _Evaluator(graph, constants)
+        evaluator = _Evaluator(traced, constants)
         if self._compile and key is not None:
             try:
                 evaluator.run = compile_graph(evaluator.body, [position, *evaluator.values])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,9 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
     )
     if key not in _COMPILED:
         with torch.no_grad():
-            compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+            # Straight to inductor: dynamo has nothing to find in a flat graph, and its guards
+            # would cost more per call than a small model.
+            compiled = torch._inductor.compile(copy.deepcopy(graph), list(inputs))
             compiled(*inputs)
         _COMPILED[key] = compiled
         if len(_COMPILED) > _CAPACITY:

@@ -16,7 +16,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .graphs import Impure, Outputs, evaluate_or_nan, is_random
+from .graph_passes import Impure, is_random
+from .graphs import Outputs, evaluate_or_nan
 
 __all__ = ["check_pure", "undisturbed", "user_line"]
 
@@ -148,8 +149,8 @@ class _RandomOperations(TorchDispatchMode):
     """Notes the first random operation and the line of user code that made it."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.culprit = ""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.culprit: str = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -183,4 +184,4 @@ def _random_culprit(function: LogDensities, position: Tensor) -> str:
             handle.remove()
     if culprits:
         return f" in {qualified(culprits[0], called)}"
-    return operations.culprit
+    return str(operations.culprit)

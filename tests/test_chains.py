@@ -358,7 +358,7 @@ def test_trapezoids_follow_the_closed_form_curve(direction):
 
 def test_trapezoids_converge_to_the_evidence():
     density = lopsided()
-    path = constant_path(Power(1.5)(1500), HMC(2), 0.7, torch.zeros(2))
+    path = constant_path(Power(1.5)(700), HMC(2), 0.7, torch.zeros(2))
     carry, _ = anneal(density, path, density.draw_base(300))
     std_error = float(carry.integral.std()) / math.sqrt(300)
     assert std_error < 0.01

@@ -160,7 +160,7 @@ def single(density, path, direction, position=None):
 
 def test_step_size_adapted_inside_the_run_is_caught():
     density = lopsided()
-    table = TuningTable.constant(1.0, density.draw_base(35_000))
+    table = TuningTable.constant(1.0, density.draw_base(70_000))
     assert abs(single(density, Path(Linear()(40), AdaptingHMC(1), table), "forward")) > 5.0
     assert abs(single(density, Path(Linear()(40), HMC(1), table), "forward")) <= 5.0
 

@@ -269,13 +269,14 @@ class CapturedDensity:
         """Describes the largest difference between graph and model beyond rounding."""
         graph = self._graph_outputs(positions)
         model = _stacked([evaluate_or_nan(function, chain) for chain in positions])
-        if _worst(graph, model) is None:
-            return None
-        # A cancellation amplifies rounding: what half an ulp of the position does is no error.
+        # Log densities may have a wider type than the position, but no more digits.
         eps = torch.finfo(positions.dtype).eps
+        if _worst(graph, model, eps) is None:
+            return None
+        # A cancellation amplifies rounding: what a few ulps of the position do is no error.
         moved = [evaluate_or_nan(function, chain * (1.0 + 4.0 * eps)) for chain in positions]
         noise = [(a - b).abs().nan_to_num() for a, b in zip(_stacked(moved), model, strict=True)]
-        return _worst(graph, model, noise)
+        return _worst(graph, model, eps, noise)
 
     def _graph_outputs(self, positions: Tensor) -> Outputs:
         """Evaluates N positions by a graph of K chains, repeating positions to fill it."""
@@ -383,7 +384,9 @@ def _stacked(chains: Sequence[Outputs]) -> Outputs:
     return log_base, log_target, grad_base, grad_target
 
 
-def _worst(graph: Outputs, model: Outputs, noise: Sequence[Tensor] | None = None) -> str | None:
+def _worst(
+    graph: Outputs, model: Outputs, eps: float, noise: Sequence[Tensor] | None = None
+) -> str | None:
     """Describes the worst difference that is more than rounding, relative to the largest value.
 
     Where a log density is not finite in both (a rejection), its gradient does not matter.
@@ -394,7 +397,7 @@ def _worst(graph: Outputs, model: Outputs, noise: Sequence[Tensor] | None = None
             defined = defined.unsqueeze(-1).expand_as(ours)
         scale = theirs.abs().nan_to_num(posinf=0.0)
         scale = scale.amax(-1, keepdim=True) if at >= 2 else scale
-        allowed = torch.finfo(ours.dtype).eps ** (1 / 3) * (1.0 + scale)
+        allowed = max(eps, torch.finfo(ours.dtype).eps) ** (1 / 3) * (1.0 + scale)
         if noise is not None:
             allowed = allowed + 16.0 * noise[at]
         both = ours.isfinite() == theirs.isfinite()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
         torch.get_num_threads(),
     )
     if key not in _COMPILED:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
             # Straight to inductor: dynamo has nothing to find in a flat graph, and its guards
             # would cost more per call than a small model.
             compiled = torch._inductor.compile(copy.deepcopy(graph), list(inputs))

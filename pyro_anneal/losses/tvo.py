@@ -283,6 +283,9 @@ class TVO(ParticleELBO):
         self.gradient = gradient
         self.correction: Correction = correction
 
+    def _is_linear(self) -> bool:
+        return self._betas is not None and len(self._betas) == 2 and self.integration == "left"
+
     def betas(self, log_weights: Tensor) -> Tensor:
         """Returns the betas used at these log-weights, ``[S, *batch]``, as a tensor ``[K + 1]``."""
         if self._moments is not None:

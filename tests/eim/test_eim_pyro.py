@@ -12,7 +12,9 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_anneal import AnnealedImportance
 from pyro_anneal.eim import HIS, LARS, SNIS, TRS, Leapfrog, MovingAverageNormalizer
+from pyro_anneal.losses import IWAE
 
 
 class Net(nn.Module):
@@ -273,9 +275,6 @@ def evidence_truth(num_samples, prior_energy, observation):
 
 
 def test_extended_site_makes_the_prior_exact_in_a_model():
-    def prior_energy(z):
-        return -2.0 * z + torch.sin(3.0 * z)
-
     def model():
         with pyro.plate("data", 5000):
             pool = pyro.sample("pool", SNIS(dist.Normal(0.0, 1.0), prior_energy, 2).extended())
@@ -292,6 +291,85 @@ def test_extended_site_makes_the_prior_exact_in_a_model():
     for _ in range(150):
         loss = svi.step() / 5000
     assert truth - 0.2 < -loss < truth + 0.02
+
+
+@pytest.mark.parametrize("name", ["snis", "trs"])
+def test_losses_stay_lower_bounds_with_a_stochastic_prior(name):
+    rows, base = 4000, dist.Normal(0.0, 1.0)
+    prior = {
+        "snis": SNIS(base, prior_energy, 2),
+        "trs": TRS(base, lambda z: nn.functional.logsigmoid(-prior_energy(z)), 2),
+    }[name]
+    grid = GRID[::8]
+    joint = prior.extended().log_prob(torch.cartesian_prod(grid, grid)).exp()
+    mass = joint.reshape(len(grid), len(grid)).sum(1) * (STEP * 8) ** 2
+    truth = (dist.Normal(grid, 0.5).log_prob(torch.tensor(0.9)).exp() * mass).sum().log()
+
+    def model():
+        with pyro.plate("data", rows):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(0.9).expand(rows))
+
+    def guide():
+        with pyro.plate("data", rows):
+            pyro.sample("z", dist.Normal(1.0, 0.6))
+
+    bounds = []
+    for num_particles in (1, 8):
+        bound = -IWAE(num_particles, max_plate_nesting=1).loss(model, guide) / rows
+        bounds.append(bound)
+    guide_trace = pyro.poutine.trace(guide).get_trace()
+    replayed = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace()
+    replayed.compute_log_prob()
+    guide_trace.compute_log_prob()
+    log_weights = sum(replayed.nodes[site]["log_prob"] for site in ("z", "x"))
+    log_weights = log_weights - guide_trace.nodes["z"]["log_prob"]
+    assert_mean(log_weights.exp(), truth.exp())  # an unbiased weight, as with an exact prior
+    error = (log_weights.std() / math.sqrt(rows)).item()
+    assert bounds[0] == pytest.approx(log_weights.mean().item(), abs=8.0 * error)
+    assert bounds[0] + 5.0 * error < bounds[1] < truth + 5.0 * error
+    assert bounds[1] > truth - 0.1
+
+
+def prior_energy(z):
+    return -2.0 * z + torch.sin(3.0 * z)
+
+
+@pytest.mark.parametrize(
+    "name", ["snis", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trs", "his"))]
+)
+def test_annealing_takes_the_extended_site_and_refuses_the_stochastic_one(name):
+    base = dist.Normal(0.0, 1.0)
+    prior = {
+        "snis": SNIS(base, prior_energy, 2),
+        "trs": TRS(base, lambda z: nn.functional.logsigmoid(-prior_energy(z)), 2),
+        "his": HIS(base, prior_energy, 2, step_size=0.3),
+    }[name]
+    observed = torch.tensor([0.9, -0.6, 2.0])
+
+    def stochastic():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=observed)
+
+    def exact():
+        with pyro.plate("data", 3):
+            pool = pyro.sample("pool", prior.extended())
+            pyro.sample("x", dist.Normal(pool[..., 0], 0.5), obs=observed)
+
+    options = {"num_chains": 100, "num_steps": 8, "seed": 0, "progress_bar": False}
+    with pytest.raises(ValueError, match="draws random numbers"):
+        AnnealedImportance(stochastic, compile=False, **options).run()
+    evidence = AnnealedImportance(exact, compile=False, **options).run()
+    grid = GRID[::8]
+    joint = prior.extended().log_prob(torch.cartesian_prod(grid, grid)).exp()
+    mass = joint.reshape(len(grid), len(grid)).sum(1) * (STEP * 8) ** 2  # of slot 0
+    truth = (dist.Normal(grid, 0.5).log_prob(observed.unsqueeze(-1)).exp() * mass).sum(-1)
+    if name == "snis":
+        expected = [evidence_truth(2, prior_energy, x.item()) for x in observed]
+        torch.testing.assert_close(truth.log(), torch.tensor(expected), atol=1e-7, rtol=0)
+    assert_mean(evidence.log_weights.exp(), truth)
+    assert (evidence.lower - truth.log()).abs().max() < 0.3
 
 
 def test_pyro_call_and_condition():

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
@@ -198,6 +200,17 @@ def evaluate_or_nan(function: LogDensities, position: Tensor, *, strict: bool = 
     return nan, nan, zero, zero
 
 
+def _flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """Records aten operations with make_fx, under one fake mode.
+
+    make_fx describes every value by a fake tensor and, where it finds no fake mode, makes a new one
+    for each: most of the time of a recording.
+    """
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with tracing(context):
+        return make_fx(function)(*inputs)
+
+
 def trace(function: LogDensities, position: Tensor) -> Trace:
     """Records :func:`evaluate` as a functional graph whose every constant is an input.
 
@@ -219,11 +232,12 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
         with _Recording(leaf):
             return evaluate(function, leaf)
 
-    graph = make_fx(recorded)(position)
+    graph = _flat_graph(recorded, position)
     constants = lift_constants(graph)
     inputs = [position, *(constant.detach() for constant in constants)]
     if any(is_mutable(node) for node in graph.graph.nodes):
-        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*inputs)
+        functional = torch.func.functionalize(graph, remove="mutations")
+        graph = _flat_graph(functional, *inputs)
         constants += lift_constants(graph)
     refuse_impurities(graph)
     ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
@@ -256,7 +270,7 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
     with torch.no_grad(), warnings.catch_warnings():
         # A missing batching rule only means one operation per chain, unrolled into the graph.
         warnings.simplefilter("ignore")
-        batched = make_fx(chains)(position, *constants)
+        batched = _flat_graph(chains, position, *constants)
         constants = [*constants, *lift_constants(batched)]
         ShapeProp(batched).propagate(position, *constants)
     return Trace(simplify(batched), constants)

@@ -23,13 +23,12 @@ from .compilation import compile_graph, compiler_problem
 from .graph_passes import Impure
 from .graphs import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .kernels import State
-from .purity import check_pure, undisturbed, user_line
+from .purity import check_pure, undisturbed, user_line, worst_difference
 
 __all__ = ["CapturedDensity", "capture"]
 
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 Mode = Literal["compiled", "graph", "graph-loop", "eager"]
-_NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 
 class _Evaluator:
@@ -271,12 +270,12 @@ class CapturedDensity:
         model = _stacked([evaluate_or_nan(function, chain) for chain in positions])
         # Log densities may have a wider type than the position, but no more digits.
         eps = torch.finfo(positions.dtype).eps
-        if _worst(graph, model, eps) is None:
+        if worst_difference(graph, model, eps) is None:
             return None
         # A cancellation amplifies rounding: what a few ulps of the position do is no error.
         moved = [evaluate_or_nan(function, chain * (1.0 + 4.0 * eps)) for chain in positions]
         noise = [(a - b).abs().nan_to_num() for a, b in zip(_stacked(moved), model, strict=True)]
-        return _worst(graph, model, eps, noise)
+        return worst_difference(graph, model, eps, noise)
 
     def _graph_outputs(self, positions: Tensor) -> Outputs:
         """Evaluates N positions by a graph of K chains, repeating positions to fill it."""
@@ -382,31 +381,6 @@ def _stacked(chains: Sequence[Outputs]) -> Outputs:
         torch.stack(parts) for parts in zip(*chains, strict=True)
     )
     return log_base, log_target, grad_base, grad_target
-
-
-def _worst(
-    graph: Outputs, model: Outputs, eps: float, noise: Sequence[Tensor] | None = None
-) -> str | None:
-    """Describes the worst difference that is more than rounding, relative to the largest value.
-
-    Where a log density is not finite in both (a rejection), its gradient does not matter.
-    """
-    for at, (name, ours, theirs) in enumerate(zip(_NAMES, graph, model, strict=True)):
-        defined = graph[at % 2].isfinite() | model[at % 2].isfinite()
-        if at >= 2:
-            defined = defined.unsqueeze(-1).expand_as(ours)
-        scale = theirs.abs().nan_to_num(posinf=0.0)
-        scale = scale.amax(-1, keepdim=True) if at >= 2 else scale
-        allowed = max(eps, torch.finfo(ours.dtype).eps) ** (1 / 3) * (1.0 + scale)
-        if noise is not None:
-            allowed = allowed + 16.0 * noise[at]
-        both = ours.isfinite() == theirs.isfinite()
-        close = torch.where(ours.isfinite(), (ours - theirs).abs() <= allowed, True)
-        wrong = defined & ~(both & close)
-        if bool(wrong.any()):
-            first = tuple(int(i) for i in wrong.nonzero()[0])
-            return f"{name} is {float(ours[first]):.6g}, the model says {float(theirs[first]):.6g}"
-    return None
 
 
 def _summary(error: Exception) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -19,9 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .graph_passes import Impure, is_random
 from .graphs import Outputs, evaluate_or_nan
 
-__all__ = ["check_pure", "undisturbed", "user_line"]
+__all__ = ["check_pure", "undisturbed", "user_line", "worst_difference"]
+
+# Frames inside these are not the user's.
+_LIBRARIES = [Path(str(module.__file__)).parent for module in (torch, pyro)]
+_LIBRARIES += [Path(__file__).parent, Path(contextlib.__file__), Path(functools.__file__)]
 
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
+_NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 
 @contextmanager
@@ -86,11 +94,35 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
 def user_line(frames: traceback.StackSummary) -> str:
     """Formats the innermost line outside of torch, Pyro and this package, or an empty string."""
     for frame in reversed(frames):
-        parts = frame.filename.replace("\\", "/").split("/")
-        inside = {"torch", "pyro", "pyro_anneal", "contextlib.py", "functools.py"} & set(parts)
-        if not inside or "tests" in parts:
-            return f" at {parts[-1]}:{frame.lineno} ({(frame.line or '').strip()})"
+        path = Path(frame.filename)
+        if not any(path.is_relative_to(folder) for folder in _LIBRARIES):
+            return f" at {path.name}:{frame.lineno} ({(frame.line or '').strip()})"
     return ""
+
+
+def worst_difference(
+    graph: Outputs, model: Outputs, eps: float, noise: Sequence[Tensor] | None = None
+) -> str | None:
+    """Describes the worst difference that is more than rounding, relative to the largest value.
+
+    Where a log density is not finite in both (a rejection), its gradient does not matter.
+    """
+    for at, (name, ours, theirs) in enumerate(zip(_NAMES, graph, model, strict=True)):
+        defined = graph[at % 2].isfinite() | model[at % 2].isfinite()
+        if at >= 2:
+            defined = defined.unsqueeze(-1).expand_as(ours)
+        scale = theirs.abs().nan_to_num(posinf=0.0)
+        scale = scale.amax(-1, keepdim=True) if at >= 2 else scale
+        allowed = max(eps, torch.finfo(ours.dtype).eps) ** (1 / 3) * (1.0 + scale)
+        if noise is not None:
+            allowed = allowed + 16.0 * noise[at]
+        both = ours.isfinite() == theirs.isfinite()
+        close = torch.where(ours.isfinite(), (ours - theirs).abs() <= allowed, True)
+        wrong = defined & ~(both & close)
+        if bool(wrong.any()):
+            first = tuple(int(i) for i in wrong.nonzero()[0])
+            return f"{name} is {float(ours[first]):.6g}, the model says {float(theirs[first]):.6g}"
+    return None
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

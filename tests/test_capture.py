@@ -180,6 +180,11 @@ def sequential(u):
     return standard(u), total
 
 
+def logistic(u):
+    """A fused derivative that does not broadcast its seed over chains."""
+    return standard(u), nn.functional.logsigmoid(u).sum()
+
+
 def double_gradient(u):
     """A density that itself differentiates, as a learned sampler's does."""
     v = u.clone()
@@ -251,6 +256,7 @@ def test_rows_of_a_plate_have_their_own_gradient():
         (by_mask, by_mask_truth),
         (constant_base, lambda u: -u.square().sum() * u.cos().prod()),
         (sequential, lambda u: -(torch.tensor([1.0, 2.0, 3.0]) * u**2 + u).sum()),
+        (logistic, lambda u: -torch.log1p(torch.exp(-u)).sum()),
         (double_gradient, lambda u: -16 * (u**6).sum()),
     ],
 )

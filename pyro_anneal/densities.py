@@ -332,14 +332,6 @@ class GuideBase:
                 f"the guide samples auxiliary sites {unknown}, which its density would have to "
                 'integrate out; use a guide without them, or guide="auto"'
             )
-        for site in layout.sites:
-            name = site.name
-            shape = trace.nodes[name]["value"].shape
-            if shape != site.value_shape:
-                raise ValueError(
-                    f'at site "{name}" the guide draws shape {list(shape)}, the model expects '
-                    f"{list(site.value_shape)}; give the guide the model's plates and event shape"
-                )
         for name in self._direct:
             if isinstance(base_distribution(trace.nodes[name]["fn"]), dist.Delta):
                 raise ValueError(

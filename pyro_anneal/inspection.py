@@ -303,7 +303,27 @@ def _trace_pair(
     if guide is None:
         return _trace(model, model_args), None
     guide_trace = _trace(guide, guide_args)
-    return _trace(poutine.replay(model, trace=guide_trace), model_args), guide_trace
+    try:
+        trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
+    except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
+        _check_value_shapes(_trace(model, model_args), guide_trace)
+        raise
+    _check_value_shapes(trace, guide_trace)
+    return trace, guide_trace
+
+
+def _check_value_shapes(model_trace: Any, guide_trace: Any) -> None:
+    """Checks that the guide's values have the shapes that the model's distributions give."""
+    for name, site in latent_sites(model_trace).items():
+        if name not in guide_trace.nodes:
+            continue
+        shape = guide_trace.nodes[name]["value"].shape
+        expected = site["fn"].batch_shape + site["fn"].event_shape
+        if shape != expected:
+            raise ValueError(
+                f'at site "{name}" the guide draws shape {list(shape)}, the model expects '
+                f"{list(expected)}; give the guide the model's plates and event shape"
+            )
 
 
 def inspect_model(

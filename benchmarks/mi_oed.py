@@ -129,7 +129,9 @@ def ours(design: Tensor, args: argparse.Namespace) -> dict[str, mi.MutualInforma
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ceiling")
-        return {name: bound.estimate(*joint.sample(args.num_pairs)) for name, bound in bounds.items()}
+        return {
+            name: bound.estimate(*joint.sample(args.num_pairs)) for name, bound in bounds.items()
+        }
 
 
 def main() -> None:

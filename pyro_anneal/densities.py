@@ -98,11 +98,12 @@ class _Substitute(Messenger):  # type: ignore[misc]
         u = self.given[name]
         transform = biject_to(fn.support)
         value: Tensor = transform(u)
-        if value.shape != transform.forward_shape(u.shape):
+        batch_shape = u.shape[: u.dim() - transform.domain.event_dim]
+        if value.shape[: value.dim() - transform.codomain.event_dim] != batch_shape:
             raise ValueError(
-                f'at site "{name}" the value has shape {list(value.shape)}, expected '
-                f"{list(transform.forward_shape(u.shape))}: its support depends on an enumerated "
-                "site; make the support the same for all values of that site"
+                f'at site "{name}" the value has shape {list(value.shape)} for unconstrained '
+                f"values of shape {list(u.shape)}: its support depends on an enumerated site; make "
+                "the support the same for all values of that site"
             )
         log_det = transform.log_abs_det_jacobian(u, value)
         self.log_det[name] = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
@@ -165,7 +166,7 @@ class ModelDensity:
         absent = [n for n in unconstrained if n not in latents]
         if unknown or absent:
             raise ValueError(
-                "the model's latent sites depend on their values: "
+                "the model's sites depend on the values of its latents: "
                 f"{unknown + absent} appear in some runs only; use a model of fixed structure"
             )
         trace.compute_log_prob()

@@ -8,7 +8,7 @@ import warnings
 from torch import Tensor
 
 from . import __version__
-from .demo import DemoOutcome, run_demo
+from .demo import DemoOutcome, plot_demo, run_demo
 from .diagnostics import AnnealingWarning
 
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", default="demo.png", help="picture to write (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=int, default=150, help="training epochs (default: 150)")
+    parser.add_argument("--epochs", type=int, default=60, help="training epochs (default: 60)")
     parser.add_argument(
         "--num-steps", type=int, default=500, help="annealing steps T (default: 500)"
     )
@@ -72,8 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(format_outcome(outcome))
     for found in (*outcome.sandwich.diagnostics, *outcome.held_out.diagnostics):
         print(f"note: {found.message}")
-    from .plotting import plot_demo
-
     plot_demo(outcome).savefig(options.output, dpi=150)
     print(f"wrote {options.output} after {outcome.seconds:.0f} s")
 

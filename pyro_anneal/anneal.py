@@ -327,7 +327,11 @@ class AnnealedImportance:
             before = problem.density.num_evaluations
             state = problem.density(position)
             problem.check_start(state)
+            problem.density.check(position[:1].nan_to_num())
         carry, statistics = self._anneal(frozen, state, "forward", stream)
+        # A density that froze something, or changed under way, shows at one end or the other.
+        ends = torch.cat([position[:1], carry.state.position[:1]]).nan_to_num()
+        problem.density.check(ends)
         run = self._result(
             frozen, carry, statistics, "forward", time.perf_counter() - began, before
         )

@@ -12,7 +12,7 @@ Energy-Based Bounds*.
 
 from .annealed import AIS
 from .base import Bound
-from .critics import ConcatCritic, Critic, SeparableCritic, pairwise_scores
+from .critics import ConcatCritic, Critic, RelativeCritic, SeparableCritic, pairwise_scores
 from .importance import IWAE, RIWAE, StructuredInfoNCE
 from .joints import DistributionJoint, Joint, PyroJoint
 from .mine_ais import MINEAIS
@@ -38,6 +38,7 @@ __all__ = [
     "Joint",
     "MutualInformationEstimate",
     "PyroJoint",
+    "RelativeCritic",
     "SeparableCritic",
     "StructuredInfoNCE",
     "pairwise_scores",

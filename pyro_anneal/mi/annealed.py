@@ -50,6 +50,7 @@ class AIS(Bound):
         schedule: ``"adaptive"`` from a pilot, a schedule such as ``Linear()``, or betas.
         step_size: Fixed step size at all betas in place of the pilot's.
         pilot: Settings of the pilot, which runs once per batch of pairs.
+        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
 
     Raises:
         ValueError: If the full joint is not known, a number is below 1, or ``"IR"`` is asked for
@@ -82,6 +83,7 @@ class AIS(Bound):
         schedule: str | Schedule | Tensor = "adaptive",
         step_size: float | None = None,
         pilot: Pilot | None = None,
+        compile: bool | str = "auto",
     ) -> None:
         super().__init__(model=model, guide=guide)
         self.annealer = Annealer(
@@ -91,6 +93,7 @@ class AIS(Bound):
             schedule=schedule,
             pilot=Pilot() if pilot is None else pilot,
             step_size=step_size,
+            compile=compile,
         )
         for kind in (lower, upper):
             if kind not in ("IM", "CR", "IR", "single"):

@@ -6,21 +6,29 @@ are functions of tensors. The pilot sees x and draws of the base, never the z of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
 from .. import bounds
+from ..capture import capture
 from ..chains import Path, TuningTable, run_chains, seeded_generator
-from ..kernels import Kernel, State
+from ..kernels import Density, Kernel, State
 from ..pilot import Pilot, adaptive_betas, run_pilot
 from ..schedules import Schedule, as_betas
 from .bijections import Bijection
 
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
+
+# Gradients of a run above which recording the density as a graph repays its second or so, and
+# above which compiling it repays its ten.
+_CAPTURE_ABOVE = 500
+_COMPILE_ABOVE = 20_000
 
 
 class PairDensity:
@@ -40,13 +48,20 @@ class PairDensity:
 
     def __call__(self, position: Tensor) -> State:
         """Evaluates ``u [K, N, D]``."""
-        with torch.enable_grad():
+        with torch.enable_grad(), pyro.validation_enabled(False):
             u = position.detach().requires_grad_()
             z, log_det = self.bijection.constrain(u)
             log_base, log_target = (value + log_det for value in self.log_densities(z))
             grad_base = torch.autograd.grad(log_base.sum(), u, retain_graph=True)[0]
             grad_target = torch.autograd.grad(log_target.sum(), u)[0]
         return State(position, log_base.detach(), log_target.detach(), grad_base, grad_target)
+
+    def one_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluates base and target of one chain, ``u [N, D]`` to ``[N]`` each."""
+        with pyro.validation_enabled(False):
+            z, log_det = self.bijection.constrain(position.unsqueeze(0))
+            log_base, log_target = self.log_densities(z)
+            return (log_base + log_det)[0], (log_target + log_det)[0]
 
 
 class AnnealedWeights(NamedTuple):
@@ -91,6 +106,7 @@ class Annealer:
         schedule: ``"adaptive"`` from the pilot, a schedule, or betas.
         pilot: Settings of the pilot.
         step_size: Fixed step size at all betas in place of the pilot's.
+        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
 
     Raises:
         ValueError: If a number is below 1 or the schedule is unknown.
@@ -102,6 +118,7 @@ class Annealer:
     schedule: str | Schedule | Tensor
     pilot: Pilot
     step_size: float | None
+    compile: bool | str
 
     def __post_init__(self) -> None:
         if self.num_chains < 1:
@@ -112,8 +129,24 @@ class Annealer:
             raise ValueError(
                 f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
             )
+        if self.compile not in ("auto", True, False):
+            raise ValueError(f'compile must be "auto", True or False, got {self.compile!r}')
 
-    def _path(self, density: PairDensity, draw: Callable[[int], Tensor], seed: int) -> Path:
+    def _faster(self, density: PairDensity, example: Tensor) -> Density:
+        """Records the density as a graph where that pays; keeps it where that fails."""
+        gradients = self.num_steps * self.kernel.num_gradients
+        compiled = gradients >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile)
+        if not compiled and gradients < _CAPTURE_ABOVE:
+            return density
+        with warnings.catch_warnings():
+            # Our own evaluation runs all chains at once, so nothing is lost without a graph.
+            warnings.filterwarnings("ignore", message="the density is evaluated slowly")
+            captured = capture(
+                density.one_chain, example, num_chains=self.num_chains, compile=compiled
+            )
+        return captured if captured.mode in ("graph", "compiled") else density
+
+    def _path(self, density: Density, draw: Callable[[int], Tensor], seed: int) -> Path:
         betas = None
         if not isinstance(self.schedule, str):
             betas = as_betas(self.schedule, self.num_steps)
@@ -158,13 +191,14 @@ class Annealer:
             The log-weights.
         """
         seed = int(torch.randint(2**62, ()))
-        density = PairDensity(log_densities, bijection)
 
         def base(count: int) -> Tensor:
             return bijection.unconstrain(draw(count))
 
+        first = base(self.num_chains)
+        density = self._faster(PairDensity(log_densities, bijection), first[0])
         path = self._path(density, base, seed)
-        start = density(base(self.num_chains))
+        start = density(first)
         carry, statistics = run_chains(
             density, path, start, direction="forward", seed=seed, stream="forward"
         )

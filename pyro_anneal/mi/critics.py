@@ -8,13 +8,20 @@ events before they call it. One more method is optional: ``pairwise(x, z)``, fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConcatCritic", "Critic", "SeparableCritic", "indexed_scores", "pairwise_scores"]
+__all__ = [
+    "ConcatCritic",
+    "Critic",
+    "RelativeCritic",
+    "SeparableCritic",
+    "indexed_scores",
+    "pairwise_scores",
+]
 
 _MAX_ROWS = 2**17  # rows of one pass of a concatenated critic when many pairs are scored
 _MAX_TABLE = 2**24  # entries of a full table of scores of which only some are wanted
@@ -127,6 +134,39 @@ class SeparableCritic(nn.Module):
         """Scores all pairs in N + M passes: ``[N, Dx]``, ``[M, Dz]`` to ``[N, M]``."""
         f, g = self.x_net(x), self.z_net(z)
         return f[:, :-1] @ g[:, :-1].mT + f[:, -1:] + g[:, -1]  # type: ignore[no-any-return]
+
+
+class RelativeCritic(nn.Module):
+    r"""Shows a critic where z lies relative to a guide, :math:`(z - \mu(x)) / \sigma(x)`.
+
+    A posterior may be a hundred times narrower than the prior. A critic of (x, z) would first have
+    to learn where it is; this one starts at its location and scale. Any critic remains possible,
+    since the map is one-to-one for each x, so bounds keep their directions.
+
+    Args:
+        guide: Callable of flattened x that returns a distribution with ``mean`` and ``stddev``,
+            such as the Gaussian encoder of the bound. Its parameters train along where they
+            require gradients.
+        critic: The critic of x and the standardized z.
+
+    Example:
+        >>> guide = lambda x: dist.Normal(3.0 * x, 0.1).to_event(1)
+        >>> critic = RelativeCritic(guide, lambda x, z: z.sum(-1))
+        >>> critic(torch.tensor([[2.0]]), torch.tensor([[6.2]]))
+        tensor([2.0000])
+    """
+
+    def __init__(
+        self, guide: Callable[[Tensor], Any], critic: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.guide = guide
+        self.critic = critic
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
+        q = self.guide(x)
+        return self.critic(x, (z - q.mean) / q.stddev)
 
 
 def pairwise_scores(critic: Critic, x: Tensor, z: Tensor) -> Tensor:

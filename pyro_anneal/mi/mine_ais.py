@@ -76,6 +76,7 @@ class MINEAIS(VariationalBound):
         step_size: Fixed step size of measurements in place of the pilot's. In training the step
             size adapts to an acceptance of 0.65, and is kept in the buffer ``log_step_size``.
         pilot: Settings of the pilot.
+        compile: ``"auto"`` compiles when the gradients of a measurement repay it.
         data_entropy: H(x) in nats, if known while roles are swapped.
 
     Raises:
@@ -111,6 +112,7 @@ class MINEAIS(VariationalBound):
         schedule: str | Schedule | Tensor = "adaptive",
         step_size: float | None = None,
         pilot: Pilot | None = None,
+        compile: bool | str = "auto",
         data_entropy: float | None = None,
     ) -> None:
         super().__init__(model=model, guide=guide, critic=critic, data_entropy=data_entropy)
@@ -125,6 +127,7 @@ class MINEAIS(VariationalBound):
             schedule=schedule,
             pilot=Pilot() if pilot is None else pilot,
             step_size=step_size,
+            compile=compile,
         )
         self.num_moves = num_moves
         self.training_kernel = HMC(num_leapfrog=num_leapfrog, target_accept=0.65)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -441,3 +442,14 @@ def test_training_a_critic_closes_most_of_the_gap(kind):
     value = est.plug_in if est.lower is None else est.lower
     error = est.plug_in_std_error if est.lower is None else est.lower_std_error
     assert truth - 0.05 - 5 * error < value < truth + 5 * error
+
+
+def test_first_example_of_the_guide_runs():
+    page = (Path(__file__).parents[2] / "docs" / "mi.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(code, scope)  # the page's own words
+    low, high = scope["est"].interval(0.9999)
+    weights = scope["W"]
+    truth = 0.5 * torch.logdet(torch.eye(10) + weights.T @ weights)
+    assert low < truth < high

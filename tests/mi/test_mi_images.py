@@ -1,0 +1,166 @@
+"""Decoders trained on real images: the paper's picture at small scale (its Fig. 3)."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_anneal import mi
+
+NUM_LATENT = 20
+
+
+def digits():
+    sklearn = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn")
+    return torch.tensor(sklearn.load_digits().data / 16.0, dtype=torch.float32)
+
+
+def mnist():
+    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mnist"
+    folder = Path(os.environ.get("PYRO_ANNEAL_MNIST", folder))
+    files = sorted(folder.glob("*images*")) if folder.is_dir() else []
+    if not files:
+        pytest.skip(f"no MNIST images in {folder}")
+    return read_mnist(files)
+
+
+def read_mnist(files):
+    import gzip
+
+    path = max(files, key=lambda file: file.stat().st_size)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        content = file.read()
+    images = np.frombuffer(content, dtype=np.uint8, offset=16).reshape(-1, 784)
+    return torch.tensor(images[:10000] / 255.0, dtype=torch.float32)
+
+
+def mlp(*sizes):
+    layers = []
+    for i in range(len(sizes) - 1):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Encoder(nn.Module):
+    """A diagonal Gaussian q(z|x)."""
+
+    def __init__(self, x_dim):
+        super().__init__()
+        self.net = mlp(x_dim, 128, 128, 2 * NUM_LATENT)
+
+    def forward(self, x):
+        loc, log_scale = self.net(x).chunk(2, -1)
+        return dist.Normal(loc, log_scale.clamp(-7.0, 3.0).exp()).to_event(1)
+
+
+def train_vae(images, num_steps, noise):
+    """Trains a VAE and returns its decoder."""
+    decoder, encoder = mlp(NUM_LATENT, 128, 128, images.shape[1]), Encoder(images.shape[1])
+    optimizer = torch.optim.Adam([*decoder.parameters(), *encoder.parameters()], lr=1e-3)
+    for _ in range(num_steps):
+        x = images[torch.randint(len(images), (128,))]
+        q = encoder(x)
+        z = q.rsample()
+        log_p = dist.Normal(decoder(z).sigmoid(), noise).to_event(1).log_prob(x)
+        kl = torch.distributions.kl_divergence(q.base_dist, torch.distributions.Normal(0.0, 1.0))
+        optimizer.zero_grad()
+        (kl.sum(-1) - log_p).mean().backward()
+        optimizer.step()
+    return decoder
+
+
+def train_gan(images, num_steps, noise):
+    """Trains a GAN on images with observation noise and returns its generator."""
+    generator, critic = (
+        mlp(NUM_LATENT, 128, 128, images.shape[1]),
+        mlp(images.shape[1], 128, 64, 1),
+    )
+    for_g = torch.optim.Adam(generator.parameters(), lr=3e-4, betas=(0.5, 0.999))
+    for_d = torch.optim.Adam(critic.parameters(), lr=3e-4, betas=(0.5, 0.999))
+    softplus = nn.functional.softplus
+    for _ in range(num_steps):
+        real = images[torch.randint(len(images), (128,))]
+        real = real + noise * torch.randn_like(real)
+        fake = generator(torch.randn(128, NUM_LATENT)).sigmoid()
+        fake = fake + noise * torch.randn_like(fake)
+        for_d.zero_grad()
+        (softplus(-critic(real)) + softplus(critic(fake.detach()))).mean().backward()
+        for_d.step()
+        for_g.zero_grad()
+        softplus(-critic(fake)).mean().backward()
+        for_g.step()
+    return generator
+
+
+def fit(bound, joint, num_steps, lr=1e-3):
+    optimizer = torch.optim.Adam(bound.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        bound.loss(*joint.sample(100)).backward()
+        optimizer.step()
+        schedule.step()
+    return bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [train_vae, train_gan], ids=["VAE", "GAN"])
+@pytest.mark.parametrize("load", [digits, mnist], ids=["digits", "MNIST"])
+def test_the_papers_picture(load, train):
+    torch.set_default_dtype(torch.float32)
+    images, noise = load(), 0.1
+    decoder = train(images, 2000, noise).requires_grad_(False)
+    prior = dist.Normal(torch.zeros(NUM_LATENT), 1.0).to_event(1)
+    joint = mi.DistributionJoint(
+        prior, lambda z: dist.Normal(decoder(z).sigmoid(), noise).to_event(1)
+    )
+    encoder = Encoder(images.shape[1])
+    ba = fit(mi.BarberAgakov(prior, encoder), joint, 2000)
+
+    def copy():
+        other = Encoder(images.shape[1])
+        other.load_state_dict(encoder.state_dict())
+        return other
+
+    x_dim = images.shape[1]
+    giwae = fit(
+        mi.GIWAE(prior, copy(), mi.ConcatCritic(x_dim, NUM_LATENT, [128, 128]), 32), joint, 800
+    )
+    mine = mi.MINEAIS(
+        prior,
+        copy(),
+        mi.ConcatCritic(x_dim, NUM_LATENT, [128, 128]),
+        num_moves=3,
+        num_leapfrog=5,
+        num_chains=8,
+        num_steps=200,
+    )
+    fit(mine, joint, 800)
+    x, z = joint.sample(100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ceiling")
+        results = {
+            "AIS": mi.AIS(joint, num_chains=16, num_steps=1000).estimate(x, z),
+            "IWAE from the prior": mi.StructuredInfoNCE(joint, 1000).estimate(x, z),
+            "IWAE": mi.IWAE(joint, encoder, 1000).estimate(x, z),
+            "BA": ba.estimate(x, z),
+            "GIWAE": giwae.estimate(x, z),
+            "MINEAIS": mine.estimate(x, z),
+        }
+    for name, est in results.items():
+        print(f"{name:<20} {est}")
+    print(results["MINEAIS"].diagnostics)
+    ais = results["AIS"]
+    assert -0.1 < ais.gap < 1.0
+    assert results["IWAE from the prior"].lower < ais.lower - 10.0
+    assert results["IWAE from the prior"].upper > ais.upper + 10.0
+    assert results["MINEAIS"].lower > results["GIWAE"].lower > results["BA"].lower
+    for name in ("BA", "GIWAE", "MINEAIS", "IWAE"):
+        excess = results[name].pair_lower - ais.pair_upper
+        assert excess.mean() < 5 * excess.std() / len(excess) ** 0.5

@@ -55,6 +55,11 @@ __all__ = [
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+_FIXED_STRUCTURE = (
+    "the model's sites depend on the values of its latents: {} appear in some runs only; use a "
+    "model of fixed structure"
+)
+
 
 class _Substitute(Messenger):  # type: ignore[misc]
     """Puts constrained or unconstrained values at sample sites, and keeps both."""
@@ -165,10 +170,7 @@ class ModelDensity:
         unknown = [n for n in latents if n not in unconstrained and n not in layout.enumerated]
         absent = [n for n in unconstrained if n not in latents]
         if unknown or absent:
-            raise ValueError(
-                "the model's sites depend on the values of its latents: "
-                f"{unknown + absent} appear in some runs only; use a model of fixed structure"
-            )
+            raise ValueError(_FIXED_STRUCTURE.format(unknown + absent))
         trace.compute_log_prob()
         shape = layout.batch_shape
         log_det = {
@@ -260,14 +262,20 @@ class ModelDensity:
             substitute = _Substitute(constrained=values, record=names)
             self._trace(substitute, enumerate_sites=False)
             unconstrained = substitute.unconstrained
-        return layout.join(unconstrained)
+        return self._join(unconstrained)
+
+    def _join(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        missing = [site.name for site in self.layout.sites if site.name not in unconstrained]
+        if missing:
+            raise ValueError(_FIXED_STRUCTURE.format(missing))
+        return self.layout.join(unconstrained)
 
     def draw_prior(self) -> Tensor:
         """Draws ``u`` of shape ``[*batch, D]`` from the model's prior."""
         names = frozenset(site.name for site in self.layout.sites)
         substitute = _Substitute(record=names)
         self._trace(substitute, enumerate_sites=False)
-        return self.layout.join(substitute.unconstrained)
+        return self._join(substitute.unconstrained)
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes the sites' values in the model's own space at ``u``, by site."""

@@ -8,7 +8,7 @@ import warnings
 from torch import Tensor
 
 from . import __version__
-from .demo import DemoOutcome, run_demo
+from .demo import DemoOutcome, plot_demo, run_demo
 from .diagnostics import AnnealingWarning
 
 
@@ -49,9 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
         description="Train a small VAE on scikit-learn's digits with the thermodynamic variational "
         "objective, sandwich its log evidence, bound its mutual information.",
     )
-    parser.add_argument("--output", default="demo.png", help="picture to write (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=150, help="training epochs (default: 150)")
-    parser.add_argument("--num-steps", type=int, default=500, help="annealing steps T (default: 500)")
+    parser.add_argument(
+        "--output", default="demo.png", help="picture to write (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=60, help="training epochs (default: 60)")
+    parser.add_argument(
+        "--num-steps", type=int, default=500, help="annealing steps T (default: 500)"
+    )
     parser.add_argument("--num-data", type=int, default=100, help="digits to bound (default: 100)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--version", action="version", version=f"pyro_anneal {__version__}")
@@ -68,8 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(format_outcome(outcome))
     for found in (*outcome.sandwich.diagnostics, *outcome.held_out.diagnostics):
         print(f"note: {found.message}")
-    from .plotting import plot_demo
-
     plot_demo(outcome).savefig(options.output, dpi=150)
     print(f"wrote {options.output} after {outcome.seconds:.0f} s")
 

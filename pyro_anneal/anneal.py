@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import diagnostics
-from .autoguides import is_autoguide
+from .autoguides import sees_arguments
 from .chains import (
     Carry,
     Direction,
@@ -327,7 +327,11 @@ class AnnealedImportance:
             before = problem.density.num_evaluations
             state = problem.density(position)
             problem.check_start(state)
+            problem.density.check(position[:1].nan_to_num())
         carry, statistics = self._anneal(frozen, state, "forward", stream)
+        # A density that froze something, or changed under way, shows at one end or the other.
+        ends = torch.cat([position[:1], carry.state.position[:1]]).nan_to_num()
+        problem.density.check(ends)
         run = self._result(
             frozen, carry, statistics, "forward", time.perf_counter() - began, before
         )
@@ -372,9 +376,8 @@ class AnnealedImportance:
         torch.manual_seed(seed)
         simulation = simulate(self.model, arguments)
         conditioned = poutine.condition(self.model, data=simulation.observed)
-        hand_written = callable(self.guide) and not is_autoguide(self.guide)
         guide_args = arguments
-        if hand_written or self.make_args is not None:
+        if sees_arguments(self.guide) or self.make_args is not None:
             guide_args = guide_arguments(arguments, simulation, self.make_args)
         frozen = self._freeze(conditioned, arguments, guide_args, seed)
         forward, end = self._forward(frozen)

@@ -19,6 +19,7 @@ __all__ = [
     "check_guide",
     "derived_sites",
     "is_autoguide",
+    "sees_arguments",
     "unconstrained_values",
 ]
 
@@ -35,6 +36,15 @@ def _parts(guide: Any) -> Iterator[Any]:
             yield from _parts(part)
     elif is_autoguide(guide) and not isinstance(guide, autoguide.AutoCallable):
         yield guide
+
+
+def sees_arguments(guide: Any) -> bool:
+    """Tells whether a guide's density depends on its arguments: it, or a part, is hand-written."""
+    if isinstance(guide, autoguide.AutoGuideList):
+        return any(sees_arguments(part) for part in guide)
+    return callable(guide) and (
+        not is_autoguide(guide) or isinstance(guide, autoguide.AutoCallable)
+    )
 
 
 def check_guide(guide: Callable[..., Any] | None) -> None:

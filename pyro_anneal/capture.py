@@ -20,30 +20,31 @@ import torch
 from torch import Tensor, fx
 
 from .compilation import compile_graph, compiler_problem
-from .graphs import LINALG_ERROR, Impure, Outputs, Trace, batch, evaluate_or_nan, split, trace
+from .graph_passes import Impure
+from .graphs import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .kernels import State
-from .purity import check_pure, undisturbed, user_line
+from .purity import check_pure, undisturbed, user_line, worst_difference
 
 __all__ = ["CapturedDensity", "capture"]
 
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 Mode = Literal["compiled", "graph", "graph-loop", "eager"]
-_NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 
 class _Evaluator:
     """One graph, split into the part per run and the part per evaluation."""
 
-    def __init__(self, graph: fx.GraphModule, constants: Sequence[Tensor]) -> None:
-        self.prologue, self.body = split(graph)
+    def __init__(self, traced: Trace, constants: Sequence[Tensor]) -> None:
+        self.prologue, self.body = split(traced.graph)
         self.run: Callable[..., Outputs] = self.body
+        self.own = traced.constants[len(constants) :]  # made by the passes, never rebound
         self.values: list[Tensor] = []
         self.refresh(constants)
 
     def refresh(self, constants: Sequence[Tensor]) -> None:
         """Evaluates what does not depend on the position."""
         with torch.no_grad():
-            values = list(self.prologue(*(constant.detach() for constant in constants)))
+            values = list(self.prologue(*(c.detach() for c in (*constants, *self.own))))
         if self.values:
             for old, new in zip(self.values, values, strict=True):
                 if old.shape != new.shape:
@@ -225,17 +226,17 @@ class CapturedDensity:
         key = None if self._looped else num_chains
         if key in self._evaluators:
             return self._evaluators[key]
-        graph = self._trace.graph
+        traced = self._trace
         constants = [constant.detach() for constant in self._constants]
         if key is not None:
             try:
                 position = self.example.expand(num_chains, *self.example.shape).contiguous()
-                graph = batch(graph, position, constants)
+                traced = batch(traced.graph, position, constants)
             except Exception as error:  # noqa: BLE001 - whatever vmap does not know
                 self._looped = True
                 self.reason = f"the graph does not vectorize over chains ({_summary(error)})"
                 return self._evaluator(num_chains)
-        evaluator = _Evaluator(graph, constants)
+        evaluator = _Evaluator(traced, constants)
         if self._compile and key is not None:
             try:
                 evaluator.run = compile_graph(evaluator.body, [position, *evaluator.values])
@@ -267,13 +268,14 @@ class CapturedDensity:
         """Describes the largest difference between graph and model beyond rounding."""
         graph = self._graph_outputs(positions)
         model = _stacked([evaluate_or_nan(function, chain) for chain in positions])
-        if _worst(graph, model) is None:
-            return None
-        # A cancellation amplifies rounding: what half an ulp of the position does is no error.
+        # Log densities may have a wider type than the position, but no more digits.
         eps = torch.finfo(positions.dtype).eps
+        if worst_difference(graph, model, eps) is None:
+            return None
+        # A cancellation amplifies rounding: what a few ulps of the position do is no error.
         moved = [evaluate_or_nan(function, chain * (1.0 + 4.0 * eps)) for chain in positions]
         noise = [(a - b).abs().nan_to_num() for a, b in zip(_stacked(moved), model, strict=True)]
-        return _worst(graph, model, noise)
+        return worst_difference(graph, model, eps, noise)
 
     def _graph_outputs(self, positions: Tensor) -> Outputs:
         """Evaluates N positions by a graph of K chains, repeating positions to fill it."""
@@ -379,29 +381,6 @@ def _stacked(chains: Sequence[Outputs]) -> Outputs:
         torch.stack(parts) for parts in zip(*chains, strict=True)
     )
     return log_base, log_target, grad_base, grad_target
-
-
-def _worst(graph: Outputs, model: Outputs, noise: Sequence[Tensor] | None = None) -> str | None:
-    """Describes the worst difference that is more than rounding, relative to the largest value.
-
-    Where a log density is not finite in both (a rejection), its gradient does not matter.
-    """
-    for at, (name, ours, theirs) in enumerate(zip(_NAMES, graph, model, strict=True)):
-        defined = graph[at % 2].isfinite() | model[at % 2].isfinite()
-        if at >= 2:
-            defined = defined.unsqueeze(-1).expand_as(ours)
-        scale = theirs.abs().nan_to_num(posinf=0.0)
-        scale = scale.amax(-1, keepdim=True) if at >= 2 else scale
-        allowed = torch.finfo(ours.dtype).eps ** (1 / 3) * (1.0 + scale)
-        if noise is not None:
-            allowed = allowed + 16.0 * noise[at]
-        both = ours.isfinite() == theirs.isfinite()
-        close = torch.where(ours.isfinite(), (ours - theirs).abs() <= allowed, True)
-        wrong = defined & ~(both & close)
-        if bool(wrong.any()):
-            first = tuple(int(i) for i in wrong.nonzero()[0])
-            return f"{name} is {float(ours[first]):.6g}, the model says {float(theirs[first]):.6g}"
-    return None
 
 
 def _summary(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,8 +55,11 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
         torch.get_num_threads(),
     )
     if key not in _COMPILED:
-        with torch.no_grad():
-            compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
+            # Straight to inductor: dynamo has nothing to find in a flat graph, and its guards
+            # would cost more per call than a small model.
+            compiled = torch._inductor.compile(copy.deepcopy(graph), list(inputs))
             compiled(*inputs)
         _COMPILED[key] = compiled
         if len(_COMPILED) > _CAPACITY:

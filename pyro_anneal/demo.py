@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -17,9 +19,10 @@ from tqdm.auto import tqdm
 from .anneal import AnnealedImportance
 from .datasets import load_digits
 from .losses import TVO
+from .plotting import plot_bounds, plot_log_weights, plot_thermodynamic_curve, pyplot
 from .results import AnnealedRun, MutualInformation, Sandwich
 
-__all__ = ["VAE", "DemoOutcome", "run_demo"]
+__all__ = ["VAE", "DemoOutcome", "plot_demo", "run_demo"]
 
 
 class VAE(nn.Module):
@@ -83,7 +86,7 @@ def train(vae: VAE, images: Tensor, *, epochs: int, progress_bar: bool = True) -
         Mean loss per datum of each epoch, nats.
     """
     loss = TVO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(vae.model, vae.guide, Adam({"lr": 2e-3}), loss=loss)
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 3e-3}), loss=loss)
     history = []
     bar = tqdm(range(epochs), desc="train (TVO)", disable=not progress_bar)
     for _ in bar:
@@ -95,7 +98,7 @@ def train(vae: VAE, images: Tensor, *, epochs: int, progress_bar: bool = True) -
 
 
 def run_demo(
-    *, epochs: int = 150, num_steps: int = 500, num_data: int = 100, progress_bar: bool = True
+    *, epochs: int = 60, num_steps: int = 500, num_data: int = 100, progress_bar: bool = True
 ) -> DemoOutcome:
     """Trains a VAE on digits and bounds its log evidence and mutual information.
 
@@ -132,3 +135,55 @@ def run_demo(
         information=MutualInformation.from_sandwich(sandwich),
         seconds=time.perf_counter() - began,
     )
+
+
+def plot_demo(outcome: DemoOutcome) -> Any:
+    """Draws what the demo measured: bounds and gap against T, log-weights, images.
+
+    Args:
+        outcome: What the demo measured.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = pyplot().figure(figsize=(11.0, 6.6), layout="constrained")
+    panels = figure.subplots(2, 3)
+    plot_bounds(outcome.by_steps, axes=panels[0, :2])
+    plot_log_weights(outcome.sandwich, axes=panels[0, 2])
+    plot_thermodynamic_curve(outcome.sandwich, axes=panels[1, 0])
+    real = outcome.held_out.observed["x"]
+    simulated = outcome.sandwich.simulated["x"]
+    for axes, images, title in (
+        (panels[1, 1], real, "held-out digits, log p(x) at least"),
+        (panels[1, 2], simulated, "simulated digits, log p(x) between"),
+    ):
+        _plot_images(axes, images[:9])
+        axes.set_title(title, fontsize="medium")
+    _label_images(panels[1, 1], [f"{v:.1f}" for v in outcome.held_out.lower[:9]])
+    ends = zip(outcome.sandwich.lower[:9], outcome.sandwich.upper[:9], strict=True)
+    _label_images(panels[1, 2], [f"{low:.1f}, {high:.1f}" for low, high in ends])
+    return figure
+
+
+def _plot_images(axes: Any, images: Tensor) -> None:
+    """Draws nine square images in a three by three mosaic."""
+    side = round(images.shape[-1] ** 0.5)
+    mosaic = np.full((3 * (side + 3), 3 * (side + 3)), np.nan)
+    for place, image in enumerate(images.cpu().numpy().reshape(-1, side, side)):
+        row, column = divmod(place, 3)
+        top, left = row * (side + 3), column * (side + 3)
+        mosaic[top : top + side, left : left + side] = image
+    axes.imshow(mosaic, cmap="gray_r", vmin=0.0, vmax=1.0)
+    axes.set_axis_off()
+
+
+def _label_images(axes: Any, labels: Sequence[str]) -> None:
+    """Writes a label under each image of the mosaic."""
+    pitch = axes.images[0].get_array().shape[0] // 3
+    for place, label in enumerate(labels):
+        row, column = divmod(place, 3)
+        x, y = column * pitch + (pitch - 4) / 2.0, row * pitch + pitch - 2.2
+        axes.text(x, y, label, ha="center", va="center", fontsize="small")

@@ -8,7 +8,8 @@ respect to u:
     \log p(x, u) = \log p(x, z) + \log |\partial z / \partial u|, \qquad
     \log q(u) = \log q(z) + \log |\partial z / \partial u|
 
-A mask on a latent site is ignored on both sides: its entries integrate to one, whatever they are.
+A mask on a latent site (``poutine.mask`` or ``fn.mask``) is ignored on both sides: otherwise its
+entries would have a flat, improper prior.
 """
 
 from __future__ import annotations
@@ -27,11 +28,19 @@ from pyro.distributions.util import sum_rightmost
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
 from . import autoguides
-from .sites import Layout, base_distribution, latent_sites, observed_sites, sum_to_batch
+from .sites import (
+    Layout,
+    base_distribution,
+    latent_sites,
+    observed_sites,
+    sum_to_batch,
+    unmasked,
+)
 
 __all__ = [
     "Base",
@@ -41,6 +50,7 @@ __all__ = [
     "ModelEvaluation",
     "PathDensity",
     "PriorBase",
+    "StandardNormalBase",
 ]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -55,30 +65,49 @@ class _Substitute(Messenger):  # type: ignore[misc]
         unconstrained: Mapping[str, Tensor] | None = None,
         constrained: Mapping[str, Tensor] | None = None,
         record: frozenset[str] = frozenset(),
+        loops: Mapping[str, list[int]] | None = None,
     ) -> None:
         super().__init__()
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
         self.record = record  # sites whose unconstrained value is wanted, sampled if not given
+        self.loops = loops or {}  # indices as numbers: a capture could not read them from a tensor
         self.unconstrained: dict[str, Tensor] = {}
         self.log_det: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
+        if site_is_subsample(msg):
+            if msg["value"] is None and name in self.loops:
+                msg["value"], msg["done"] = self.loops[name], True
+            return
+        if not msg["is_observed"]:
+            msg["fn"], msg["mask"] = unmasked(msg["fn"]), None
         if name in self.given:
-            transform = biject_to(msg["fn"].support)
-            u = self.given[name]
-            value = transform(u)
-            log_det = transform.log_abs_det_jacobian(u, value)
-            extra = log_det.dim() - (value.dim() - msg["fn"].event_dim)
-            self.log_det[name] = sum_rightmost(log_det, extra)
-            self.values[name] = value
+            value = self._transform(msg)
         elif name in self.values:
             value = self.values[name].expand(msg["fn"].batch_shape + msg["fn"].event_shape)
         else:
             return
         msg["value"] = value
         msg["done"] = True
+
+    def _transform(self, msg: Any) -> Tensor:
+        """Maps u to the site's support, as it is at this value of the latents before it."""
+        name, fn = msg["name"], msg["fn"]
+        u = self.given[name]
+        transform = biject_to(fn.support)
+        value: Tensor = transform(u)
+        if value.shape != transform.forward_shape(u.shape):
+            raise ValueError(
+                f'at site "{name}" the value has shape {list(value.shape)}, expected '
+                f"{list(transform.forward_shape(u.shape))}: its support depends on an enumerated "
+                "site; make the support the same for all values of that site"
+            )
+        log_det = transform.log_abs_det_jacobian(u, value)
+        self.log_det[name] = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
+        self.values[name] = value
+        return value
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -129,7 +158,7 @@ class ModelDensity:
         """
         layout = self.layout
         unconstrained = layout.split(position)
-        substitute = _Substitute(unconstrained=unconstrained)
+        substitute = _Substitute(unconstrained=unconstrained, loops=layout.loops)
         trace = self._trace(substitute, enumerate_sites=bool(layout.enumerated))
         latents = latent_sites(trace)
         unknown = [n for n in latents if n not in unconstrained and n not in layout.enumerated]
@@ -148,21 +177,23 @@ class ModelDensity:
         if layout.enumerated:
             log_prior, log_joint = self._contract(trace)
         else:
-            prior_terms = [self._sum(s, latent=True, prior=True) for s in latents.values()]
-            joint_terms = [self._sum(s, latent=True) for s in latents.values()]
-            joint_terms += [self._sum(s, latent=False) for s in observed_sites(trace).values()]
+            prior_terms = [self._sum(s, scaled=False) for s in latents.values()]
+            joint_terms = [self._sum(s) for s in latents.values()]
+            joint_terms += [self._sum(s) for s in observed_sites(trace).values()]
             log_prior = torch.stack(prior_terms).sum(0)
             log_joint = torch.stack(joint_terms).sum(0)
         return ModelEvaluation(unconstrained, substitute.values, log_det, log_prior, log_joint)
 
-    def _sum(self, site: Mapping[str, Any], *, latent: bool, prior: bool = False) -> Tensor:
-        """Sums a site's log density to the batch; masks act on observed sites only."""
-        value = site["unscaled_log_prob"]
-        if not latent and site["mask"] is not None:
-            value = dist.util.scale_and_mask(value, mask=site["mask"])
-        if not prior and self._has_own_scale(site):
-            value = value * site["scale"]
-        return sum_to_batch(value, self._dims, self.layout.batch_shape)
+    def _sum(self, site: Mapping[str, Any], *, scaled: bool = True) -> Tensor:
+        """Sums a site's log density to the batch."""
+        return sum_to_batch(
+            self._log_prob(site, scaled=scaled), self._dims, self.layout.batch_shape
+        )
+
+    def _log_prob(self, site: Mapping[str, Any], *, scaled: bool) -> Tensor:
+        scale = site["scale"] if scaled and self._has_own_scale(site) else 1.0
+        value: Tensor = dist.util.scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        return value
 
     def _has_own_scale(self, site: Mapping[str, Any]) -> bool:
         """Tells whether a scale acts inside the weight; a common one is taken outside."""
@@ -171,43 +202,49 @@ class ModelDensity:
 
     def _contract(self, trace: Any) -> tuple[Tensor, Tensor]:
         """Sums out enumerated sites, keeping the batch plates."""
-        trace.pack_tensors()
+        trace.symbolize_dims()
         sum_dims: set[str] = set()
         for name in self.layout.enumerated:
             infer = trace.nodes[name]["infer"]
             sum_dims.add(infer["_dim_to_symbol"][infer["_enumerate_dim"]])
-        symbol = trace.plate_to_symbol
-        target = frozenset(symbol[plate.name] for plate in self.layout.batch)
-        prior_terms: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        joint_terms: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         latents = latent_sites(trace)
+        prior: dict[frozenset[str], list[Tensor]] = {}
+        joint: dict[frozenset[str], list[Tensor]] = {}
         for name, site in [*latents.items(), *observed_sites(trace).items()]:
-            ordinal = frozenset(symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
-            term = site["packed"]["unscaled_log_prob"]
-            if name not in latents and site["mask"] is not None:
-                term = packed.scale_and_mask(term, mask=site["packed"]["mask"])
-            if self._has_own_scale(site):
-                if sum_dims & set(term._pyro_dims):
-                    raise NotImplementedError(
-                        f'site "{name}" depends on an enumerated site and has its own '
-                        "poutine.scale: a power of a sum is no sum; scale all sites or none"
-                    )
-                scaled = packed.scale_and_mask(term, scale=site["scale"])
-                joint_terms.setdefault(ordinal, []).append(scaled)
-            else:
-                joint_terms.setdefault(ordinal, []).append(term)
-            if name in latents:
-                prior_terms.setdefault(ordinal, []).append(term)
-        symbols = {symbol[p.name]: p.dim for p in self.layout.batch}
-        results = []
-        for terms in (prior_terms, joint_terms):
-            contracted = contract_to_tensor(terms, sum_dims, target_ordinal=target)
-            results.append(
-                sum_to_batch(
-                    packed.unpack(contracted, symbols), self._dims, self.layout.batch_shape
-                )
+            ordinal = frozenset(
+                trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized
             )
-        return results[0], results[1]
+            term = self._packed(name, site, sum_dims, scaled=True)
+            joint.setdefault(ordinal, []).append(term)
+            if name in latents:
+                term = self._packed(name, site, sum_dims, scaled=False)
+                prior.setdefault(ordinal, []).append(term)
+        return self._contract_terms(trace, prior, sum_dims), self._contract_terms(
+            trace, joint, sum_dims
+        )
+
+    def _packed(
+        self, name: str, site: Mapping[str, Any], sum_dims: set[str], *, scaled: bool
+    ) -> Tensor:
+        value = self._log_prob(site, scaled=scaled)
+        term: Tensor = packed.pack(value, site["infer"]["_dim_to_symbol"])
+        if self._has_own_scale(site) and sum_dims & set(term._pyro_dims):  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
+                "power of a sum is no sum; scale all sites or none"
+            )
+        return term
+
+    def _contract_terms(
+        self, trace: Any, terms: dict[frozenset[str], list[Tensor]], sum_dims: set[str]
+    ) -> Tensor:
+        symbol = trace.plate_to_symbol
+        batch = {symbol[plate.name]: plate.dim for plate in self.layout.batch}
+        contracted = contract_to_tensor(
+            OrderedDict(terms), sum_dims, target_ordinal=frozenset(batch)
+        )
+        value = packed.unpack(contracted, batch)
+        return sum_to_batch(value, self._dims, self.layout.batch_shape)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Packs values of the model's sites into ``u`` of shape ``[*batch, D]``."""
@@ -238,7 +275,7 @@ class ModelDensity:
             return {s.name: s.transform(unconstrained[s.name]) for s in self.layout.sites}
         substitute = _Substitute(unconstrained=unconstrained)
         self._trace(substitute, enumerate_sites=False)
-        return substitute.values
+        return {site.name: substitute.values[site.name] for site in self.layout.sites}
 
 
 class Base(Protocol):
@@ -274,7 +311,6 @@ class GuideBase:
     def __init__(
         self, guide: Callable[..., Any], model: ModelDensity, arguments: Arguments
     ) -> None:
-        autoguides.check_guide(guide)
         self.guide = guide
         self.model = model
         self.arguments = arguments
@@ -289,20 +325,50 @@ class GuideBase:
                 "hand-written guide"
             )
         trace = self._trace(None)
-        for site in layout.sites:
-            name = site.name
-            shape = trace.nodes[name]["value"].shape
-            if shape != site.value_shape:
-                raise ValueError(
-                    f'at site "{name}" the guide draws shape {list(shape)}, the model expects '
-                    f"{list(site.value_shape)}; give the guide the model's plates and event shape"
-                )
+        known = {*self._direct, *derived, *self._auxiliary(trace)}
+        unknown = [name for name in latent_sites(trace) if name not in known]
+        if unknown:
+            raise ValueError(
+                f"the guide samples auxiliary sites {unknown}, which its density would have to "
+                'integrate out; use a guide without them, or guide="auto"'
+            )
         for name in self._direct:
             if isinstance(base_distribution(trace.nodes[name]["fn"]), dist.Delta):
                 raise ValueError(
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        self._check_supports()
+
+    def _auxiliary(self, trace: Any) -> set[str]:
+        """Collects the sites on which an AutoGuide is conditioned."""
+        if not autoguides.is_autoguide(self.guide):
+            return set()
+        return set(
+            autoguides.auxiliary_values(
+                self.guide, autoguides.unconstrained_values(self.guide, trace)
+            )
+        )
+
+    def _check_supports(self, num_points: int = 32) -> None:
+        """Checks that hand-written parts of the guide cover the model's support."""
+        layout = self.model.layout
+        shape = (*layout.batch_shape, layout.dim)
+        with torch.no_grad():
+            for _ in range(num_points if self._direct else 0):
+                position = torch.randn(shape, dtype=layout.dtype, device=layout.device)
+                values = self.model.unpack(position)
+                given = {name: values[name] for name in self._direct}
+                trace = self._trace(_Substitute(constrained=given))
+                for name in self._direct:
+                    fn = trace.nodes[name]["fn"]
+                    if not bool(fn.support.check(values[name]).all()):
+                        raise ValueError(
+                            f'at site "{name}" the guide ({type(base_distribution(fn)).__name__}, '
+                            f"support {fn.support}) has no density at values that the model "
+                            "allows: no chain could reach them; use a guide with the model's "
+                            "support"
+                        )
 
     def _trace(self, substitute: Messenger | None) -> Any:
         args, kwargs = self.arguments
@@ -332,6 +398,24 @@ class GuideBase:
             if name in evaluation.log_det:
                 result = result + evaluation.log_det[name]
         return result
+
+
+class StandardNormalBase:
+    """Starts from a standard normal in unconstrained space, whatever the prior."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def draw(self) -> Tensor:
+        """Draws from the standard normal."""
+        layout = self.layout
+        shape = (*layout.batch_shape, layout.dim)
+        return torch.randn(shape, dtype=layout.dtype, device=layout.device)
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the standard normal's log density at u."""
+        normalizer = -0.5 * position.shape[-1] * math.log(2.0 * math.pi)
+        return normalizer - 0.5 * position.square().sum(-1)
 
 
 class GaussianBase:

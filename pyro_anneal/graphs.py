@@ -11,7 +11,6 @@ the position is split off, to run once per annealing run instead of once per eva
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,19 +18,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .graph_folding import fold_uniform, shapes_to_literals, simplify
+from .graph_passes import (
+    dependent_nodes,
+    is_mutable,
+    lift_constants,
+    make_batchable,
+    refuse_impurities,
+)
 
 __all__ = [
     "FailuresAsNaN",
-    "Impure",
     "Trace",
-    "Unsupported",
     "batch",
     "evaluate",
     "evaluate_or_nan",
-    "is_random",
     "split",
     "trace",
 ]
@@ -41,20 +49,11 @@ aten = torch.ops.aten
 LINALG_ERROR: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-_NO_END = 2**63 - 1  # how aten writes "to the end" in a slice
-
-
-class Unsupported(Exception):
-    """The function cannot be recorded faithfully; the message says why."""
-
-
-class Impure(ValueError):
-    """The function is no function of the latents alone: no mode of evaluation would be right."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One chain's log densities and gradients as a functional graph."""
+    """Log densities and gradients as a functional graph."""
 
     graph: fx.GraphModule  # (position, *constants) -> Outputs
     constants: list[Tensor]  # the live tensors that the function read: parameters, data, buffers
@@ -70,7 +69,7 @@ class FailuresAsNaN(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -88,6 +87,42 @@ class FailuresAsNaN(TorchDispatchMode):
         *values, info = result
         failed = info.ne(0)
         return (*[_nan_where(failed, value) for value in values], info)
+
+
+class _Recording(FailuresAsNaN):
+    """Lets numbers leave the graph that do not depend on the position.
+
+    A branch on the data, a loop over ``range(len(x))`` or over a sequential plate are the same in
+    every evaluation. ``make_fx`` refuses them all, since it does not know which operations lie
+    between the position and a number; this mode follows the position through the storages it
+    reaches. The numbers are recorded as constants.
+    """
+
+    def __init__(self, position: Tensor) -> None:
+        super().__init__()
+        self.reached = {_storage(position)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs one operation and notes where the position's influence goes."""
+        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        depends = any(_storage(x) in self.reached for x in inputs)
+        if torch.Tag.data_dependent_output in func.tags and not depends:
+            with disable_proxy_modes_tracing():
+                return func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        written = inputs[:1] if func._schema.is_mutable else []
+        for output in (*written, *pytree.tree_leaves(result)):
+            if isinstance(output, Tensor) and depends:
+                self.reached.add(_storage(output))
+            elif isinstance(output, Tensor):
+                self.reached.discard(_storage(output))  # the address of a freed storage
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
@@ -165,6 +200,17 @@ def evaluate_or_nan(function: LogDensities, position: Tensor, *, strict: bool = 
     return nan, nan, zero, zero
 
 
+def _flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """Records aten operations with make_fx, under one fake mode.
+
+    make_fx describes every value by a fake tensor and, where it finds no fake mode, makes a new one
+    for each: most of the time of a recording.
+    """
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with tracing(context):
+        return make_fx(function)(*inputs)
+
+
 def trace(function: LogDensities, position: Tensor) -> Trace:
     """Records :func:`evaluate` as a functional graph whose every constant is an input.
 
@@ -183,29 +229,25 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
     """
 
     def recorded(leaf: Tensor) -> Outputs:
-        with FailuresAsNaN():
+        with _Recording(leaf):
             return evaluate(function, leaf)
 
-    graph = make_fx(recorded)(position)
-    constants = _lift_constants(graph)
+    graph = _flat_graph(recorded, position)
+    constants = lift_constants(graph)
     inputs = [position, *(constant.detach() for constant in constants)]
-    if any(_is_mutable(node) for node in graph.graph.nodes):
-        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*inputs)
-        _refuse_written_inputs(graph)
-    _refuse_random(graph)
-    ShapeProp(graph).propagate(*inputs)
-    dependent = _dependent(graph)
-    for node in list(graph.graph.nodes):
-        _refuse_dynamic_shape(node, dependent)
-        if node.target in (aten.as_strided.default, aten.as_strided_scatter.default):
-            if node in dependent:
-                constants.append(_unstride(node, position.device, len(constants)))
-        else:
-            _make_batchable(node, dependent)
-    return Trace(_simplify(graph), constants)
+    if any(is_mutable(node) for node in graph.graph.nodes):
+        functional = torch.func.functionalize(graph, remove="mutations")
+        graph = _flat_graph(functional, *inputs)
+        constants += lift_constants(graph)
+    refuse_impurities(graph)
+    ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
+    shapes_to_literals(graph, position.device)
+    constants += make_batchable(graph, position.device)
+    fold_uniform(simplify(graph), position.device)
+    return Trace(simplify(graph), constants)
 
 
-def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) -> fx.GraphModule:
+def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) -> Trace:
     """Vectorizes a graph over chains.
 
     Args:
@@ -214,7 +256,7 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
         constants: What the graph is called with besides the position.
 
     Returns:
-        The graph of K chains, as flat aten operations again.
+        The graph of K chains, as flat aten operations again, with the same constants first.
 
     Raises:
         Exception: Whatever :func:`torch.func.vmap` raises for an operation it does not know.
@@ -228,7 +270,10 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
     with torch.no_grad(), warnings.catch_warnings():
         # A missing batching rule only means one operation per chain, unrolled into the graph.
         warnings.simplefilter("ignore")
-        return _simplify(make_fx(chains)(position, *constants))
+        batched = _flat_graph(chains, position, *constants)
+        constants = [*constants, *lift_constants(batched)]
+        ShapeProp(batched).propagate(position, *constants)
+    return Trace(simplify(batched), constants)
 
 
 def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -240,7 +285,7 @@ def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
     Returns:
         The prologue ``(*constants) -> values`` and the body ``(position, *values) -> Outputs``.
     """
-    dependent = _dependent(graph)
+    dependent = dependent_nodes(graph)
     position, *constants = [node for node in graph.graph.nodes if node.op == "placeholder"]
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
     users = [node for node in graph.graph.nodes if node in dependent or node is output]
@@ -266,218 +311,3 @@ def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
         part.eliminate_dead_code()
         part.lint()
     return fx.GraphModule(torch.nn.Module(), prologue), fx.GraphModule(torch.nn.Module(), body)
-
-
-def is_random(func: Any, args: Sequence[Any] = ()) -> bool:
-    """Tells whether an operation draws random numbers."""
-    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
-        return False
-    # Attention and fused dropout carry the tag even when their probability is zero.
-    names = [argument.name for argument in func._schema.arguments]
-    given = dict(zip(names, args, strict=False))
-    if "dropout_p" in names:
-        return bool(given.get("dropout_p", 0.0))
-    return not (given.get("train") is False or given.get("training") is False)
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and getattr(node.target, "_schema", None) is not None
-        and (
-            node.target._schema.is_mutable  # type: ignore[union-attr]
-        )
-    )
-
-
-def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
-    """Turns every captured tensor into an input, one per tensor, and returns the tensors."""
-    placeholders: dict[int, fx.Node] = {}
-    constants: list[Tensor] = []
-    last = next(node for node in graph.graph.nodes if node.op == "placeholder")
-    for node in list(graph.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        tensor = operator.attrgetter(node.target)(graph)
-        if id(tensor) not in placeholders:
-            with graph.graph.inserting_after(last):
-                last = graph.graph.placeholder(f"constant_{len(constants)}")
-            placeholders[id(tensor)] = last
-            constants.append(tensor)
-        node.replace_all_uses_with(placeholders[id(tensor)])
-        graph.graph.erase_node(node)
-    graph.recompile()
-    return constants
-
-
-def _refuse_written_inputs(graph: fx.GraphModule) -> None:
-    for node in graph.graph.nodes:
-        if _is_mutable(node) and node.args[0].op == "placeholder":
-            shape = list(node.meta["val"].shape) if "val" in node.meta else "unknown"
-            raise Impure(
-                f"the density writes in place into a tensor of shape {shape} that it did not "
-                "create (a buffer, a parameter or data): it must be a function of its latents "
-                "alone; call .eval() on modules with running statistics, or write into a clone"
-            )
-
-
-def _refuse_random(graph: fx.GraphModule) -> None:
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and is_random(node.target, node.args):
-            raise Impure(
-                f"the density draws random numbers ({node.target}): annealing needs a "
-                "deterministic density; call .eval() on modules with dropout"
-            )
-
-
-def _dependent(graph: fx.GraphModule) -> set[fx.Node]:
-    """Collects the nodes that depend on the position, the first input."""
-    dependent: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        first = node.op == "placeholder" and not dependent
-        if node.op != "output" and (first or not dependent.isdisjoint(node.all_input_nodes)):
-            dependent.add(node)
-    return dependent
-
-
-def _dtype(node: Any) -> torch.dtype | None:
-    return getattr(node.meta.get("tensor_meta"), "dtype", None) if node is not None else None
-
-
-def _refuse_dynamic_shape(node: fx.Node, dependent: set[fx.Node]) -> None:
-    """Refuses operations whose result's shape follows from the position's values."""
-    if node not in dependent or node.op != "call_function":
-        return
-    masks: Sequence[Any] = ()
-    if node.target in (aten.index.Tensor, aten.index_put.default):
-        masks = [i for i in node.args[1] if _dtype(i) is torch.bool]  # type: ignore[union-attr]
-        dynamic = any(mask in dependent for mask in masks)
-    else:
-        dynamic = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) and any(
-            argument in dependent for argument in node.all_input_nodes
-        )
-    if dynamic:
-        raise Unsupported(f"the shape of {node.target} depends on latent values")
-
-
-def _make_batchable(node: fx.Node, dependent: set[fx.Node]) -> None:
-    """Rewrites an operation that vmap does not know into ones that it knows."""
-    if node.op != "call_function":
-        return
-    graph = node.graph
-    if node.target in (aten.index.Tensor, aten.index_put.default):
-        _masks_to_indices(node)
-    elif node not in dependent:
-        return
-    elif node.target is aten.copy.default:
-        operands: Any = node.args[:2]
-        target, source = operands
-        with graph.inserting_before(node):
-            shape = list(target.meta["tensor_meta"].shape)
-            new = graph.call_function(aten.expand.default, (source, shape))
-            if _dtype(source) is not _dtype(target):
-                new = graph.call_function(aten._to_copy.default, (new,), {"dtype": _dtype(target)})
-        _replace(node, new)
-    elif _NO_END in node.args:
-        _close_slice(node)
-
-
-def _replace(old: fx.Node, new: fx.Node) -> None:
-    new.meta = dict(old.meta)
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
-
-
-def _masks_to_indices(node: fx.Node) -> None:
-    """Replaces constant boolean masks by the indices of their true elements."""
-    indices: list[Any] = []
-    with node.graph.inserting_before(node):
-        for index in node.args[1]:  # type: ignore[union-attr]
-            if _dtype(index) is not torch.bool:
-                indices.append(index)
-                continue
-            call = node.graph.call_function
-            rank = len(index.meta["tensor_meta"].shape)
-            found = call(aten.nonzero.default, (index,))
-            indices += [call(aten.select.int, (found, 1, dim)) for dim in range(rank)]
-    node.args = (node.args[0], indices, *node.args[2:])
-
-
-def _close_slice(node: fx.Node) -> None:
-    """Replaces "to the end" by the length: vmap's arithmetic overflows on the former."""
-    args = list(node.args)
-    at: int = args.index(_NO_END)
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    if names[at] != "end" or "dim" not in names:
-        return
-    source: Any = args[1] if "input_sizes" in names else args[0]
-    shape = source.meta["tensor_meta"].shape if isinstance(source, fx.Node) else source
-    args[at] = shape[args[names.index("dim")]]
-    node.args = tuple(args)
-
-
-def _unstride(node: fx.Node, device: torch.device, number: int) -> Tensor:
-    """Replaces a view of raw storage, which autograd makes for in-place writes, by indexing.
-
-    Returns:
-        The indices, a new constant of the graph.
-    """
-    scatter = node.target is aten.as_strided_scatter.default
-    base: Any = node.args[0]
-    view: Any = node.args[2:] if scatter else node.args[1:]
-    size, stride, *rest = view
-    meta = base.meta["tensor_meta"]
-    # Where each element of the storage lies in the base, then which of them the view sees.
-    extent = 1 + sum((n - 1) * s for n, s in zip(meta.shape, meta.stride, strict=True))
-    where = torch.zeros(extent, dtype=torch.long)
-    order = torch.arange(meta.shape.numel()).view(meta.shape)
-    where.as_strided(meta.shape, meta.stride).copy_(order)
-    seen = where.as_strided(size, stride, rest[0] if rest and rest[0] else 0).flatten()
-
-    graph, call = node.graph, node.graph.call_function
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        index = graph.placeholder(f"constant_{number}")
-    with graph.inserting_before(node):
-        rows = call(aten.reshape.default, (base, [-1]))
-        if scatter:
-            source = call(aten.reshape.default, (node.args[1], [-1]))
-            put = call(aten.index_put.default, (rows, [index], source))
-            new = call(aten.reshape.default, (put, list(meta.shape)))
-        else:
-            taken = call(aten.index.Tensor, (rows, [index]))
-            new = call(aten.reshape.default, (taken, size))
-    _replace(node, new)
-    return seen.to(device)
-
-
-_COPIES = (
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-)
-
-
-def _simplify(graph: fx.GraphModule) -> fx.GraphModule:
-    """Drops copies that a functional graph without autograd does not need, and repetitions.
-
-    The two gradients share most of their forward pass and part of the backward pass.
-    """
-    seen: dict[tuple[Any, str, str], fx.Node] = {}
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _COPIES:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-            continue
-        # repr tells 1 from 1.0 and True, which compare equal.
-        first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()
-    return graph

@@ -256,8 +256,7 @@ def _tune_and_move(
     target = kernel.target_accept
     scale = log_scale.exp()
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
-    accept_prob = torch.zeros(())
-    late = torch.zeros_like(log_step)
+    late, late_accept = torch.zeros_like(log_step), torch.zeros_like(log_step)
     for move in range(num_moves):
         tuning = Tuning(log_step.exp(), scale)
         noise = kernel.noise(state, generator)
@@ -267,7 +266,8 @@ def _tune_and_move(
             log_step = log_step + first_gain / (1.0 + move) ** 0.6 * (accept_prob - target)
         if move >= num_moves // 2:  # Polyak average: acceptance over few chains is noisy
             late = late + log_step / (num_moves - num_moves // 2)
-    return state, late, float(accept_prob.mean())
+            late_accept = late_accept + accept_prob / (num_moves - num_moves // 2)
+    return state, late, float(late_accept.mean())
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:
@@ -286,7 +286,7 @@ def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:
         pooled = variance.reshape(-1, variance.shape[-1]).mean(0)
         prior, strength = pooled.expand_as(variance), 3.0
     else:
-        prior, strength = (2.0 * previous.double()).exp(), 0.5 * count
+        prior, strength = (2.0 * previous.double()).exp(), 3.0
     variance = (count * variance + strength * prior) / (count + strength)
     return (0.5 * variance.clamp(min=tiny).log()).to(position.dtype)
 

@@ -9,7 +9,7 @@ Every function returns a figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,10 @@ _LOWER, _UPPER, _ESTIMATE, _SHADE = "#0072B2", "#D55E00", "#000000", "#999999"
 
 
 def plot_bounds(
-    results: Mapping[int, AnnealedRun | Sandwich], *, truth: float | None = None
+    results: Mapping[int, AnnealedRun | Sandwich],
+    *,
+    truth: float | None = None,
+    axes: Sequence[Any] | None = None,
 ) -> Any:
     """Draws bounds on the log evidence against the number of steps T.
 
@@ -40,6 +43,7 @@ def plot_bounds(
     Args:
         results: Runs or sandwiches by T.
         truth: The log evidence per datum in nats, where it is known.
+        axes: One set of axes, and for sandwiches a second, to draw on; a new figure if ``None``.
 
     Returns:
         The figure.
@@ -52,9 +56,20 @@ def plot_bounds(
         raise ValueError("plot_bounds needs at least one result")
     ordered = dict(sorted(results.items()))
     sandwiches = {t: r for t, r in ordered.items() if isinstance(r, Sandwich)}
-    figure = _pyplot().figure(figsize=(8.5 if sandwiches else 4.8, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2 if sandwiches else 1, squeeze=False)[0]
-    axes = panels[0]
+    if axes is None:
+        figure = pyplot().figure(figsize=(8.5 if sandwiches else 4.8, 3.6), layout="constrained")
+        axes = figure.subplots(1, 2 if sandwiches else 1, squeeze=False)[0]
+    panels = list(axes)
+    _plot_sides(panels[0], ordered, truth)
+    if len(panels) > 1 and sandwiches:
+        _plot_gaps(panels[1], sandwiches)
+    _tidy(*panels)
+    return panels[0].figure
+
+
+def _plot_sides(
+    axes: Any, ordered: Mapping[int, AnnealedRun | Sandwich], truth: float | None
+) -> None:
     for side, color in (("lower", _LOWER), ("upper", _UPPER)):
         points = [(t, *_mean_bound(r, side)) for t, r in ordered.items() if _has(r, side)]
         if points:
@@ -66,10 +81,6 @@ def plot_bounds(
         axes.axhline(truth, color=_ESTIMATE, lw=1, ls="--", label="truth")
     axes.set(xscale="log", xlabel="steps $T$", ylabel="log evidence per datum (nats)")
     axes.legend(frameon=False)
-    if sandwiches:
-        _plot_gaps(panels[1], sandwiches)
-    _tidy(*panels)
-    return figure
 
 
 def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any:
@@ -179,7 +190,7 @@ def plot_acceptance(result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | N
     """
     stacked = axes is None
     if axes is None:
-        figure = _pyplot().figure(figsize=(4.8, 4.8), layout="constrained")
+        figure = pyplot().figure(figsize=(4.8, 4.8), layout="constrained")
         axes = tuple(figure.subplots(2, 1))
     runs = _runs(result)
     for direction, run in runs.items():
@@ -247,7 +258,7 @@ _EXPECTATION = r"$E_\beta[\log p/q]$"
 
 
 def _four_panels(result: AnnealedRun | Sandwich, title: str) -> Any:
-    figure = _pyplot().figure(figsize=(9.0, 6.2), layout="constrained")
+    figure = pyplot().figure(figsize=(9.0, 6.2), layout="constrained")
     panels = figure.subplots(2, 2)
     plot_log_weights(result, axes=panels[0, 0])
     plot_thermodynamic_curve(result, axes=panels[0, 1])
@@ -373,10 +384,10 @@ def _numpy(values: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _new_axes() -> Any:
-    return _pyplot().figure(figsize=(4.8, 3.6), layout="constrained").subplots()
+    return pyplot().figure(figsize=(4.8, 3.6), layout="constrained").subplots()
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:

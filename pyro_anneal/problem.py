@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .autoguides import check_guide
 from .capture import capture
 from .densities import (
     Arguments,
@@ -20,10 +21,12 @@ from .densities import (
     ModelDensity,
     PathDensity,
     PriorBase,
+    StandardNormalBase,
 )
 from .gaussian_fit import fit_gaussian
+from .inspection import inspect_model
 from .kernels import State
-from .sites import Layout, inspect_model, latent_sites, observed_sites
+from .sites import Layout, latent_sites, observed_sites
 
 __all__ = ["Problem", "prepare"]
 
@@ -41,32 +44,33 @@ class Problem:
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
 
-    def draw(self, num_chains: int, *, num_tries: int = 20) -> Tensor:
+    def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
 
-        A draw on the edge of a support (a Beta draw that rounds to 1) has no unconstrained value
-        and is drawn again. A draw for which the model raises has no density: NaN, weight zero.
+        A draw outside the model's support, or one for which the model raises, has no density: its
+        position is NaN and its weight zero. Drawing again would start from a truncated base whose
+        normalizer nobody knows, and overstate the evidence.
 
         Raises:
-            ValueError: If a batch element has no finite draw.
+            ValueError: If the model raises at every draw.
         """
-        with torch.no_grad():
-            return torch.stack([self._draw_one(num_tries) for _ in range(num_chains)])
-
-    def _draw_one(self, num_tries: int) -> Tensor:
         layout = self.layout
         shape = (*layout.batch_shape, layout.dim)
-        position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
-        for _ in range(num_tries):
-            try:
-                drawn = self.base.draw().to(layout.dtype)
-            except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
-                continue
-            missing = ~position.isfinite().all(dim=-1, keepdim=True)
-            position = torch.where(missing, drawn, position)
-            if bool(position.isfinite().all()):
-                break
-        return position
+        chains, failure = [], None
+        with torch.no_grad():
+            for _ in range(num_chains):
+                try:
+                    chains.append(self.base.draw().to(layout.dtype))
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    failure = error
+                    absent = torch.full(shape, torch.nan, dtype=layout.dtype)
+                    chains.append(absent.to(layout.device))
+        positions = torch.stack(chains)
+        if failure is not None and not bool(positions.isfinite().any()):
+            raise ValueError(
+                f"the model or guide raises at all {num_chains} draws from the base: {failure}"
+            ) from failure
+        return torch.where(positions.isfinite().all(-1, keepdim=True), positions, torch.nan)
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
@@ -179,26 +183,33 @@ def prepare(
         The problem.
 
     Raises:
-        ValueError: For everything that :func:`~pyro_anneal.sites.inspect_model` and the capture
+        ValueError: For everything that :func:`~pyro_anneal.inspection.inspect_model` and the capture
             refuse, and if rows of a requested batch plate influence each other.
     """
-    hand_written = None if isinstance(guide, str) else guide
-    if isinstance(guide, str) and guide != "auto":
+    if not (guide is None or guide == "auto" or callable(guide)):
         raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
+    hand_written = None if isinstance(guide, str) else guide
+    check_guide(hand_written)
     layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
-    problem = _assemble(model, hand_written, model_args, guide_args, layout)
-    if layout.batch and _rows_are_coupled(problem):
-        names = [plate.name for plate in layout.batch]
+    if layout.improper and guide is None:
+        raise ValueError(
+            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform), so "
+            'chains cannot start from it; use guide="auto" or a guide with a density'
+        )
+    problem = _assemble(model, guide, model_args, guide_args, layout)
+    coupled = _coupled_plates(problem)
+    if coupled:
         if batch_plates != "auto":
             raise ValueError(
-                f"elements of plate(s) {names} influence each other's log density in spite of the "
-                "plate (a mean over rows, BatchNorm in the decoder): leave them out of "
+                f"elements of plate(s) {coupled} influence each other's log density in spite of "
+                "the plate (a mean over rows, BatchNorm in the decoder): leave them out of "
                 "batch_plates to treat the plate jointly"
             )
-        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=[])
-        note = f"elements of plate(s) {names} influence each other: one joint evidence"
+        rest = [plate.name for plate in layout.batch if plate.name not in coupled]
+        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        note = f"elements of plate(s) {coupled} influence each other: they share one evidence"
         layout = replace(layout, notes=(*layout.notes, note))
-        problem = _assemble(model, hand_written, model_args, guide_args, layout)
+        problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.draw(1)[0].nan_to_num()
     if guide == "auto":
         return _fit(problem, example, num_chains, compile, seed, progress)
@@ -208,14 +219,18 @@ def prepare(
 
 def _assemble(
     model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
+    guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,
     layout: Layout,
 ) -> Problem:
     model_density = ModelDensity(model, layout, model_args)
-    base: Base = PriorBase(model_density)
-    if guide is not None:
+    base: Base
+    if guide is None:
+        base = PriorBase(model_density)
+    elif isinstance(guide, str):  # until the Gaussian is fitted
+        base = StandardNormalBase(layout)
+    else:
         base = GuideBase(guide, model_density, guide_args)
     return Problem(layout, model_density, base, PathDensity(model_density, base), None, 0)
 
@@ -239,24 +254,36 @@ def _fit(
     )
 
 
-def _rows_are_coupled(problem: Problem, *, num_tests: int = 2) -> bool:
-    """Tells whether one batch element's log densities move with another's latents.
+def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:
+    """Names the batch plates whose elements move each other's log densities.
 
-    Two draws a and b are mixed by a random half of the rows: an element whose latents come from a
-    must have the densities it has at a, whatever its neighbours do.
+    Two draws a and b are mixed along one plate, half of its elements from each: an element whose
+    latents come from a must have the densities it has at a, whatever its neighbours do.
     """
-    if problem.layout.batch_shape.numel() < 2:
-        return False
+    layout = problem.layout
+    if layout.batch_shape.numel() < 2:
+        return []
     first, second = problem.draw(2).nan_to_num()
-    tolerance = 1e-10 if first.dtype == torch.float64 else 1e-5
+    coupled = []
     with torch.no_grad():
-        at_first, at_second = problem.function(first), problem.function(second)
-        for _ in range(num_tests):
-            take = torch.rand(problem.layout.batch_shape, device=first.device) < 0.5
-            mixed = problem.function(torch.where(take.unsqueeze(-1), second, first))
-            for a, b, value in zip(at_first, at_second, mixed, strict=True):
-                expected = torch.where(take, b, a)
-                same = (value - expected).abs() <= tolerance * (1.0 + expected.abs())
-                if not bool((same | ~expected.isfinite()).all()):
-                    return True
-    return False
+        ends = problem.function(first), problem.function(second)
+        for axis, plate in enumerate(layout.batch):
+            shape = [plate.size if i == axis else 1 for i in range(len(layout.batch))]
+            for _ in range(num_tests if plate.size > 1 else 0):
+                order = torch.randperm(plate.size, device=first.device)
+                take = (order < plate.size // 2).reshape(shape)
+                mixed = problem.function(torch.where(take.unsqueeze(-1), second, first))
+                if any(
+                    _differ(torch.where(take, b, a), m)
+                    for a, b, m in zip(*ends, mixed, strict=True)
+                ):
+                    coupled.append(plate.name)
+                    break
+    return coupled
+
+
+def _differ(expected: Tensor, value: Tensor) -> bool:
+    """Compares log densities where they are finite, up to rounding."""
+    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-4
+    same = (value - expected).abs() <= tolerance * (1.0 + expected.abs())
+    return not bool((same | ~expected.isfinite()).all())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -16,11 +19,17 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .graphs import Impure, Outputs, evaluate_or_nan, is_random
+from .graph_passes import Impure, is_random
+from .graphs import Outputs, evaluate_or_nan
 
-__all__ = ["check_pure", "undisturbed", "user_line"]
+__all__ = ["check_pure", "undisturbed", "user_line", "worst_difference"]
+
+# Frames inside these are not the user's.
+_LIBRARIES = [Path(str(module.__file__)).parent for module in (torch, pyro)]
+_LIBRARIES += [Path(__file__).parent, Path(contextlib.__file__), Path(functools.__file__)]
 
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
+_NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 
 @contextmanager
@@ -53,9 +62,8 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
     """
     buffers = _Buffers()
     with buffers.watch():
-        evaluate_or_nan(
-            function, position, strict=True
-        )  # the first call may initialize parameters, at random
+        # The first call may initialize parameters, at random.
+        first = evaluate_or_nan(function, position, strict=True)
         before = _random_state(position.device)
         result = evaluate_or_nan(function, position, strict=True)
         after = _random_state(position.device)
@@ -71,17 +79,50 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
             "needs a deterministic density; call .eval() on modules with dropout, and give every "
             "latent a value"
         )
+    for name, one, two in zip(("log_base", "log_target"), first, result, strict=False):
+        # Some GPU kernels add in any order: rounding may differ, values may not.
+        rtol = torch.finfo(one.dtype).eps ** (1 / 3)
+        if not torch.allclose(one, two, rtol=rtol, atol=rtol, equal_nan=True):
+            raise Impure(
+                f"the density gave two different results at the same position ({name}: {one} and "
+                f"{two}): annealing needs a deterministic density; look for other sources of "
+                "randomness and for attributes that change with each evaluation"
+            )
     return result
 
 
 def user_line(frames: traceback.StackSummary) -> str:
     """Formats the innermost line outside of torch, Pyro and this package, or an empty string."""
     for frame in reversed(frames):
-        parts = frame.filename.replace("\\", "/").split("/")
-        inside = {"torch", "pyro", "pyro_anneal", "contextlib.py", "functools.py"} & set(parts)
-        if not inside or "tests" in parts:
-            return f" at {parts[-1]}:{frame.lineno} ({(frame.line or '').strip()})"
+        path = Path(frame.filename)
+        if not any(path.is_relative_to(folder) for folder in _LIBRARIES):
+            return f" at {path.name}:{frame.lineno} ({(frame.line or '').strip()})"
     return ""
+
+
+def worst_difference(
+    graph: Outputs, model: Outputs, eps: float, noise: Sequence[Tensor] | None = None
+) -> str | None:
+    """Describes the worst difference that is more than rounding, relative to the largest value.
+
+    Where a log density is not finite in both (a rejection), its gradient does not matter.
+    """
+    for at, (name, ours, theirs) in enumerate(zip(_NAMES, graph, model, strict=True)):
+        defined = graph[at % 2].isfinite() | model[at % 2].isfinite()
+        if at >= 2:
+            defined = defined.unsqueeze(-1).expand_as(ours)
+        scale = theirs.abs().nan_to_num(posinf=0.0)
+        scale = scale.amax(-1, keepdim=True) if at >= 2 else scale
+        allowed = max(eps, torch.finfo(ours.dtype).eps) ** (1 / 3) * (1.0 + scale)
+        if noise is not None:
+            allowed = allowed + 16.0 * noise[at]
+        both = ours.isfinite() == theirs.isfinite()
+        close = torch.where(ours.isfinite(), (ours - theirs).abs() <= allowed, True)
+        wrong = defined & ~(both & close)
+        if bool(wrong.any()):
+            first = tuple(int(i) for i in wrong.nonzero()[0])
+            return f"{name} is {float(ours[first]):.6g}, the model says {float(theirs[first]):.6g}"
+    return None
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -121,12 +162,13 @@ class _Buffers:
         """Puts changed buffers back, and describes the first."""
         description = None
         for owner, name, buffer, version, copy in self.saved.values():
-            replaced = owner._buffers.get(name) is not buffer
-            if not replaced and buffer._version == version:
+            # Fused kernels such as batch norm's write without counting a version.
+            written = buffer._version != version or not torch.equal(buffer, copy)
+            if owner._buffers.get(name) is buffer and not written:
                 continue
             description = description or f'buffer "{name}" of {qualified(owner, self.modules)}'
             owner._buffers[name] = buffer
-            if buffer._version != version:
+            if written:
                 with torch.no_grad():
                     buffer.copy_(copy)
         return description
@@ -148,8 +190,8 @@ class _RandomOperations(TorchDispatchMode):
     """Notes the first random operation and the line of user code that made it."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.culprit = ""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.culprit: str = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -183,4 +225,4 @@ def _random_culprit(function: LogDensities, position: Tensor) -> str:
             handle.remove()
     if culprits:
         return f" in {qualified(culprits[0], called)}"
-    return operations.culprit
+    return str(operations.culprit)

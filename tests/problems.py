@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -25,7 +25,7 @@ from scipy import integrate, special, stats
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnownProblem:
     """A model, its data, and its log evidence."""
 
@@ -42,7 +42,7 @@ class KnownProblem:
 class WithSupport(TorchDistribution):
     """A distribution given by functions, on any support: what a user's own class would be."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, log_prob, sample, support, batch_shape=(), event_shape=()):
         self._log_prob, self._sample, self._support = log_prob, sample, support
@@ -549,9 +549,7 @@ def _enumerated() -> list[KnownProblem]:
             _log_integral(lambda z: normal(z) * each(z, data).prod(), line),
             1,
         ),
-        KnownProblem(
-            "enumerated: upstream", upstream, (x,), math.log(upstream_density()), 1
-        ),
+        KnownProblem("enumerated: upstream", upstream, (x,), math.log(upstream_density()), 1),
         KnownProblem(
             "enumerated: per datum",
             batched,
@@ -681,14 +679,14 @@ class _Regression(PyroModule):  # type: ignore[misc]
     def forward(self, x: Tensor, y: Tensor) -> None:
         mean = self.linear(x).squeeze(-1)
         with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(mean, 0.4), obs=y)
+            pyro.sample("y", dist.Normal(mean, 0.9), obs=y)
 
 
 def _modules() -> list[KnownProblem]:
     random = np.random.RandomState(5)
     design = random.randn(4, 2)
     y = torch.tensor(design @ np.array([0.5, -1.0]) + 0.3 * random.randn(4))
-    cov = 1.44 * design @ design.T + 0.16 * np.eye(4)
+    cov = 1.44 * design @ design.T + 0.81 * np.eye(4)
     truth = stats.multivariate_normal(np.zeros(4), cov).logpdf(y.numpy())
     regression = KnownProblem(
         "module: PyroSample", _Regression().double(), (torch.tensor(design), y), truth, 2

@@ -30,6 +30,12 @@ def energy(state, momentum, beta):
     return 0.5 * momentum.square().sum(-1) - state.log_density(beta)
 
 
+def given(kernel, normal, uniform, jitter=0.0):
+    """Builds the noise of one step from given numbers."""
+    extra = (torch.full_like(uniform, jitter),) if isinstance(kernel, HMC) else ()
+    return normal, uniform, *extra
+
+
 # --- the integrator ---------------------------------------------------------------------------
 
 
@@ -165,15 +171,17 @@ def test_a_rejected_nan_proposal_does_not_poison_the_state():
 # --- invariance -------------------------------------------------------------------------------
 
 
-def test_acceptance_satisfies_detailed_balance():
+def test_hmc_satisfies_detailed_balance():
     # pi(u) phi(v) a(u, v) = pi(u') phi(v') a(u', -v'), with the volume of the map equal to 1
     density, table = lopsided(), tuning(0.9, [0.8, 1.3])
     state, momentum = density(density.draw_base(500)), torch.randn(500, 2)
     uniform = torch.zeros(500)
     kernel = HMC(2)
-    there, end = leapfrog(state, momentum, density, BETA, table, 2)
-    _, info = kernel.step(state, density, BETA, table, (momentum, uniform))
-    _, info_back = kernel.step(there, density, BETA, table, (-end, uniform))
+    jitter = 2.0 * torch.rand(500) - 1.0  # chosen without regard to the state
+    jittered = Tuning(table.step_size * (1.0 + 0.5 * jitter), table.scale)
+    there, end = leapfrog(state, momentum, density, BETA, jittered, 2)
+    _, info = kernel.step(state, density, BETA, table, (momentum, uniform, jitter))
+    _, info_back = kernel.step(there, density, BETA, table, (-end, uniform, jitter))
     flow = info.accept_prob.log() - energy(state, momentum, BETA)
     flow_back = info_back.accept_prob.log() - energy(there, end, BETA)
     assert torch.allclose(flow, flow_back, rtol=0.0, atol=1e-10)
@@ -193,7 +201,7 @@ def test_random_walk_satisfies_detailed_balance():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "step_size"), [(HMC(1), 1.4), (HMC(3), 0.9), (RandomWalk(), 1.4)], ids=repr
+    ("kernel", "step_size"), [(HMC(1), 1.3), (HMC(3), 0.8), (RandomWalk(), 1.4)], ids=repr
 )
 @pytest.mark.parametrize("beta", [0.05, 0.6, 1.0])
 def test_density_is_invariant_by_quadrature(kernel, step_size, beta):
@@ -203,7 +211,7 @@ def test_density_is_invariant_by_quadrature(kernel, step_size, beta):
     beta = torch.tensor(beta)
     state = density(u[:, None, None].expand(-1, len(v), 1))
     momentum = v[None, :, None].expand(len(u), -1, 1)
-    noise = (momentum, torch.zeros(len(u), len(v)))
+    noise = given(kernel, momentum, torch.zeros(len(u), len(v)), jitter=0.3)
     proposal = State(*(value.clone() for value in state))
 
     def record(position):
@@ -267,16 +275,33 @@ def test_hmc_info_by_hand():
     # one leapfrog on a standard normal from u = 1 with v = 2, h = 0.5:
     # v' = 1.75, u' = 1.875, v'' = 1.28125; energies 2.5 and 2.578613...
     state = oscillator(torch.tensor([[1.0]]))
-    noise = (torch.tensor([[2.0]]), torch.tensor([0.05]))
+    kernel = HMC(1)
+    noise = given(kernel, torch.tensor([[2.0]]), torch.tensor([0.05]))
     table = tuning(0.5, [1.0])
-    new, info = HMC(1).step(state, oscillator, torch.tensor(1.0), table, noise)
+    new, info = kernel.step(state, oscillator, torch.tensor(1.0), table, noise)
     change = 0.5 * (1.875**2 + 1.28125**2) - 2.5
     assert info.accept_prob.item() == pytest.approx(math.exp(-change), rel=1e-12)
     assert not info.diverging.item()
     assert new.position.item() == 1.0  # 1 - 0.05 > exp(-0.0786) = 0.9244
-    noise = (torch.tensor([[2.0]]), torch.tensor([0.1]))
-    new, _ = HMC(1).step(state, oscillator, torch.tensor(1.0), table, noise)
+    noise = given(kernel, torch.tensor([[2.0]]), torch.tensor([0.1]))
+    new, _ = kernel.step(state, oscillator, torch.tensor(1.0), table, noise)
     assert new.position.item() == 1.875
+
+
+def test_jitter_multiplies_the_step_size_of_each_chain():
+    density, table = lopsided(), tuning(0.4, [0.8, 1.3])
+    state, normal = density(density.draw_base(3)), torch.randn(3, 2)
+    jitter, uniform = torch.tensor([-1.0, 0.0, 1.0]), torch.full((3,), 1.0 - 1e-12)  # accepts
+    new, info = HMC(2, jitter=0.25).step(state, density, BETA, table, (normal, uniform, jitter))
+    for i, factor in enumerate([0.75, 1.0, 1.25]):
+        own = Tuning(factor * table.step_size, table.scale)
+        one = State(*(value[i] for value in state))
+        end, _ = leapfrog(one, normal[i], density, BETA, own, 2)
+        assert torch.allclose(new.position[i], end.position, rtol=1e-12)
+    plain, same = HMC(2, jitter=0.0).step(state, density, BETA, table, (normal, uniform, jitter))
+    assert torch.equal(plain.position[1], new.position[1])
+    assert torch.equal(same.accept_prob[1], info.accept_prob[1])
+    assert not torch.allclose(plain.position[0], new.position[0])
 
 
 def test_hmc_rejects_and_reports_divergences():
@@ -287,7 +312,7 @@ def test_hmc_rejects_and_reports_divergences():
         return state._replace(log_target=value)
 
     state = cliff(torch.zeros(3, 1))
-    noise = (torch.tensor([[3.0], [1.5], [0.5]]), torch.full((3,), 0.5))
+    noise = given(HMC(1), torch.tensor([[3.0], [1.5], [0.5]]), torch.full((3,), 0.5))
     new, info = HMC(1).step(state, cliff, torch.tensor(1.0), tuning(1.0, [1.0]), noise)
     assert info.diverging.tolist() == [True, True, False]
     assert info.accept_prob[:2].tolist() == [0.0, 0.0]
@@ -303,7 +328,7 @@ def test_a_chain_without_density_takes_any_step_that_has_one():
         )
 
     state = outside(torch.tensor([[-0.5]]))
-    noise = (torch.tensor([[2.0]]), torch.tensor([0.0]))
+    noise = given(HMC(1), torch.tensor([[2.0]]), torch.tensor([0.0]))
     new, info = HMC(1).step(state, outside, BETA, tuning(1.0, [1.0]), noise)
     assert info.accept_prob.item() == 1.0
     assert new.position.item() > 0.0
@@ -333,10 +358,13 @@ def test_noise_is_a_function_of_the_generator_and_keeps_the_dtype(kernel, dtype)
     first = kernel.noise(state, torch.Generator().manual_seed(5))
     again = kernel.noise(state, torch.Generator().manual_seed(5))
     other = kernel.noise(state, torch.Generator().manual_seed(6))
-    normal, uniform = first
+    normal, uniform, *jitter = first
     assert normal.shape == (50, 40, 2)
     assert uniform.shape == (50, 40)
     assert ((uniform >= 0.0) & (uniform < 1.0)).all()
+    assert all(value.shape == (50, 40) for value in jitter)
+    assert all(((value >= -1.0) & (value <= 1.0)).all() for value in jitter)
+    assert all(value.min() < -0.9 and value.max() > 0.9 for value in jitter)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     table = Tuning(torch.full((40,), 0.5, dtype=dtype), torch.ones(40, 2, dtype=dtype))
@@ -363,6 +391,12 @@ def test_reversal():
 def test_hmc_refuses_a_number_of_leapfrogs_below_one(count):
     with pytest.raises(ValueError, match=f"num_leapfrog must be at least 1, got {count}"):
         HMC(count)
+
+
+@pytest.mark.parametrize("jitter", [-0.1, 1.0, math.nan])
+def test_hmc_refuses_a_jitter_that_could_stop_or_reverse_it(jitter):
+    with pytest.raises(ValueError, match=r"jitter must lie in \[0, 1\)"):
+        HMC(jitter=jitter)
 
 
 @pytest.mark.parametrize("kernel", [HMC, RandomWalk])

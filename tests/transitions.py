@@ -109,7 +109,7 @@ class CachedMixtureHMC(HMC):
 
     def step(self, state, density, beta, tuning, noise):
         before = self.memory.get("beta", beta)
-        momentum, uniform = noise
+        momentum, uniform, _ = noise
         move = tuning.step_size.unsqueeze(-1) * tuning.scale
         stale = momentum + 0.5 * move * (state.grad(before) - state.grad(beta))
         proposal, end = leapfrog(state, stale, density, beta, tuning, self.num_leapfrog)

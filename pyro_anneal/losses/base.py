@@ -30,6 +30,7 @@ from .traces import (
 __all__ = [
     "Evaluation",
     "ParticleELBO",
+    "along_the_path",
     "doubly_reparameterized",
     "finite_or_zero",
     "require_pathwise",
@@ -89,6 +90,10 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         """Evaluates the loss, with a surrogate if gradients are enabled."""
+
+    def _is_linear(self) -> bool:
+        """Tells whether the objective is linear in the log-weights, as the ELBO is."""
+        return self.num_particles == 1  # type: ignore[no-any-return]
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -180,7 +185,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             sampling=sampling,
             gates=gates,
         )
-        if count > 1:
+        if not self._is_linear():
             warn_once(particles.notes, self._warned)
         return particles
 
@@ -317,14 +322,29 @@ def doubly_reparameterized(particles: Particles, weights: Tensor, path_weights: 
             f'"{particles.altered_sites[0]}" has a mask or a scale of its own; use '
             'gradient="reparam"'
         )
-    gates = particles.gates
-    assert gates is not None
-    path = particles.total(
-        (path_weights.detach() * finite_or_zero(particles.log_weights)).sum(dim=0)
-    )
     surrogate = particles.total(
         (weights.detach() * finite_or_zero(particles.log_joint)).sum(dim=0)
     )
+    return surrogate + along_the_path(particles, path_weights)
+
+
+def along_the_path(particles: Particles, weights: Tensor) -> Tensor:
+    r"""Builds the surrogate of ``sum_k a_k log w_k`` along the guide's sampling paths alone.
+
+    Nothing of it reaches the model's parameters, nor the guide's through its density at fixed z.
+    It closes the gates, so that from here on the log-weights treat the samples as constants.
+
+    Args:
+        particles: Particles with open gates.
+        weights: ``a``, ``[K, *batch]``.
+
+    Returns:
+        Scalar whose gradient is the path's.
+    """
+    gates = particles.gates
+    assert gates is not None
+    path = particles.total((weights.detach() * finite_or_zero(particles.log_weights)).sum(dim=0))
+    surrogate = torch.zeros_like(path.detach())
     if gates.outputs:
         grads = torch.autograd.grad(path, gates.outputs, retain_graph=True, allow_unused=True)
         for grad, value in zip(grads, gates.inputs, strict=True):

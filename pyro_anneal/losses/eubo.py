@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 from ..autoguides import auxiliary_values, check_guide, derived_sites, is_autoguide
 from ..simulation import MakeArgs, Simulation, guide_arguments, simulate
 from ..weights import log_mean_exp, log_normalized_weights
-from .base import Evaluation, ParticleELBO, finite_or_zero
+from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero
 from .iwae import score_weights
 from .traces import Arguments, Gates, Particles, collect
 
@@ -225,14 +225,7 @@ class EUBO(ParticleELBO):
             return Evaluation(value, surrogate + drawn.total(terms.sum(0)))
         # Doubly reparameterized: the path alone, with squared weights (see IWAE), and through the
         # gates alone, so that nothing reaches the model's parameters.
-        path = drawn.total((weights[1:].square() * finite_or_zero(drawn.log_weights)).sum(0))
-        if gates.outputs:
-            grads = torch.autograd.grad(path, gates.outputs, retain_graph=True, allow_unused=True)
-            for grad, sample in zip(grads, gates.inputs, strict=True):
-                if grad is not None:
-                    surrogate = surrogate + (grad * sample).sum()
-        gates.closed = True
-        return Evaluation(value, surrogate)
+        return Evaluation(value, surrogate + along_the_path(drawn, weights[1:].square()))
 
 
 def _check_density(exact: Particles) -> None:

@@ -252,6 +252,7 @@ def collect(
     vectorized: bool,
     sampling: Sampling,
     gates: Gates | None = None,
+    batch_plates: Sequence[str] | None = None,
 ) -> Particles:
     """Reduces runs to log-weights per datum.
 
@@ -261,6 +262,7 @@ def collect(
         vectorized: Whether the one run holds K particles in the particle plate.
         sampling: How the guide's samples were treated.
         gates: The gates, if ``sampling`` is ``"gated"``.
+        batch_plates: Names of the plates that are the batch, where they were found before.
 
     Returns:
         The particles.
@@ -269,10 +271,12 @@ def collect(
         NotImplementedError: If a scale does not commute with summing a site out.
     """
     batch = _batch_plates(runs)
+    if batch_plates is not None:
+        batch = {n: f for n, f in batch.items() if n in batch_plates or n == PARTICLE_PLATE}
     scales = _Scales(runs, batch)
     plates = [frame for frame in batch.values() if frame.name != PARTICLE_PLATE]
     dims = [frame.dim for frame in plates]
-    shape = torch.Size(frame.size for frame in plates)
+    shape = torch.Size(_size(frame, runs) for frame in plates)
     particle_dim = [batch[PARTICLE_PLATE].dim] if vectorized else []
     reducer = _Reducer(
         particle_dim + dims, torch.Size([num_particles] if vectorized else []) + shape, scales
@@ -342,6 +346,20 @@ def _batch_plates(runs: Sequence[Run]) -> dict[str, Any]:
                     common = frames
                 common = {n: f for n, f in common.items() if n in frames and frames[n] == f}
     return dict(sorted((common or {}).items(), key=lambda item: item[1].dim))
+
+
+def _size(frame: Any, runs: Sequence[Run]) -> int:
+    """Returns the size of a plate; a plate made without one has that of its sites."""
+    if frame.size >= 0:
+        return int(frame.size)
+    sizes = [
+        site["unscaled_log_prob"].shape[frame.dim]
+        for run in runs
+        for trace in (run.model, run.guide)
+        for _, site in _density_sites(trace)
+        if site["unscaled_log_prob"].dim() >= -frame.dim
+    ]
+    return max(sizes, default=1)
 
 
 def _ratio(frame: Any) -> float:

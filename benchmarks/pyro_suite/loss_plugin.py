@@ -1,0 +1,121 @@
+"""A pytest plugin that runs Pyro's own tests with a loss of this package in place of Pyro's.
+
+It puts a class of ours where the tests import ``Trace_ELBO`` (or ``RenyiELBO``) and keeps the tests
+that use it. Beside a checkout of pyro-ppl/pyro at the version that is installed:
+
+    PYTHONPATH=<this directory> python -m pytest -p loss_plugin --pyro-loss TVO tests/infer/...
+
+With ``--pyro-loss Trace_ELBO`` nothing is replaced, which gives the count to compare with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pyro.infer
+import pytest
+import torch
+
+from pyro_anneal.losses import EUBO, IWAE, TVO
+
+
+class IWAEForTrace(IWAE):
+    """IWAE with Pyro's default of one particle, where it is the ELBO."""
+
+    def __init__(self, num_particles=1, max_plate_nesting=math.inf, *args, **kwargs):
+        kwargs = _named(args, kwargs)
+        super().__init__(num_particles, max_plate_nesting=max_plate_nesting, **kwargs)
+
+
+class TVOForTrace(TVO):
+    """TVO of one left partition, whose expectation is the ELBO, with at least two particles."""
+
+    schedule_of_test = torch.tensor([0.0, 1.0])
+
+    def __init__(self, num_particles=1, max_plate_nesting=math.inf, *args, **kwargs):
+        kwargs = _named(args, kwargs)
+        super().__init__(
+            max(num_particles, 2),
+            self.schedule_of_test,
+            gradient="auto",
+            max_plate_nesting=max_plate_nesting,
+            **kwargs,
+        )
+
+
+class TVOTwoForTrace(TVOForTrace):
+    """TVO with its default schedule of two partitions."""
+
+    schedule_of_test = None
+
+
+class CovarianceForTrace(TVOForTrace):
+    """TVO of one left partition with the covariance gradient."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradient = "covariance"
+
+
+class EUBOForTrace(EUBO):
+    """EUBO by importance weights, at least two particles."""
+
+    def __init__(self, num_particles=1, max_plate_nesting=math.inf, *args, **kwargs):
+        kwargs = _named(args, kwargs)
+        super().__init__(max(num_particles, 2), max_plate_nesting=max_plate_nesting, **kwargs)
+
+
+def _named(args, kwargs):
+    names = ("max_iarange_nesting", "vectorize_particles", "strict_enumeration_warning")
+    kwargs = {**kwargs, **dict(zip(names, args, strict=False))}
+    kwargs.pop("max_iarange_nesting", None)
+    return kwargs
+
+
+LOSSES = {
+    "Trace_ELBO": pyro.infer.Trace_ELBO,
+    "IWAE": IWAEForTrace,
+    "TVO": TVOForTrace,
+    "TVO2": TVOTwoForTrace,
+    "TVOcov": CovarianceForTrace,
+    "EUBO": EUBOForTrace,
+}
+CHOSEN = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--pyro-loss", choices=list(LOSSES), default="Trace_ELBO")
+    parser.addoption("--pyro-target", choices=["Trace_ELBO", "RenyiELBO"], default="Trace_ELBO")
+
+
+def pytest_configure(config):
+    # Pyro's tests make warnings errors; this one is meant for most of their subsampled models.
+    config.addinivalue_line("filterwarnings", r"ignore:plate\(s\):UserWarning")
+    target = config.getoption("--pyro-target")
+    name = config.getoption("--pyro-loss")
+    loss = getattr(pyro.infer, target) if name == "Trace_ELBO" else LOSSES[name]
+    setattr(pyro.infer, target, loss)
+    CHOSEN[:] = [loss, target]
+
+
+def _uses(item):
+    loss, target = CHOSEN
+    spec = getattr(item, "callspec", None)
+    values = list(spec.params.values()) if spec else []
+    others = [v for v in values if "ELBO" in getattr(v, "__name__", "") or v is loss]
+    if others:
+        return any(v is loss for v in others)
+    if any("DiffTrace" in getattr(v, "__name__", "") for v in values):
+        return True
+    try:
+        return target + "(" in inspect.getsource(item.function).replace("Jit" + target, "")
+    except (OSError, AttributeError, TypeError):
+        return False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    keep = [item for item in items if _uses(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in keep])
+    items[:] = keep

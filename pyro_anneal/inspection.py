@@ -1,0 +1,429 @@
+"""Runs a model and a guide a few times, and checks and works out their layout."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .sites import (
+    BatchPlate,
+    Layout,
+    Site,
+    base_distribution,
+    density_sites,
+    is_factor,
+    latent_sites,
+    observed_sites,
+)
+
+__all__ = ["inspect_model"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _frames(site: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+
+
+def _check_plates(trace: Any) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f'plate "{frame.name}" is subsampled ({frame.size} of {frame.full_size}) at '
+                    f'site "{name}": the evidence of a random subset is no evidence of the data; '
+                    "pass the whole data set, or the subset with a plate of its own size"
+                )
+
+
+def _check_shape(name: str, site: Mapping[str, Any]) -> None:
+    """Checks that every axis of a site's batch shape belongs to a plate."""
+    shape = site["fn"].batch_shape
+    known = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    for axis in range(-len(shape), 0):
+        if shape[axis] > 1 and axis not in known:
+            raise ValueError(
+                f'at site "{name}": log_prob has shape {list(shape)}, but axis {axis} of size '
+                f"{shape[axis]} belongs to no plate; enclose it in "
+                f'pyro.plate("data", {shape[axis]}, dim={axis}) or declare it dependent with '
+                f".to_event({-axis})"
+            )
+
+
+def _check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
+    """Checks that latents are continuous or enumerated and covered by the guide."""
+    latents = latent_sites(model_trace)
+    enumerated = []
+    for name, site in latents.items():
+        how = site["infer"].get("enumerate")
+        if how == "parallel" and getattr(site["fn"], "has_enumerate_support", False):
+            if site["infer"].get("num_samples") is not None:
+                raise ValueError(
+                    f'site "{name}" is enumerated by num_samples draws, which is random; leave '
+                    "num_samples out to sum over its support"
+                )
+            enumerated.append(name)
+        elif how == "sequential":
+            raise ValueError(
+                f'site "{name}" is enumerated sequentially; use '
+                'infer={"enumerate": "parallel"} or config_enumerate(model, "parallel")'
+            )
+        elif _support(name, site).is_discrete:
+            raise ValueError(
+                f'latent site "{name}" is discrete ({type(site["fn"]).__name__}) and nothing sums '
+                "it out or moves it: mark it with "
+                'infer={"enumerate": "parallel"} or wrap the model in pyro.infer.config_enumerate'
+            )
+    continuous = [name for name in latents if name not in enumerated]
+    if not continuous:
+        what = "enumerated sites only" if enumerated else "no latent site"
+        raise ValueError(
+            f"the model has {what}, so there is nothing to anneal: its log evidence is the "
+            "log density itself (pyro.infer.TraceEnum_ELBO sums enumerated sites exactly)"
+        )
+    if not observed_sites(model_trace):
+        raise ValueError(
+            "the model has no observation: condition it on data with pyro.sample(..., obs=x) or "
+            "poutine.condition; without any its log evidence is 0"
+        )
+    if guide_trace is not None:
+        _check_guide(continuous, enumerated, guide_trace, observed_sites(model_trace))
+    return enumerated
+
+
+def _check_guide(
+    continuous: list[str],
+    enumerated: list[str],
+    guide_trace: Any,
+    observed: Mapping[str, Any],
+) -> None:
+    guided = latent_sites(guide_trace)
+    missing = [name for name in continuous if name not in guided]
+    extra = [
+        name
+        for name, site in guided.items()
+        if name not in continuous and not site["infer"].get("is_auxiliary")
+    ]
+    if missing or extra:
+        problems = []
+        if missing:
+            problems.append(f"latent sites of the model without a guide: {missing}")
+        both = [name for name in extra if name in enumerated]
+        if both:
+            problems.append(f"sites that the model enumerates and the guide samples: {both}")
+        seen = [name for name in extra if name in observed]
+        if seen:
+            problems.append(f"sites of the guide that the model observes: {seen}")
+        rest = [name for name in extra if name not in both and name not in seen]
+        if rest:
+            problems.append(
+                f"sites of the guide that the model lacks: {rest} (their density cannot be "
+                "integrated out of the guide)"
+            )
+        raise ValueError("model and guide disagree on sites; " + "; ".join(problems))
+
+
+def _find_batch(
+    model_trace: Any, guide_trace: Any | None, requested: str | Sequence[str]
+) -> tuple[BatchPlate, ...]:
+    """Finds the plates that enclose every site, or checks those that the user named."""
+    model_sites = list(density_sites(model_trace))
+    guide_sites = [] if guide_trace is None else list(latent_sites(guide_trace).items())
+    both = (model_sites, guide_sites)
+    first = _frames(model_sites[0][1])
+    common: dict[str, BatchPlate] = {}
+    for name, frame in first.items():
+        frames = [[_frames(site).get(name) for _, site in sites] for sites in both]
+        if any(f is None or f.size != frame.size for group in frames for f in group):
+            continue
+        dims, guide_dims = ({f.dim for f in group if f is not None} for group in frames)
+        guide_dims = guide_dims or dims
+        if len(dims) == 1 and len(guide_dims) == 1:
+            common[name] = BatchPlate(name, frame.size, frame.dim, guide_dims.pop())
+    if isinstance(requested, str):
+        if requested != "auto":
+            raise ValueError(
+                f'batch_plates must be "auto" or a list of plate names, got {requested!r}'
+            )
+        chosen = list(common.values())
+    else:
+        for plate in requested:
+            if plate not in common:
+                outside = [
+                    n for n, site in model_sites + guide_sites if plate not in _frames(site)
+                ]
+                raise ValueError(
+                    f'plate "{plate}" cannot be a batch dimension: it does not enclose '
+                    f"{outside or 'every site with one size and dim'}; leave it out of "
+                    "batch_plates, or move those sites inside the plate"
+                )
+        chosen = [common[name] for name in requested]
+    return tuple(sorted(chosen, key=lambda plate: plate.dim))
+
+
+def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
+    """Finds the common scale of all sites, and what makes the normalizer no log p(x)."""
+    notes = []
+    scales: dict[str, float | None] = {}
+    for name, site in density_sites(model_trace):
+        if is_factor(site):
+            notes.append(f'a normalizer, not log p(x): the model has pyro.factor("{name}")')
+        scale = site["scale"]
+        constant = not isinstance(scale, Tensor) or scale.numel() == 1
+        scales[name] = float(scale) if constant else None
+    values = set(scales.values())
+    if len(values) == 1 and None not in values:
+        common = next(iter(values))
+        assert common is not None
+        if common != 1.0:
+            notes.append(f"{common:g} times the log evidence: poutine.scale encloses every site")
+        return common, tuple(notes)
+    scaled = [name for name, value in scales.items() if value != 1.0]
+    notes.append(f"a normalizer, not log p(x): poutine.scale acts on {scaled}")
+    return 1.0, tuple(notes)
+
+
+def _support(name: str, site: Mapping[str, Any]) -> Any:
+    try:
+        return site["fn"].support
+    except NotImplementedError as error:
+        raise ValueError(
+            f'latent site "{name}": {type(site["fn"]).__name__} declares no support, so there is '
+            "no bijection onto it; give the distribution a support property"
+        ) from error
+
+
+def _make_site(
+    name: str, site: Mapping[str, Any], batch: Sequence[BatchPlate], start: int
+) -> Site:
+    fn = site["fn"]
+    if not isinstance(fn, TorchDistributionMixin):
+        raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
+    support = _support(name, site)
+    try:
+        transform = biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f'at latent site "{name}": no bijection from R^n to the support {support} of '
+            f"{type(fn).__name__} is registered; reparameterize it (a correlation matrix through "
+            "LKJCholesky, say) or register one with torch.distributions.biject_to.register"
+        ) from error
+    rank = len(fn.batch_shape)
+    shape = torch.Size(transform.inverse_shape(fn.batch_shape + fn.event_shape))
+    axes = tuple(rank + plate.dim for plate in batch)
+    size = math.prod(n for i, n in enumerate(shape) if i not in axes)
+    by_axis = {frame.dim + rank: frame.name for frame in _frames(site).values()}
+    return Site(
+        name=name,
+        batch_shape=fn.batch_shape,
+        event_shape=fn.event_shape,
+        unconstrained_shape=shape,
+        batch_axes=axes,
+        plates=tuple(by_axis.get(axis) for axis in range(rank)),
+        transform=transform,
+        dtype=site["value"].dtype,
+        start=start,
+        stop=start + size,
+    )
+
+
+def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
+    """Computes the image of the unconstrained origin under each site's bijection."""
+    images = []
+    for site in sites:
+        node = trace.nodes[site.name]
+        origin = torch.zeros(
+            site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
+        )
+        images.append(biject_to(node["fn"].support)(origin))
+    return images
+
+
+def _supports_are_static(
+    model: Callable[..., Any], arguments: Arguments, first: Any, second: Any, sites: Sequence[Site]
+) -> bool:
+    """Tells whether no site's support depends on another latent.
+
+    Two draws of the latents must give the same supports, and autograd must find no path from a
+    latent to a support: ``Uniform(0, top.clamp(min=4))`` has the same support at most draws.
+    """
+    pairs = zip(_support_images(first, sites), _support_images(second, sites), strict=True)
+    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+        return False
+    latents = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+    with torch.enable_grad():
+        for value in latents.values():
+            value.requires_grad_(True)
+        trace = _trace(poutine.condition(model, data=latents), arguments)
+        images = [image for image in _support_images(trace, sites) if image.requires_grad]
+        if not images:
+            return True
+        total = torch.stack([image.sum() for image in images]).sum()
+        grads = torch.autograd.grad(total, list(latents.values()), allow_unused=True)
+    return all(grad is None for grad in grads)
+
+
+class _StartImproper(Messenger):  # type: ignore[misc]
+    """Gives sites with an improper prior, which cannot be sampled, some value in their support."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["value"] is None and isinstance(base_distribution(fn), dist.ImproperUniform):
+            transform = biject_to(fn.support)
+            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+            msg["value"] = transform(torch.randn(shape))
+            msg["done"] = True
+
+
+def _trace(function: Callable[..., Any], arguments: Arguments) -> Any:
+    args, kwargs = arguments
+    with _StartImproper():
+        return poutine.trace(function).get_trace(*args, **kwargs)
+
+
+def _trace_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+) -> tuple[Any, Any | None]:
+    if guide is None:
+        return _trace(model, model_args), None
+    guide_trace = _trace(guide, guide_args)
+    try:
+        trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
+    except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
+        _check_value_shapes(_trace(model, model_args), guide_trace)
+        raise
+    _check_value_shapes(trace, guide_trace)
+    return trace, guide_trace
+
+
+def _check_value_shapes(model_trace: Any, guide_trace: Any) -> None:
+    """Checks that the guide's values have the shapes that the model's distributions give."""
+    for name, site in latent_sites(model_trace).items():
+        if name not in guide_trace.nodes:
+            continue
+        shape = guide_trace.nodes[name]["value"].shape
+        expected = site["fn"].batch_shape + site["fn"].event_shape
+        if shape != expected:
+            raise ValueError(
+                f'at site "{name}" the guide draws shape {list(shape)}, the model expects '
+                f"{list(expected)}; give the guide the model's plates and event shape"
+            )
+
+
+def inspect_model(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+    *,
+    batch_plates: str | Sequence[str] = "auto",
+    num_tries: int = 100,
+) -> Layout:
+    """Runs model and guide a few times and works out their layout.
+
+    Args:
+        model: Pyro model with its observations.
+        guide: Pyro guide, or None for the prior.
+        model_args: ``(args, kwargs)`` of the model.
+        guide_args: ``(args, kwargs)`` of the guide.
+        batch_plates: ``"auto"`` for every plate that encloses all sites, or plate names.
+        num_tries: Draws to try where a model raises for some values of its latents.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: If model and guide disagree, a latent is discrete and not enumerated, a plate
+            is subsampled, a site's shape is not covered by plates, nothing is latent or observed.
+    """
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        first, second = _draw_two(model, guide, model_args, guide_args, num_tries)
+        trace, guide_trace = first
+        _check_plates(trace)
+        if guide_trace is not None:
+            _check_plates(guide_trace)
+        enumerated = _check_latents(trace, guide_trace)
+        for name, site in density_sites(trace):
+            _check_shape(name, site)
+        batch = _find_batch(trace, guide_trace, batch_plates)
+        sites: list[Site] = []
+        for name, site in latent_sites(trace).items():
+            if name not in enumerated:
+                sites.append(_make_site(name, site, batch, sites[-1].stop if sites else 0))
+        is_static = _supports_are_static(model, model_args, trace, second[0], sites)
+    scale, notes = _find_scale(trace)
+    if enumerated:
+        notes += (f"discrete sites {enumerated} are summed out: latents are the other sites",)
+    improper = tuple(
+        site.name
+        for site in sites
+        if isinstance(base_distribution(trace.nodes[site.name]["fn"]), dist.ImproperUniform)
+    )
+    if improper:
+        notes += (f"a normalizer, not log p(x): the prior of {list(improper)} is improper",)
+    dims = [
+        frame.dim
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in _frames(site).values()
+    ]
+    return Layout(
+        sites=tuple(sites),
+        batch=batch,
+        dtype=functools.reduce(torch.promote_types, [site.dtype for site in sites]),
+        device=trace.nodes[sites[0].name]["value"].device,
+        enumerated=tuple(enumerated),
+        max_plate_nesting=-min(dims, default=0),
+        scale=scale,
+        is_static=is_static,
+        observed={
+            name: site["value"].detach()
+            for name, site in observed_sites(trace).items()
+            if not is_factor(site)
+        },
+        improper=improper,
+        loops={
+            frame.name: list(range(frame.size))
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if not frame.vectorized and frame.name in trace.nodes
+        },
+        notes=notes,
+    )
+
+
+def _draw_two(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+    num_tries: int,
+) -> tuple[tuple[Any, Any | None], tuple[Any, Any | None]]:
+    """Traces model and guide twice; where some draws have no density, looks for two that have."""
+    traces: list[tuple[Any, Any | None]] = []
+    for attempt in range(num_tries):
+        try:
+            traces.append(_trace_pair(model, guide, model_args, guide_args))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if attempt == num_tries - 1:
+                raise
+        if len(traces) == 2:
+            break
+    return traces[0], traces[-1]

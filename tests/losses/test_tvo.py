@@ -1,0 +1,390 @@
+"""TVO: closed forms, exact gradients, the order of the bounds, schedules and corrections."""
+
+import itertools
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_objectives import PROBLEMS, assert_within, estimated_gradient, exact_gradient
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+
+from pyro_anneal.losses import IWAE, TVO, Moments
+from pyro_anneal.losses.tvo import thermodynamic
+from pyro_anneal.schedules import Linear, LogUniform, Sigmoid
+
+FIVE = torch.linspace(0.0, 1.0, 6)
+
+
+def riemann(betas, integration):
+    """The quadrature weights, written out."""
+    steps = [b - a for a, b in itertools.pairwise(betas)]
+    left, right = torch.tensor([*steps, 0.0]), torch.tensor([0.0, *steps])
+    return {"left": left, "right": right, "trapezoid": (left + right) / 2}[integration]
+
+
+def two_particle_sum(betas, integration):
+    """The finite-S objective for S = 2, of log-weights ``[2, A, A]``."""
+
+    def objective(log_w):
+        total = 0.0
+        for beta, width in zip(betas, riemann(betas.tolist(), integration), strict=True):
+            first = torch.sigmoid(beta * (log_w[0] - log_w[1]))
+            total = total + width * (first * log_w[0] + (1 - first) * log_w[1])
+        return total
+
+    return objective
+
+
+def limit_gradient(problem, betas, integration):
+    """Gradient of the objective at S = infinity, by summing over atoms."""
+    leaves = problem.leaves()
+    mass, log_w = problem.atoms(leaves)
+    value = torch.tensor(0.0)
+    for beta, width in zip(betas, riemann(betas.tolist(), integration), strict=True):
+        tilted = torch.softmax(mass.log() + beta * log_w, 0)
+        value = value + width * (tilted * log_w).sum()
+    grads = torch.autograd.grad(value, list(leaves.values()))
+    return value.detach(), dict(zip(leaves, grads, strict=True))
+
+
+@pytest.mark.parametrize("integration", ["left", "right", "trapezoid"])
+@pytest.mark.parametrize("name", ["gaussian", "chain"])
+@pytest.mark.parametrize("gradient", ["reparam", "dreg"])
+def test_path_gradients_are_those_of_the_two_particle_objective(name, gradient, integration):
+    problem = PROBLEMS[name]
+    betas = torch.tensor([0.0, 0.15, 0.5, 1.0])
+    value, truth = exact_gradient(problem, two_particle_sum(betas, integration))
+    loss = TVO(2, betas, integration, gradient, vectorize_particles=True)
+    estimate, grads = estimated_gradient(problem, loss)
+    assert -estimate.item() == pytest.approx(value.item(), rel=0.03)
+    for param, grad in grads.items():
+        assert_within(-grad, truth[param])
+
+
+@pytest.mark.parametrize("integration", ["left", "right", "trapezoid"])
+@pytest.mark.parametrize("name", list(PROBLEMS))
+@pytest.mark.parametrize("gradient", ["covariance", "auto"])
+def test_gradients_approach_the_exact_objective(name, gradient, integration):
+    problem = PROBLEMS[name]
+    value, truth = limit_gradient(problem, FIVE, integration)
+    loss = TVO(10_000, FIVE, integration, gradient, vectorize_particles=True)
+    estimate, grads = estimated_gradient(problem, loss, count=20)
+    assert -estimate.item() == pytest.approx(value.item(), abs=0.02)
+    for param, grad in grads.items():
+        assert_within(-grad, truth[param])
+
+
+@pytest.mark.parametrize("name", list(PROBLEMS))
+@pytest.mark.parametrize("gradient", ["covariance", "auto"])
+def test_one_left_partition_is_the_elbo_in_expectation(name, gradient):
+    problem = PROBLEMS[name]
+    betas = torch.tensor([0.0, 1.0])
+    value, truth = limit_gradient(problem, betas, "left")  # mean log-weight
+    loss = TVO(2, betas, "left", gradient, vectorize_particles=True)
+    estimate, grads = estimated_gradient(problem, loss)
+    assert -estimate.item() == pytest.approx(value.item(), rel=0.02)
+    for param, grad in grads.items():
+        assert_within(-grad, truth[param])
+
+
+@pytest.mark.parametrize(
+    ("num_partitions", "lower", "upper"),
+    [
+        (2, -2.780050, -1.905050),
+        (5, -2.453322, -2.103322),
+        (10, -2.356234, -2.181234),
+        (50, -2.283141, -2.248141),
+    ],
+)
+def test_values_of_a_gaussian(num_partitions, lower, upper):
+    particles = draw_gaussian(replicates=40, num_particles=2000)
+    betas = Linear()(num_partitions)
+    for integration, truth in {
+        "left": lower,
+        "right": upper,
+        "trapezoid": (lower + upper) / 2,
+    }.items():
+        values = thermodynamic(particles.log_weights, betas, integration=integration).value
+        assert_within(values, truth)
+        assert values.std() / 40**0.5 < 0.015
+
+
+def draw_gaussian(replicates, num_particles):
+    """Particles of case E01, many times over."""
+
+    def model():
+        with pyro.plate("replicates", replicates):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.full((replicates,), 2.0))
+
+    def guide():
+        with pyro.plate("replicates", replicates):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    loss = TVO(num_particles, vectorize_particles=True, max_plate_nesting=1)
+    return loss._particles(model, guide, ((), {}), "score")
+
+
+def test_best_beta_of_two_partitions_lies_inside():
+    """TVO paper, Fig. 2(d): the sweep over beta_1 at K = 2 peaks inside (0, 1)."""
+    log_w = draw_gaussian(replicates=40, num_particles=2000).log_weights
+    sweep = torch.linspace(0.02, 0.98, 49)
+    bounds = torch.stack(
+        [thermodynamic(log_w, LogUniform(b.item())(2)).value.mean() for b in sweep]
+    )
+    best = bounds.argmax()
+    assert sweep[best].item() == pytest.approx(0.3833, abs=0.03)
+    values = thermodynamic(log_w, LogUniform(0.3833)(2)).value
+    assert_within(values, -2.744669)
+    assert bounds[best] > max(bounds[0], bounds[-1]) + 0.3
+
+
+@pytest.mark.parametrize("num_partitions", [1, 2, 7])
+def test_left_iwae_right_are_ordered_pointwise(num_partitions):
+    log_w = 5.0 * torch.randn(6, 10_000) ** 3
+    betas = LogUniform(0.2)(num_partitions)
+    iwae = torch.logsumexp(log_w, 0) - math.log(6)
+    left = thermodynamic(log_w, betas, integration="left").value
+    right = thermodynamic(log_w, betas, integration="right").value
+    slack = 1e-12 * log_w.abs().amax(0)
+    assert (left <= iwae + slack).all()
+    assert (iwae <= right + slack).all()
+    assert (right - left).min() > 0
+
+
+def test_coefficients_are_derivatives_of_the_value():
+    log_w = (3.0 * torch.randn(5, 4)).requires_grad_()
+    betas = torch.tensor([0.0, 0.02, 0.3, 1.0])
+    parts = thermodynamic(log_w, betas, integration="trapezoid")
+    (first,) = torch.autograd.grad(parts.value.sum(), log_w, create_graph=True)
+    assert torch.allclose(first, parts.weights, rtol=1e-12)
+    second = torch.stack(
+        [torch.autograd.grad(first[k].sum(), log_w, retain_graph=True)[0][k] for k in range(5)]
+    )
+    assert torch.allclose(parts.weights - second, parts.path_weights, rtol=1e-10)
+
+
+def test_a_particle_of_zero_weight():
+    log_w = torch.tensor([[-torch.inf, -torch.inf], [1.0, -torch.inf], [2.0, -torch.inf]])
+    betas = torch.tensor([0.0, 0.5, 1.0])
+    left = thermodynamic(log_w, betas, integration="left")
+    right = thermodynamic(log_w, betas, integration="right")
+    assert torch.equal(left.value, torch.tensor([-torch.inf, -torch.inf]))
+    weights = torch.softmax(torch.tensor([0.5, 1.0]), 0), torch.softmax(torch.tensor([1.0, 2]), 0)
+    expected = sum(0.5 * (w * torch.tensor([1.0, 2.0])).sum() for w in weights)
+    assert right.value[0] == pytest.approx(expected.item())
+    assert right.value[1] == -torch.inf
+    for part in (left, right):
+        assert all(x.isfinite().all() for x in (part.weights, part.score_weights))
+        assert part.weights[0, 0] == 0.0
+
+
+@pytest.mark.parametrize("gradient", ["covariance", "dreg", "auto", "reparam"])
+def test_an_exact_guide_has_no_noise(gradient):
+    """Every log-weight is log p(x), and so the guide's gradient is exactly zero."""
+    loc = torch.tensor([1.0, -0.5], requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(loc, 0.5**0.5))
+
+    x = torch.tensor([2.0, -1.0])
+    truth = dist.Normal(0.0, 2.0**0.5).log_prob(x).sum().item()
+    for schedule in (LogUniform(0.1, partitions=3), Moments(3)):
+        loss = TVO(4, schedule, gradient=gradient)
+        value = loss.differentiable_loss(model, guide, x)
+        assert -value.item() == pytest.approx(truth, rel=1e-13)
+        (grad,) = torch.autograd.grad(value, loc)
+        if gradient != "reparam":  # which has: the density's gradient at fixed z has mean zero
+            assert grad.abs().max() < 1e-13
+
+
+def test_moments_space_the_curve_equally():
+    log_w = 4.0 * torch.randn(200, 3) ** 2
+    betas = Moments(4)(log_w)
+    assert betas[0] == 0.0
+    assert betas[-1] == 1.0
+    curve = torch.stack([(torch.softmax(b * log_w, 0) * log_w).sum(0).mean() for b in betas])
+    steps = curve.diff()
+    assert torch.allclose(steps, steps.mean().expand(4), rtol=1e-6)
+    assert not torch.allclose(betas, torch.linspace(0, 1, 5), atol=0.05)
+    with pytest.raises(ValueError, match="at least one partition, got 0"):
+        Moments(0)
+
+
+def test_moments_give_a_lower_bound():
+    problem = PROBLEMS["gaussian"]
+    model, guide = problem.pair(problem.leaves((500,)), 500)
+    values = {}
+    for name, schedule in {"moments": Moments(5), "linear": Linear(5)}.items():
+        pyro.set_rng_seed(0)
+        values[name] = -TVO(50, schedule, vectorize_particles=True).loss(model, guide)
+    pyro.set_rng_seed(0)
+    iwae = -IWAE(50, vectorize_particles=True).loss(model, guide)
+    assert values["linear"] < iwae
+    assert values["moments"] < iwae
+
+
+def belief_net():
+    weights = torch.tensor(np.random.RandomState(0).randn(16, 8))
+    x = torch.arange(16) % 2
+    states = torch.tensor([[i >> j & 1 for j in range(8)] for i in range(256)]).double()
+    return weights, x.double(), states
+
+
+def test_a_belief_net_of_256_states():
+    """Values of the table of cases (E52), and gradients by autograd over all states."""
+    weights, x, states = belief_net()
+    logits_q = torch.zeros(8, requires_grad=True)
+    bias = torch.zeros(16, requires_grad=True)
+
+    def densities(z, bias, logits):
+        log_p = (dist.Bernoulli(logits=(2 * z - 1) @ weights.T + bias).log_prob(x)).sum(-1)
+        log_p = log_p - 8 * math.log(2)
+        return log_p, dist.Bernoulli(logits=logits).log_prob(z).sum(-1)
+
+    log_p, log_q = densities(states, bias, logits_q)
+    assert torch.logsumexp(log_p, 0).item() == pytest.approx(-16.394085, abs=1e-6)
+    betas = torch.tensor([0.0, 0.3, 1.0])
+    exact = 0.0
+    for beta, width in ((0.0, 0.3), (0.3, 0.7)):
+        tilted = torch.softmax(log_q + beta * (log_p - log_q), 0)
+        exact = exact + width * (tilted * (log_p - log_q)).sum()
+    assert exact.item() == pytest.approx(-18.951259, abs=1e-6)
+    truth = torch.autograd.grad(exact, (bias, logits_q))
+
+    count = 60
+    many_bias = bias.detach().expand(count, 16).clone().requires_grad_()
+    many_logits = logits_q.detach().expand(count, 8).clone().requires_grad_()
+
+    def model():
+        with pyro.plate("replicates", count):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((8,), 0.5)).to_event(1))
+            logits = (2 * z - 1) @ weights.T + many_bias
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x.expand(count, 16))
+
+    def guide():
+        with pyro.plate("replicates", count):
+            pyro.sample("z", dist.Bernoulli(logits=many_logits).to_event(1))
+
+    loss = TVO(4000, betas, vectorize_particles=True)
+    value = loss.differentiable_loss(model, guide)
+    assert -value.item() / count == pytest.approx(-18.951259, abs=0.02)
+    value.backward()
+    for estimates, expected in ((many_bias.grad, truth[0]), (many_logits.grad, truth[1])):
+        for i in range(len(expected)):
+            assert_within(-estimates[:, i], expected[i])
+
+
+def test_particle_counts_options_and_betas_are_checked():
+    with pytest.raises(ValueError, match="needs num_particles >= 2, got 1"):
+        TVO(1)
+    with pytest.raises(ValueError, match=r"betas\[2\] = 0.2 follows betas\[1\] = 0.3"):
+        TVO(2, torch.tensor([0.0, 0.3, 0.2, 1.0]))
+    with pytest.raises(ValueError, match="Sigmoid needs a number of steps"):
+        TVO(2, Sigmoid())
+    with pytest.raises(ValueError, match='integration must be "left", "right" or "trapezoid"'):
+        TVO(2, integration="simpson")
+    with pytest.raises(ValueError, match="gradient must be one of"):
+        TVO(2, gradient="vimco")
+    with pytest.raises(ValueError, match="correction must be"):
+        TVO(2, correction="bessel")
+
+
+def test_corrections_are_the_stated_factors():
+    log_w = torch.randn(4, 3)
+    betas = torch.tensor([0.0, 0.4, 1.0])
+    plain = thermodynamic(log_w, betas, integration="right", correction="none").score_weights
+    bessel = thermodynamic(log_w, betas, integration="right", correction="particles").score_weights
+    assert torch.allclose(bessel - 0.25, (plain - 0.25) * 4 / 3)
+    weighted = thermodynamic(log_w, betas, integration="right", correction="weighted")
+    expected = torch.full_like(log_w, 0.25)
+    for beta, width in ((0.4, 0.4), (1.0, 0.6)):
+        w = torch.softmax(beta * log_w, 0)
+        deviation = log_w - (w * log_w).sum(0)
+        expected = expected + width * w * deviation / (1 - w.square().sum(0))
+    assert torch.allclose(weighted.score_weights, expected)
+
+
+def test_scores_where_nothing_is_reparameterized():
+    """A guide of Pyro's fake NonreparameterizedNormal has the gradients of the Normal one."""
+    problem = PROBLEMS["gaussian"]
+    _, truth = limit_gradient(problem, FIVE, "left")
+    leaves = problem.leaves((100,))
+    model, _ = problem.pair(leaves, 100)
+
+    def guide():
+        with pyro.plate("data", 100):
+            pyro.sample("z", NonreparameterizedNormal(leaves["m"], leaves["s"].exp()))
+
+    with pytest.raises(NotImplementedError, match='guide site "z" is a NonreparameterizedNormal'):
+        TVO(2, gradient="reparam").differentiable_loss(model, guide)
+    TVO(4000, FIVE, gradient="auto", vectorize_particles=True).loss_and_grads(model, guide)
+    for param, leaf in leaves.items():
+        assert_within(-leaf.grad, truth[param])
+
+
+def test_common_random_numbers_halve_the_noise():
+    """TVO paper, Table 1: both means of a covariance from one set of particles, or from two."""
+    weights, x, _ = belief_net()
+    count, size, beta = 2000, 20, 0.1
+    z = torch.bernoulli(torch.full((2, size, count, 8), 0.5))
+    logits = (2 * z - 1) @ weights.T
+    f = dist.Bernoulli(logits=logits).log_prob(x).sum(-1, keepdim=True)  # log w: q is the prior
+    g = (1 - beta) * (z - 0.5)  # gradient of log pi with respect to the guide's logits
+    w = torch.softmax(beta * f, dim=1)
+
+    def mean(values):
+        return (w * values).sum(1)
+
+    product = mean(f * g)
+    common = product[0] - mean(f)[0] * mean(g)[0]
+    apart = product[0] - mean(f)[1] * mean(g)[1]
+    assert common.std(0).mean() < 0.5 * apart.std(0).mean()
+
+    # and the first is what the loss computes
+    many = torch.zeros(count, 8, requires_grad=True)
+
+    def model():
+        with pyro.plate("replicates", count):
+            pyro.sample("z", dist.Bernoulli(torch.full((8,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=logits[0]).to_event(1), obs=x)
+
+    def guide():
+        with pyro.plate("replicates", count):
+            pyro.sample("z", Replayed(many, z[0]).to_event(1))
+
+    betas = torch.tensor([0.0, beta, 1.0])
+    loss = TVO(size, betas, correction="none", vectorize_particles=True, max_plate_nesting=1)
+    (grad,) = torch.autograd.grad(-loss.differentiable_loss(model, guide), many)
+
+    def expectation_gradient(beta):
+        tilted = torch.softmax(beta * f[0], 0)
+        deviation = f[0] - (tilted * f[0]).sum(0)
+        covariance = (tilted * deviation * (1 - beta) * (z[0] - 0.5)).sum(0)
+        return covariance - ((tilted - 1 / size) * (z[0] - 0.5)).sum(0)
+
+    expected = beta * expectation_gradient(0.0) + (1 - beta) * expectation_gradient(beta)
+    assert torch.allclose(grad, expected, rtol=1e-10)
+
+
+class Replayed(dist.Bernoulli):
+    """A Bernoulli of given logits whose draws are given."""
+
+    def __init__(self, logits, draws):
+        super().__init__(logits=logits)
+        self.draws = draws
+
+    def expand(self, batch_shape, _instance=None):
+        return Replayed(self.logits.expand(batch_shape), self.draws)
+
+    def sample(self, sample_shape=()):
+        return self.draws

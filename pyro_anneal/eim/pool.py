@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from .base import SamplerInduced, check_count, evaluate, has_exact_log_prob
+from .base import SamplerInduced, evaluate, has_exact_log_prob
 
 __all__ = ["PoolSampler"]
 
@@ -117,12 +117,6 @@ class PoolSampler(SamplerInduced):
         order = order.reshape(order.shape + (1,) * event_dim).expand(pool.shape)
         ordered: Tensor = pool.gather(0, order).movedim(0, pool.dim() - 1 - event_dim)
         return ordered
-
-
-def check_pool(name: str, value: int) -> int:
-    """Checks a size of the pool and returns it."""
-    check_count(name, value)
-    return value
 
 
 def take(pool: Tensor, index: Tensor, event_dim: int) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from .base import CHUNK_ELEMENTS, Extended
-from .pool import PoolSampler, check_pool, take
+from .base import CHUNK_ELEMENTS, Extended, check_count
+from .pool import PoolSampler, take
 
 __all__ = ["LARS", "TRS", "MovingAverageNormalizer"]
 
@@ -80,7 +80,8 @@ class TRS(PoolSampler):
         validate_args: bool | None = None,
     ) -> None:
         self.log_accept = log_accept
-        self.num_trials = check_pool("num_trials", num_trials)
+        check_count("num_trials", num_trials)
+        self.num_trials = num_trials
         super().__init__(
             proposal,
             log_accept,

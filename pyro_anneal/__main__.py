@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
+import torch
 from torch import Tensor
 
 from . import __version__
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", default="demo.png", help="picture to write (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=int, default=60, help="training epochs (default: 60)")
+    parser.add_argument("--epochs", type=int, default=120, help="training epochs (default: 120)")
     parser.add_argument(
         "--num-steps", type=int, default=500, help="annealing steps T (default: 500)"
     )
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--version", action="version", version=f"pyro_anneal {__version__}")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # matrices this small only lose by threads that wait for each other
     with warnings.catch_warnings():
         # The short runs of the picture are meant to be poor; the table's run speaks below.
         warnings.simplefilter("ignore", AnnealingWarning)

@@ -122,7 +122,7 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any
     if isinstance(result, Sandwich):
         estimate = float((result.bennett - center).mean())
         axes.axvline(estimate, color=_ESTIMATE, lw=1.2, ls="--", label="Bennett")
-    minus = "" if math.prod(pooled) == 1 else " minus the datum's log evidence"
+    minus = "" if math.prod(pooled) == 1 else " - log evidence"
     axes.set(xlabel=f"log-weight{minus} (nats)", ylabel="chains")
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)

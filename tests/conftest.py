@@ -4,6 +4,9 @@ import pyro
 import pytest
 import torch
 
+# Two test processes with two threads each would wait for one another.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..schedules import LogUniform, as_betas
-from ..weights import log_normalized_weights
 from .base import (
     Evaluation,
     ParticleELBO,
@@ -100,13 +99,14 @@ def thermodynamic(
     width = _widths(betas, integration).to(log_weights).reshape(shape)
     zero = log_weights == -torch.inf
     value_of = finite_or_zero(log_weights)
-    heated = torch.where(zero, -torch.inf, beta * value_of)  # [K + 1, S, *batch]
-    weight = log_normalized_weights(heated.movedim(1, 0)).exp().movedim(0, 1)
+    empty = zero.all(0)
+    heated = torch.where(zero & ~empty, -torch.inf, beta * value_of)  # [K + 1, S, *batch]
+    weight = torch.softmax(heated, dim=1)
     mean = (weight * value_of).sum(1, keepdim=True)
     value = (width * mean).sum(0)[0]
     # At beta = 0 a particle of weight zero makes the mean log-weight -inf.
     value = torch.where((zero.any(0)) & bool(width.flatten()[0] > 0), -torch.inf, value)
-    value = torch.where(zero.all(0), -torch.inf, value)
+    value = torch.where(empty, -torch.inf, value)
     deviation = torch.where(zero, 0.0, value_of - mean)
     plain = weight * (1.0 + beta * deviation)
     path = plain - beta * weight * (1.0 - weight) * (1.0 + beta * deviation)

@@ -188,7 +188,7 @@ def main() -> None:
     pyro.set_rng_seed(0)
     tables = {"Pyro RenyiELBO": against_pyro(args.rounds, args.batch, args.particles)}
     if args.tvo is not None:
-        tables["authors' TVO"] = against_tvo(args.tvo, args.rounds, 24, args.particles)
+        tables["authors' TVO"] = against_tvo(args.tvo, args.rounds, 24, 50)
     if args.aiwae is not None:
         rounds = max(args.rounds // 4, 3)
         tables["authors' AIWAE"] = against_aiwae(args.aiwae, rounds, args.batch, args.particles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
@@ -53,7 +53,8 @@ class AIWAE(ParticleELBO):
         target_accept: Acceptance probability that step sizes are moved toward.
         schedule: Betas from 0 to 1: a schedule or a tensor ``[num_steps + 1]``; linear if None.
         step_size: Step size to begin with, at every temperature.
-        compile: Whether to compile the captured densities.
+        compile: Whether to compile the captured densities; ``"auto"`` does so at the 100th step on
+            data of one shape (which takes some ten seconds, once).
         max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
         vectorize_particles: Whether to run guide and model for all particles at once.
         strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
@@ -83,7 +84,7 @@ class AIWAE(ParticleELBO):
         *,
         schedule: Callable[..., Tensor] | Tensor | None = None,
         step_size: float = 0.1,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool = False,
         strict_enumeration_warning: bool = True,

@@ -11,7 +11,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
@@ -29,6 +29,7 @@ from .traces import Arguments
 __all__ = ["FixedBatch", "Prepared", "ProblemCache", "pack_draws", "particle_values"]
 
 Fn = Callable[..., Any]
+COMPILE_AFTER = 100  # compiling takes as long as some hundred steps of a small network
 
 
 class FixedBatch(Messenger):  # type: ignore[misc]
@@ -102,11 +103,12 @@ class ProblemCache:
 
     Args:
         num_chains: Number K of chains.
-        compile: Whether to compile the captured graphs.
+        compile: Whether to compile the captured graphs; ``"auto"`` does so at the
+            ``COMPILE_AFTER``-th call, when it is plain that many more follow.
         size: Number of problems to keep.
     """
 
-    def __init__(self, num_chains: int, *, compile: bool, size: int = 4) -> None:
+    def __init__(self, num_chains: int, *, compile: bool | Literal["auto"], size: int = 4) -> None:
         self.num_chains = num_chains
         self.compile = compile
         self.size = size
@@ -131,6 +133,10 @@ class ProblemCache:
                 that the captured graph does not read as tensors.
         """
         prepared, tensors = self.prepared(model, guide, arguments, subsamples)
+        if self.compile == "auto" and prepared.num_calls == COMPILE_AFTER:
+            fresh = self._prepare(model, guide, arguments, subsamples, tensors, compile=True)
+            prepared.problem, prepared.tensors = fresh.problem, fresh.tensors
+            return prepared, prepared.problem.density
         density = prepared.problem.density
         if prepared.num_calls == 1:
             return prepared, density
@@ -177,6 +183,8 @@ class ProblemCache:
         arguments: Arguments,
         subsamples: Any,
         tensors: dict[str, Tensor],
+        *,
+        compile: bool = False,
     ) -> Prepared:
         fixed = FixedBatch(subsamples)
         problem = prepare(
@@ -186,7 +194,7 @@ class ProblemCache:
             arguments,
             num_chains=self.num_chains,
             batch_plates="auto",
-            compile=self.compile,
+            compile=compile or self.compile is True,
             seed=0,
         )
         plates = tuple(plate.name for plate in problem.layout.batch)

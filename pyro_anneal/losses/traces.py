@@ -22,6 +22,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import pyro.distributions as dist
@@ -114,7 +115,7 @@ class Particles:
     gates: Gates | None
     notes: tuple[str, ...] = field(default=())  # why the objective is no bound
 
-    @property
+    @cached_property
     def log_weights(self) -> Tensor:
         """Log-weights in nats, shape ``[K, *batch]``."""
         return self.log_joint - self.log_guide

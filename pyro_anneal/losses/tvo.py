@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..schedules import LogUniform, as_betas
-from ..weights import log_normalized_weights
 from .base import (
     Evaluation,
     ParticleELBO,
@@ -48,7 +47,7 @@ class Thermodynamic(NamedTuple):
     value: Tensor  # nats, [*batch]
     weights: Tensor  # of each log-weight's gradient, [S, *batch]
     score_weights: Tensor  # of each score, [S, *batch]
-    path_weights: Tensor  # of a doubly reparameterized path, [S, *batch]
+    path_weights: Tensor | None  # of a doubly reparameterized path, [S, *batch]
 
 
 def thermodynamic(
@@ -57,6 +56,7 @@ def thermodynamic(
     *,
     integration: Integration = "left",
     correction: Correction = "none",
+    path: bool = False,
 ) -> Thermodynamic:
     r"""Integrates the self-normalized curve :math:`E_\beta[\log w]` over beta.
 
@@ -85,6 +85,7 @@ def thermodynamic(
         correction: Factor c of the sample covariance: ``"particles"`` for ``S / (S - 1)``, exact
             at beta = 0 only; ``"weighted"`` for ``1 / (1 - sum w^2)``; ``"none"`` for 1, which
             makes ``a`` the exact derivative of the value.
+        path: Whether to compute ``a - da / dlog w`` too.
 
     Returns:
         Value and coefficients.
@@ -100,28 +101,31 @@ def thermodynamic(
     width = _widths(betas, integration).to(log_weights).reshape(shape)
     zero = log_weights == -torch.inf
     value_of = finite_or_zero(log_weights)
-    heated = torch.where(zero, -torch.inf, beta * value_of)  # [K + 1, S, *batch]
-    weight = log_normalized_weights(heated.movedim(1, 0)).exp().movedim(0, 1)
+    empty = zero.all(0)
+    heated = torch.where(zero & ~empty, -torch.inf, beta * value_of)  # [K + 1, S, *batch]
+    weight = torch.softmax(heated, dim=1)
     mean = (weight * value_of).sum(1, keepdim=True)
     value = (width * mean).sum(0)[0]
     # At beta = 0 a particle of weight zero makes the mean log-weight -inf.
     value = torch.where((zero.any(0)) & bool(width.flatten()[0] > 0), -torch.inf, value)
-    value = torch.where(zero.all(0), -torch.inf, value)
+    value = torch.where(empty, -torch.inf, value)
     deviation = torch.where(zero, 0.0, value_of - mean)
-    plain = weight * (1.0 + beta * deviation)
-    path = plain - beta * weight * (1.0 - weight) * (1.0 + beta * deviation)
-    path = path - beta * weight * (1.0 - plain)
     covariance = weight * deviation
     if correction == "weighted":
         spread = (weight * (1.0 - weight)).sum(1, keepdim=True)
         covariance = covariance / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     elif correction == "particles":
         covariance = covariance * (count / (count - 1))
+    path_weights = None
+    if path:
+        plain = weight * (1.0 + beta * deviation)
+        curved = beta * (weight * (1.0 - plain) + plain * (1.0 - weight))
+        path_weights = (width * (plain - curved)).sum(0)
     return Thermodynamic(
         value,
         (width * (weight + beta * covariance)).sum(0),
         (width * covariance).sum(0) + 1.0 / count,
-        (width * path).sum(0),
+        path_weights,
     )
 
 
@@ -303,12 +307,14 @@ class TVO(ParticleELBO):
             self.betas(log_weights),
             integration=self.integration,
             correction="none" if particles.score is None else self.correction,
+            path=self.gradient in ("dreg", "auto"),
         )
         value = -particles.total(parts.value)
         if not torch.is_grad_enabled():
             return Evaluation(value, None)
         plain = particles.score is None and not particles.altered_sites
         if self.gradient == "dreg" or (particles.gates and self.gradient == "auto" and plain):
+            assert parts.path_weights is not None
             surrogate = doubly_reparameterized(particles, parts.weights, parts.path_weights)
             return Evaluation(value, -surrogate)
         if self.gradient == "reparam":

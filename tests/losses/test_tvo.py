@@ -158,7 +158,7 @@ def test_left_iwae_right_are_ordered_pointwise(num_partitions):
 def test_coefficients_are_derivatives_of_the_value():
     log_w = (3.0 * torch.randn(5, 4)).requires_grad_()
     betas = torch.tensor([0.0, 0.02, 0.3, 1.0])
-    parts = thermodynamic(log_w, betas, integration="trapezoid")
+    parts = thermodynamic(log_w, betas, integration="trapezoid", path=True)
     (first,) = torch.autograd.grad(parts.value.sum(), log_w, create_graph=True)
     assert torch.allclose(first, parts.weights, rtol=1e-12)
     second = torch.stack(

@@ -1,0 +1,204 @@
+"""Cost of one training step: ours against Pyro's RenyiELBO and the authors' own code.
+
+    python benchmarks/losses.py                           # against Pyro
+    python benchmarks/losses.py --tvo DIR --aiwae DIR     # also against the authors' code
+
+``--tvo`` takes the folder ``discrete_vae`` of a checkout of vmasrani/tvo, ``--aiwae`` the folder
+``script`` of one of xqding/AIWAE. Everything is measured in one process, the candidates in turn,
+and the median of the rounds is compared; only ratios mean anything on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO, DifferentiableAIS, Moments
+from pyro_anneal.schedules import LogUniform
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of the usual size, 784-200-200-50."""
+
+    def __init__(self, x_dim: int = 784, hidden: int = 200, z_dim: int = 50) -> None:
+        super().__init__()
+        self.z_dim = z_dim
+        self.decoder = nn.Sequential(
+            nn.Linear(z_dim, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, x_dim),
+        )
+        self.encoder = nn.Sequential(
+            nn.Linear(x_dim, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, 2 * z_dim),
+        )
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.z_dim), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        loc, log_scale = self.encoder(x).chunk(2, dim=-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Times the candidates in turn; returns milliseconds per call, median over rounds."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def against_pyro(rounds: int, batch: int, particles: int) -> dict[str, float]:
+    vae = VAE()
+    x = torch.bernoulli(torch.full((batch, 784), 0.3))
+    options = {"vectorize_particles": True, "max_plate_nesting": 1}
+    fifty = LogUniform(1e-3, partitions=50)
+    losses = {
+        "Pyro RenyiELBO": RenyiELBO(num_particles=particles, **options),
+        "Pyro Trace_ELBO": Trace_ELBO(num_particles=particles, **options),
+        "IWAE reparam": IWAE(particles, **options),
+        "IWAE dreg": IWAE(particles, "dreg", **options),
+        "IWAE vimco": IWAE(particles, "vimco", **options),
+        "TVO covariance": TVO(particles, **options),
+        "TVO covariance, 50 partitions": TVO(particles, fifty, **options),
+        "TVO moments, 5 partitions": TVO(particles, Moments(5), **options),
+        "TVO reparam": TVO(particles, gradient="reparam", **options),
+        "TVO dreg": TVO(particles, gradient="dreg", **options),
+        "EUBO importance": EUBO(particles, **options),
+        "AIWAE, 4 steps of 5 leapfrogs": AIWAE(particles, 4, compile=False, **options),
+        "DifferentiableAIS, 1 chain, 4 steps": DifferentiableAIS(num_steps=4),
+    }
+
+    def step(loss: object) -> Callable[[], object]:
+        def run() -> None:
+            vae.zero_grad()
+            loss.loss_and_grads(vae.model, vae.guide, x)
+
+        return run
+
+    return medians({name: step(loss) for name, loss in losses.items()}, rounds)
+
+
+def against_tvo(folder: Path, rounds: int, batch: int, particles: int) -> dict[str, float]:
+    """The authors' thermodynamic loss on their linear belief net of 200 bits."""
+    sys.path.insert(0, str(folder))
+    import losses as theirs
+    import models
+
+    net = models.GenerativeModel(1, 0, 200, 784)
+    inference = models.InferenceNetwork(1, 0, 200, 784)
+    decoder, encoder = net.decoder_to_obs, inference.encoder_to_obs
+    x = torch.bernoulli(torch.full((batch, 784), 0.3))
+    partition = torch.tensor([0.0, 0.05, 1.0])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=net.latent_param_logits).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(2 * z - 1)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            logits = encoder((x - 0.5 + 1) / 2)
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+
+    loss = TVO(particles, partition, vectorize_particles=True, max_plate_nesting=1)
+
+    def ours() -> None:
+        loss.differentiable_loss(model, guide, x).backward()
+
+    def authors() -> None:
+        value, _ = theirs.get_thermo_loss(net, inference, x, partition, particles)
+        value.backward()
+
+    return medians({"authors' TVO": authors, "TVO covariance": ours}, rounds)
+
+
+def against_aiwae(folder: Path, rounds: int, batch: int, particles: int) -> dict[str, float]:
+    """The authors' AIWAE with T = 5 betas and 5 leapfrogs, on the same networks."""
+    sys.path.insert(0, str(folder))
+    import AIWAE_models
+
+    net = AIWAE_models.AIWAE(784, 50)
+    x = torch.bernoulli(torch.full((batch, 784), 0.3))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+            logits = net.decoder.transform[:-1](z)  # all but the sigmoid
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc, scale = net.encoder(x)
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    loss = AIWAE(particles, 4, 5, vectorize_particles=True, max_plate_nesting=1, compile=False)
+    compiled = AIWAE(particles, 4, 5, vectorize_particles=True, max_plate_nesting=1, compile=True)
+    betas = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+    def ours(loss: AIWAE) -> Callable[[], None]:
+        return lambda: loss.differentiable_loss(model, guide, x).backward()
+
+    def authors() -> None:
+        value, _ = net.decoder_loss(x, particles, [0.1] * 5, 5, betas)
+        value.mean().backward()
+        net.encoder_loss(x).mean().backward()
+
+    candidates = {"authors' AIWAE": authors, "AIWAE": ours(loss), "AIWAE compiled": ours(compiled)}
+    return medians(candidates, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--particles", type=int, default=10)
+    parser.add_argument("--tvo", type=Path, help="folder discrete_vae of vmasrani/tvo")
+    parser.add_argument("--aiwae", type=Path, help="folder script of xqding/AIWAE")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(0)
+    tables = {"Pyro RenyiELBO": against_pyro(args.rounds, args.batch, args.particles)}
+    if args.tvo is not None:
+        tables["authors' TVO"] = against_tvo(args.tvo, args.rounds, 24, 50)
+    if args.aiwae is not None:
+        rounds = max(args.rounds // 4, 3)
+        tables["authors' AIWAE"] = against_aiwae(args.aiwae, rounds, args.batch, args.particles)
+    for reference, table in tables.items():
+        print(f"\n{'ms':>9} {'ratio':>7}  relative to {reference}")
+        for name, milliseconds in table.items():
+            print(f"{milliseconds:9.2f} {milliseconds / table[reference]:7.2f}  {name}")
+    if args.output is not None:
+        args.output.write_text(json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    main()

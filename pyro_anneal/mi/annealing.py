@@ -25,9 +25,9 @@ from .bijections import Bijection
 
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
 
-# Gradients of a run above which recording the density as a graph repays its second or so, and
-# above which compiling it repays its ten.
-_CAPTURE_ABOVE = 500
+# Gradients of a run above which recording the density as a graph repays the two seconds it takes
+# (a Pyro model's gradient then costs about a third), and above which compiling repays its ten.
+_CAPTURE_ABOVE = 1000
 _COMPILE_ABOVE = 20_000
 
 

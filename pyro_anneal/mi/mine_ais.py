@@ -20,6 +20,7 @@ from .variational import VariationalBound
 
 __all__ = ["MINEAIS"]
 
+_NUM_SCALE_DRAWS = 16
 _CONDITIONAL = (
     "the reverse chains start from p(z|x), not from the energy-based posterior: that they bound "
     "log Z(x) from above, hence IBAL from below, is conditional on Prop. M.1 (the lower bound on I "
@@ -73,8 +74,9 @@ class MINEAIS(VariationalBound):
         kernel: Transition kernel of measurements; HMC by default.
         bound: Multi-sample bound that the reverse chains of a measurement use.
         schedule: ``"adaptive"`` from a pilot, a schedule such as ``Linear()``, or betas.
-        step_size: Fixed step size of measurements in place of the pilot's. In training the step
-            size adapts to an acceptance of 0.65, and is kept in the buffer ``log_step_size``.
+        step_size: Fixed step size of measurements in place of the pilot's. In training, moves are
+            scaled by the guide's spread, and a common step size adapts to an acceptance of 0.65;
+            it is kept in the buffer ``log_step_size``.
         pilot: Settings of the pilot.
         compile: ``"auto"`` compiles when the gradients of a measurement repay it.
         data_entropy: H(x) in nats, if known while roles are swapped.
@@ -132,7 +134,7 @@ class MINEAIS(VariationalBound):
         self.num_moves = num_moves
         self.training_kernel = HMC(num_leapfrog=num_leapfrog, target_accept=0.65)
         self.bound = bound
-        self.register_buffer("log_step_size", torch.tensor(math.log(0.1)))
+        self.register_buffer("log_step_size", torch.tensor(math.log(0.3)))
 
     @property
     def num_rows_per_pair(self) -> int:
@@ -195,9 +197,12 @@ class MINEAIS(VariationalBound):
         q = self._condition(given)
         bijection = q.bijection()
         density = PairDensity(self._tempered(q, given), bijection)
-        state = density(bijection.unconstrain(value.unsqueeze(0)).detach())
+        with torch.no_grad():
+            state = density(bijection.unconstrain(value.unsqueeze(0)))
+            # The spread of q per coordinate and row is the scale of the moves: it knows x only.
+            draws = bijection.unconstrain(q.sample(_NUM_SCALE_DRAWS)[0])
+            scale = draws.std(dim=0).clamp(min=1e-6)
         one = torch.ones((), dtype=state.position.dtype, device=state.position.device)
-        scale = torch.ones_like(state.position[0])
         for _ in range(self.num_moves):
             step = self.log_step_size.exp().to(one).expand(state.position.shape[1])
             noise = self.training_kernel.noise(state, None)

@@ -93,7 +93,7 @@ def test_ais_on_the_linear_vae_from_the_prior(num_chains):
     """M01 (I = 22.735): bounds on log p(x) against its closed form, pair by pair."""
     problem = linear_vae()
     x, z = problem.joint.sample(40)
-    bound = mi.AIS(problem.joint, num_chains=num_chains, num_steps=400)
+    bound = mi.AIS(problem.joint, num_chains=num_chains, num_steps=250)
     est = bound.estimate(x, z)
     exact = problem.log_ratio(x, z)
     below, above = exact - est.pair_lower, est.pair_upper - exact
@@ -180,10 +180,13 @@ def test_ibal_is_measured_and_stays_below_mi(tilt, bound):
             joint.prior, guide, critic, num_chains=4, num_steps=num_steps, bound=bound
         ).estimate(x, z)
         assert measured.lower <= truth + 5 * measured.lower_std_error
-    # The longest run agrees with the closed form of IBAL.
-    exact = (critic(x.unsqueeze(-1), z.unsqueeze(-1)) - log_z(x)).mean()
-    assert abs(measured.lower - exact) < 0.03 + 0.02 * exact.abs()
-    assert abs(measured.diagnostics["ibal_upper"] - exact) < 0.03 + 0.02 * exact.abs()
+    # The longest run agrees with the closed form of IBAL, pair by pair up to its own noise.
+    exact = critic(x.unsqueeze(-1), z.unsqueeze(-1)) - log_z(x)
+    error = (measured.pair_lower - exact).std() / math.sqrt(len(exact))
+    # A terrible critic keeps chains that start at p(z|x) from reaching Z: Prop. M.1 at work.
+    tolerance = 5 * error + (0.01 if tilt > 0 else 0.15)
+    assert (measured.lower - exact.mean()).abs() < tolerance
+    assert (measured.diagnostics["ibal_upper"] - exact.mean()).abs() < tolerance
     assert "Prop. M.1" in measured.caveats[0]
 
 

@@ -414,6 +414,17 @@ def test_discrete_guide_cannot_be_trained_through_its_samples():
         mi.GIWAE(prior, guide, critic, 3).loss(x, z)
 
 
+def test_relative_critic_standardizes_z_and_trains_its_guide():
+    loc = nn.Parameter(torch.tensor(3.0))
+    guide = lambda x: dist.Normal(loc * x, 0.5).to_event(1)
+    critic = mi.RelativeCritic(guide, lambda x, z: z.square().sum(-1) + x.sum(-1))
+    x, z = torch.randn(4, 2), torch.randn(7, 4, 2)
+    expected = ((z - 3.0 * x) / 0.5).square().sum(-1) + x.sum(-1)
+    torch.testing.assert_close(critic(x, z), expected)
+    critic(x, z).sum().backward()
+    assert loc.grad.item() == pytest.approx((-8.0 * x * (z - 3.0 * x)).sum().item())
+
+
 def train(bound, joint, num_steps, *, batch=128, lr=3e-3):
     optimizer = torch.optim.Adam(bound.parameters(), lr=lr)
     for _ in range(num_steps):

@@ -26,129 +26,19 @@ from .sites import (
     latent_sites,
     observed_sites,
 )
+from .trace_checks import (
+    check_latents,
+    check_plates,
+    check_shape,
+    check_structure,
+    check_value_shapes,
+    plate_frames,
+    support_of,
+)
 
 __all__ = ["inspect_model"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _frames(site: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
-
-
-def _check_plates(trace: Any) -> None:
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f'plate "{frame.name}" is subsampled ({frame.size} of {frame.full_size}) at '
-                    f'site "{name}": the evidence of a random subset is no evidence of the data; '
-                    "pass the whole data set, or the subset with a plate of its own size"
-                )
-
-
-def _check_shape(name: str, site: Mapping[str, Any]) -> None:
-    """Checks that every axis of a site's log density belongs to a plate.
-
-    The log density, not the distribution: an observed value of shape [N, 1] against a distribution
-    of shape [N] gives [N, N] terms.
-    """
-    shape = site["unscaled_log_prob"].shape
-    known = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-    for axis in range(-len(shape), 0):
-        if shape[axis] > 1 and axis not in known:
-            raise ValueError(
-                f'at site "{name}": log_prob has shape {list(shape)}, but axis {axis} of size '
-                f"{shape[axis]} belongs to no plate; enclose it in "
-                f'pyro.plate("data", {shape[axis]}, dim={axis}) or declare it dependent with '
-                f".to_event({-axis})"
-            )
-
-
-def _check_structure(first: Any, second: Any) -> None:
-    """Checks that two runs of the model had the same sites."""
-    names = [set(latent_sites(trace)) | set(observed_sites(trace)) for trace in (first, second)]
-    if names[0] != names[1]:
-        raise ValueError(
-            "the model's sites depend on the values of its latents: "
-            f"{sorted(names[0] ^ names[1])} appear in some runs only; use a model of fixed "
-            "structure"
-        )
-
-
-def _check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
-    """Checks that latents are continuous or enumerated and covered by the guide."""
-    latents = latent_sites(model_trace)
-    enumerated = []
-    for name, site in latents.items():
-        how = site["infer"].get("enumerate")
-        if how == "parallel" and getattr(site["fn"], "has_enumerate_support", False):
-            if site["infer"].get("num_samples") is not None:
-                raise ValueError(
-                    f'site "{name}" is enumerated by num_samples draws, which is random; leave '
-                    "num_samples out to sum over its support"
-                )
-            enumerated.append(name)
-        elif how == "sequential":
-            raise ValueError(
-                f'site "{name}" is enumerated sequentially; use '
-                'infer={"enumerate": "parallel"} or config_enumerate(model, "parallel")'
-            )
-        elif _support(name, site).is_discrete:
-            raise ValueError(
-                f'latent site "{name}" is discrete ({type(site["fn"]).__name__}) and nothing sums '
-                "it out or moves it: mark it with "
-                'infer={"enumerate": "parallel"} or wrap the model in pyro.infer.config_enumerate'
-            )
-    continuous = [name for name in latents if name not in enumerated]
-    if not continuous:
-        what = "enumerated sites only" if enumerated else "no latent site"
-        raise ValueError(
-            f"the model has {what}, so there is nothing to anneal: its log evidence is the "
-            "log density itself (pyro.infer.TraceEnum_ELBO sums enumerated sites exactly)"
-        )
-    if not observed_sites(model_trace):
-        raise ValueError(
-            "the model has no observation: condition it on data with pyro.sample(..., obs=x) or "
-            "poutine.condition; without any its log evidence is 0"
-        )
-    if guide_trace is not None:
-        _check_guide(continuous, enumerated, guide_trace, observed_sites(model_trace))
-    return enumerated
-
-
-def _check_guide(
-    continuous: list[str],
-    enumerated: list[str],
-    guide_trace: Any,
-    observed: Mapping[str, Any],
-) -> None:
-    guided = latent_sites(guide_trace)
-    missing = [name for name in continuous if name not in guided]
-    extra = [
-        name
-        for name, site in guided.items()
-        if name not in continuous and not site["infer"].get("is_auxiliary")
-    ]
-    if missing or extra:
-        problems = []
-        if missing:
-            problems.append(f"latent sites of the model without a guide: {missing}")
-        both = [name for name in extra if name in enumerated]
-        if both:
-            problems.append(f"sites that the model enumerates and the guide samples: {both}")
-        seen = [name for name in extra if name in observed]
-        if seen:
-            problems.append(f"sites of the guide that the model observes: {seen}")
-        rest = [name for name in extra if name not in both and name not in seen]
-        if rest:
-            problems.append(
-                f"sites of the guide that the model lacks: {rest} (their density cannot be "
-                "integrated out of the guide)"
-            )
-        raise ValueError("model and guide disagree on sites; " + "; ".join(problems))
 
 
 def _find_batch(
@@ -158,10 +48,10 @@ def _find_batch(
     model_sites = list(density_sites(model_trace))
     guide_sites = [] if guide_trace is None else list(latent_sites(guide_trace).items())
     both = (model_sites, guide_sites)
-    first = _frames(model_sites[0][1])
+    first = plate_frames(model_sites[0][1])
     common: dict[str, BatchPlate] = {}
     for name, frame in first.items():
-        frames = [[_frames(site).get(name) for _, site in sites] for sites in both]
+        frames = [[plate_frames(site).get(name) for _, site in sites] for sites in both]
         if any(f is None or f.size != frame.size for group in frames for f in group):
             continue
         dims, guide_dims = ({f.dim for f in group if f is not None} for group in frames)
@@ -178,7 +68,7 @@ def _find_batch(
         for plate in requested:
             if plate not in common:
                 outside = [
-                    n for n, site in model_sites + guide_sites if plate not in _frames(site)
+                    n for n, site in model_sites + guide_sites if plate not in plate_frames(site)
                 ]
                 raise ValueError(
                     f'plate "{plate}" cannot be a batch dimension: it does not enclose '
@@ -211,23 +101,13 @@ def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
     return 1.0, tuple(notes)
 
 
-def _support(name: str, site: Mapping[str, Any]) -> Any:
-    try:
-        return site["fn"].support
-    except NotImplementedError as error:
-        raise ValueError(
-            f'latent site "{name}": {type(site["fn"]).__name__} declares no support, so there is '
-            "no bijection onto it; give the distribution a support property"
-        ) from error
-
-
 def _make_site(
     name: str, site: Mapping[str, Any], batch: Sequence[BatchPlate], start: int
 ) -> Site:
     fn = site["fn"]
     if not isinstance(fn, TorchDistributionMixin):
         raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
-    support = _support(name, site)
+    support = support_of(name, site)
     try:
         transform = biject_to(support)
     except NotImplementedError as error:
@@ -240,7 +120,7 @@ def _make_site(
     shape = torch.Size(transform.inverse_shape(fn.batch_shape + fn.event_shape))
     axes = tuple(rank + plate.dim for plate in batch)
     size = math.prod(n for i, n in enumerate(shape) if i not in axes)
-    by_axis = {frame.dim + rank: frame.name for frame in _frames(site).values()}
+    by_axis = {frame.dim + rank: frame.name for frame in plate_frames(site).values()}
     return Site(
         name=name,
         batch_shape=fn.batch_shape,
@@ -321,24 +201,10 @@ def _trace_pair(
     try:
         trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
     except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
-        _check_value_shapes(_trace(model, model_args), guide_trace)
+        check_value_shapes(_trace(model, model_args), guide_trace)
         raise
-    _check_value_shapes(trace, guide_trace)
+    check_value_shapes(trace, guide_trace)
     return trace, guide_trace
-
-
-def _check_value_shapes(model_trace: Any, guide_trace: Any) -> None:
-    """Checks that the guide's values have the shapes that the model's distributions give."""
-    for name, site in latent_sites(model_trace).items():
-        if name not in guide_trace.nodes:
-            continue
-        shape = guide_trace.nodes[name]["value"].shape
-        expected = site["fn"].batch_shape + site["fn"].event_shape
-        if shape != expected:
-            raise ValueError(
-                f'at site "{name}" the guide draws shape {list(shape)}, the model expects '
-                f"{list(expected)}; give the guide the model's plates and event shape"
-            )
 
 
 def inspect_model(
@@ -370,14 +236,14 @@ def inspect_model(
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         first, second = _draw_two(model, guide, model_args, guide_args, num_tries)
         trace, guide_trace = first
-        _check_plates(trace)
+        check_plates(trace)
         if guide_trace is not None:
-            _check_plates(guide_trace)
-        enumerated = _check_latents(trace, guide_trace)
-        _check_structure(trace, second[0])
+            check_plates(guide_trace)
+        enumerated = check_latents(trace, guide_trace)
+        check_structure(trace, second[0])
         trace.compute_log_prob()
         for name, site in density_sites(trace):
-            _check_shape(name, site)
+            check_shape(name, site)
         batch = _find_batch(trace, guide_trace, batch_plates)
         sites: list[Site] = []
         for name, site in latent_sites(trace).items():
@@ -398,7 +264,7 @@ def inspect_model(
         frame.dim
         for site in trace.nodes.values()
         if site["type"] == "sample"
-        for frame in _frames(site).values()
+        for frame in plate_frames(site).values()
     ]
     return Layout(
         sites=tuple(sites),

@@ -205,7 +205,7 @@ class _Overwritten(NamedTuple):
 
     arguments: Arguments
     complete: set[str]  # sites all of whose elements were found in some argument
-    disputed: set[str]  # sites that share an element with another site
+    disputed: set[str]  # sites two of whose elements, or another site's, share memory
 
 
 def _overwrite(
@@ -232,8 +232,11 @@ def _overwrite(
             order = _addresses(value).sort()
             slot = torch.searchsorted(order.values, where).clamp(max=len(order.values) - 1)
             found = order.values[slot] == where
-            if bool((found & claimed).any()):
+            if not bool(found.any()):
+                continue
+            if bool((found & claimed).any()) or bool((order.values.diff() == 0).any()):
                 disputed.add(name)
+                continue
             claimed |= found
             simulated = observed[name].flatten()[order.indices[slot[found]].to(tensor.device)]
             flat[found.to(tensor.device)] = simulated.to(tensor.dtype)
@@ -275,8 +278,9 @@ def guide_arguments(
     new = _overwrite(arguments, simulation.original, simulation.observed)
     if new.disputed:
         raise ValueError(
-            f"observed site(s) {sorted(new.disputed)} share their data with another site, so it is "
-            "ambiguous which simulated value the guide should see; pass "
+            f"observed site(s) {sorted(new.disputed)} share memory with another site, or within "
+            "themselves (expand), so it is ambiguous which simulated value the guide should see; "
+            "pass "
             "make_args=lambda observed: (args, kwargs)"
         )
     plain = (bool, int, float, complex, str, bytes, type(None))

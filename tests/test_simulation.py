@@ -223,8 +223,16 @@ def test_two_sites_on_the_same_data_are_ambiguous():
             pyro.sample("a", dist.Normal(z, 1.0), obs=x)
             pyro.sample("b", dist.Normal(z, 2.0), obs=x)
 
-    with pytest.raises(ValueError, match=r"site\(s\) \['b'\] share their data"):
+    with pytest.raises(ValueError, match=r"site\(s\) \['b'\] share memory"):
         guide_arguments(((X,), {}), simulate(model, ((X,), {})))
+
+
+def test_expanded_data_are_ambiguous():
+    x = torch.tensor([0.5]).expand(3)  # three observations in one place of memory
+    pair = pair_for(x)
+    assert len(pair.observed["x"].unique()) == 3
+    with pytest.raises(ValueError, match=r"site\(s\) \['x'\] share memory"):
+        guide_arguments(((x,), {}), pair)
 
 
 def test_guide_of_a_sandwich_sees_simulated_data():

@@ -55,6 +55,11 @@ __all__ = [
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+_FIXED_STRUCTURE = (
+    "the model's sites depend on the values of its latents: {} appear in some runs only; use a "
+    "model of fixed structure"
+)
+
 
 class _Substitute(Messenger):  # type: ignore[misc]
     """Puts constrained or unconstrained values at sample sites, and keeps both."""
@@ -98,11 +103,12 @@ class _Substitute(Messenger):  # type: ignore[misc]
         u = self.given[name]
         transform = biject_to(fn.support)
         value: Tensor = transform(u)
-        if value.shape != transform.forward_shape(u.shape):
+        batch_shape = u.shape[: u.dim() - transform.domain.event_dim]
+        if value.shape[: value.dim() - transform.codomain.event_dim] != batch_shape:
             raise ValueError(
-                f'at site "{name}" the value has shape {list(value.shape)}, expected '
-                f"{list(transform.forward_shape(u.shape))}: its support depends on an enumerated "
-                "site; make the support the same for all values of that site"
+                f'at site "{name}" the value has shape {list(value.shape)} for unconstrained '
+                f"values of shape {list(u.shape)}: its support depends on an enumerated site; make "
+                "the support the same for all values of that site"
             )
         log_det = transform.log_abs_det_jacobian(u, value)
         self.log_det[name] = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
@@ -164,10 +170,7 @@ class ModelDensity:
         unknown = [n for n in latents if n not in unconstrained and n not in layout.enumerated]
         absent = [n for n in unconstrained if n not in latents]
         if unknown or absent:
-            raise ValueError(
-                "the model's latent sites depend on their values: "
-                f"{unknown + absent} appear in some runs only; use a model of fixed structure"
-            )
+            raise ValueError(_FIXED_STRUCTURE.format(unknown + absent))
         trace.compute_log_prob()
         shape = layout.batch_shape
         log_det = {
@@ -259,14 +262,20 @@ class ModelDensity:
             substitute = _Substitute(constrained=values, record=names)
             self._trace(substitute, enumerate_sites=False)
             unconstrained = substitute.unconstrained
-        return layout.join(unconstrained)
+        return self._join(unconstrained)
+
+    def _join(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        missing = [site.name for site in self.layout.sites if site.name not in unconstrained]
+        if missing:
+            raise ValueError(_FIXED_STRUCTURE.format(missing))
+        return self.layout.join(unconstrained)
 
     def draw_prior(self) -> Tensor:
         """Draws ``u`` of shape ``[*batch, D]`` from the model's prior."""
         names = frozenset(site.name for site in self.layout.sites)
         substitute = _Substitute(record=names)
         self._trace(substitute, enumerate_sites=False)
-        return self.layout.join(substitute.unconstrained)
+        return self._join(substitute.unconstrained)
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes the sites' values in the model's own space at ``u``, by site."""

@@ -50,8 +50,12 @@ def _check_plates(trace: Any) -> None:
 
 
 def _check_shape(name: str, site: Mapping[str, Any]) -> None:
-    """Checks that every axis of a site's batch shape belongs to a plate."""
-    shape = site["fn"].batch_shape
+    """Checks that every axis of a site's log density belongs to a plate.
+
+    The log density, not the distribution: an observed value of shape [N, 1] against a distribution
+    of shape [N] gives [N, N] terms.
+    """
+    shape = site["unscaled_log_prob"].shape
     known = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
     for axis in range(-len(shape), 0):
         if shape[axis] > 1 and axis not in known:
@@ -61,6 +65,17 @@ def _check_shape(name: str, site: Mapping[str, Any]) -> None:
                 f'pyro.plate("data", {shape[axis]}, dim={axis}) or declare it dependent with '
                 f".to_event({-axis})"
             )
+
+
+def _check_structure(first: Any, second: Any) -> None:
+    """Checks that two runs of the model had the same sites."""
+    names = [set(latent_sites(trace)) | set(observed_sites(trace)) for trace in (first, second)]
+    if names[0] != names[1]:
+        raise ValueError(
+            "the model's sites depend on the values of its latents: "
+            f"{sorted(names[0] ^ names[1])} appear in some runs only; use a model of fixed "
+            "structure"
+        )
 
 
 def _check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
@@ -359,6 +374,8 @@ def inspect_model(
         if guide_trace is not None:
             _check_plates(guide_trace)
         enumerated = _check_latents(trace, guide_trace)
+        _check_structure(trace, second[0])
+        trace.compute_log_prob()
         for name, site in density_sites(trace):
             _check_shape(name, site)
         batch = _find_batch(trace, guide_trace, batch_plates)

@@ -50,27 +50,31 @@ class Problem:
         A draw outside the model's support, or one for which the model raises, has no density: its
         position is NaN and its weight zero. Drawing again would start from a truncated base whose
         normalizer nobody knows, and overstate the evidence.
-
-        Raises:
-            ValueError: If the model raises at every draw.
         """
-        layout = self.layout
-        shape = (*layout.batch_shape, layout.dim)
-        chains, failure = [], None
         with torch.no_grad():
-            for _ in range(num_chains):
-                try:
-                    chains.append(self.base.draw().to(layout.dtype))
-                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    failure = error
-                    absent = torch.full(shape, torch.nan, dtype=layout.dtype)
-                    chains.append(absent.to(layout.device))
-        positions = torch.stack(chains)
-        if failure is not None and not bool(positions.isfinite().any()):
-            raise ValueError(
-                f"the model or guide raises at all {num_chains} draws from the base: {failure}"
-            ) from failure
-        return torch.where(positions.isfinite().all(-1, keepdim=True), positions, torch.nan)
+            return torch.stack([self._draw_one() for _ in range(num_chains)])
+
+    def _draw_one(self) -> Tensor:
+        layout = self.layout
+        try:
+            position = self.base.draw().to(layout.dtype)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            shape = (*layout.batch_shape, layout.dim)
+            position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
+        return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
+
+    def probe(self, *, num_tries: int = 100) -> Tensor:
+        """Finds a finite position ``[*batch, D]`` to look at the densities: not a draw of the base.
+
+        Batch elements are filled from several draws; zeros where none was finite.
+        """
+        with torch.no_grad():
+            position = self._draw_one()
+            for _ in range(num_tries):
+                if bool(position.isfinite().all()):
+                    break
+                position = torch.where(position.isfinite(), position, self._draw_one())
+        return position.nan_to_num()
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
@@ -118,7 +122,7 @@ class Problem:
         infinite |= (state.log_base == -torch.inf) & state.position.isfinite().all(-1)
         dead = ~(ratio > -torch.inf).any(dim=0)
         if bool(infinite.any()):
-            chain = int(infinite.flatten(1).any(1).nonzero()[0])
+            chain = int(infinite.reshape(len(infinite), -1).any(1).nonzero()[0])
             self._raise(state.position[chain], "is infinite")
         if bool(dead.any()):
             element = [int(i) for i in dead.nonzero()[0]]
@@ -149,7 +153,7 @@ class Problem:
             for name, site in {**latent_sites(trace), **observed_sites(trace)}.items():
                 if not bool(site["fn"].log_prob(site["value"]).isfinite().all()):
                     culprits.append(name)
-        except ValueError as error:  # torch's own validation names parameter and value
+        except (ValueError, RuntimeError) as error:  # torch's validation names parameter and value
             culprits.append(str(error).splitlines()[0])
         return culprits
 
@@ -210,7 +214,7 @@ def prepare(
         note = f"elements of plate(s) {coupled} influence each other: they share one evidence"
         layout = replace(layout, notes=(*layout.notes, note))
         problem = _assemble(model, guide, model_args, guide_args, layout)
-    example = problem.draw(1)[0].nan_to_num()
+    example = problem.probe()
     if guide == "auto":
         return _fit(problem, example, num_chains, compile, seed, progress)
     density = capture(problem.function, example, num_chains=num_chains, compile=compile)
@@ -263,7 +267,7 @@ def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:
     layout = problem.layout
     if layout.batch_shape.numel() < 2:
         return []
-    first, second = problem.draw(2).nan_to_num()
+    first, second = problem.probe(), problem.probe()
     coupled = []
     with torch.no_grad():
         ends = problem.function(first), problem.function(second)

@@ -116,8 +116,6 @@ GUIDES = [
     guide_list,
     guide_list_with_callable,
 ]
-# Pyro's inverse autoregressive flow loops over a tensor, which cannot be recorded.
-slow = pytest.mark.filterwarnings("ignore:the density is evaluated slowly")
 each_guide = pytest.mark.parametrize("make", GUIDES, ids=lambda make: make.__name__)
 
 
@@ -128,8 +126,10 @@ def base_of(model, guide, x):
     return GuideBase(guide, density, arguments)
 
 
-@slow
-@each_guide
+# Without Pyro's inverse autoregressive flow, which loops over a tensor and cannot be recorded.
+@pytest.mark.parametrize(
+    "make", [g for g in GUIDES if g.__name__ != "AutoIAFNormal"], ids=lambda make: make.__name__
+)
 def test_guide_is_normalized_over_u(make):
     guide = make(X)
     arguments = ((X,), {})
@@ -143,7 +143,7 @@ def test_guide_is_normalized_over_u(make):
         compile=False,
         seed=0,
     )
-    log_base, _ = integrate(made.density, made.layout, 16.0, 161)
+    log_base, _ = integrate(made.density, made.layout, 14.0, 101)
     torch.testing.assert_close(log_base, torch.zeros(()), rtol=0, atol=2e-4)
 
 
@@ -160,7 +160,7 @@ def test_density_is_that_of_the_guides_trace(make):
         # AutoGuides' Delta sites subtract the Jacobian; hand-written sites are densities of z.
         expected = evaluation.total_log_det
         for site in trace.nodes.values():
-            if site["type"] == "sample":
+            if site["type"] == "sample" and not site["is_observed"]:
                 expected = expected + site["unscaled_log_prob"]
         if make is by_hand:  # whose mask hides a's density from the trace
             a = dist.LogNormal(0.2 * values["b"], 0.5)

@@ -44,7 +44,7 @@ def integrate(density, layout, half_width, count):
 
 
 # The trapezoidal rule converges geometrically for these analytic integrands on the line.
-RULES = {1: (60.0, 1201), 2: (32.0, 257), 3: (8.0, 41), 4: (7.0, 19)}
+RULES = {1: (60.0, 1201), 2: (32.0, 257), 3: (8.0, 41), 4: (7.0, 25)}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
@@ -55,7 +55,7 @@ def test_evidence_is_the_integral_over_u(problem):
     assert tuple(layout.batch_shape) == problem.batch
     log_prior, log_evidence = integrate(made.density, layout, *RULES[layout.dim])
     truth = torch.as_tensor(problem.truth)
-    tolerance = 1e-7 if layout.dim <= 2 else 2e-4
+    tolerance = 1e-6 if layout.dim <= 2 else 2e-4
     torch.testing.assert_close(layout.scale * log_evidence, truth, rtol=0, atol=tolerance)
     torch.testing.assert_close(log_prior, torch.zeros_like(truth), rtol=0, atol=tolerance)
 

@@ -1,6 +1,6 @@
 """Energy-inspired models: distributions induced by samplers, as Pyro distributions."""
 
-from .base import Extended, SamplerInduced
+from .base import Extended, SamplerInduced, has_exact_log_prob
 from .his import HIS, Leapfrog
 from .semi_implicit import semi_implicit_bound
 from .snis import SNIS
@@ -15,5 +15,6 @@ __all__ = [
     "Leapfrog",
     "MovingAverageNormalizer",
     "SamplerInduced",
+    "has_exact_log_prob",
     "semi_implicit_bound",
 ]

@@ -23,7 +23,7 @@ from torch.distributions import Distribution, Transform, constraints
 
 from ..weights import log_mean_exp
 
-__all__ = ["Extended", "SamplerInduced"]
+__all__ = ["Extended", "SamplerInduced", "has_exact_log_prob"]
 
 # Elements of proposals held at once where a computation can be split: 32 MB in float64.
 CHUNK_ELEMENTS = 2**22
@@ -213,7 +213,7 @@ class Extended(TorchDistribution):  # type: ignore[misc]
     has_exact_log_prob = True
 
     def __init__(self, sampler: SamplerInduced, validate_args: bool | None = None) -> None:
-        if not getattr(sampler.proposal, "has_exact_log_prob", True):
+        if not has_exact_log_prob(sampler.proposal):
             raise NotImplementedError(
                 f"{type(sampler).__name__}.extended() needs a proposal with an exact log_prob, got "
                 f"{type(sampler.proposal).__name__}: write its extended() as a site of its own"
@@ -243,6 +243,32 @@ class Extended(TorchDistribution):  # type: ignore[misc]
             self._validate_sample(value)
         slots_dim = value.dim() - len(self.event_shape)
         return self.sampler._extended_log_prob(value.movedim(slots_dim, 0))
+
+
+def has_exact_log_prob(distribution: Distribution) -> bool:
+    """Tells whether a distribution's ``log_prob`` is its log density, not an estimate of it.
+
+    Looks through the wrappers of torch and Pyro (``to_event``, ``expand``, ``mask``, transforms,
+    mixtures).
+
+    Args:
+        distribution: Any distribution; those that do not say otherwise are exact.
+
+    Returns:
+        ``False`` for the sampler-induced distributions and whatever wraps one.
+
+    Example:
+        >>> from pyro_anneal.eim import SNIS
+        >>> snis = SNIS(dist.Normal(torch.zeros(3), 1.0), lambda x: x**2, num_samples=8)
+        >>> has_exact_log_prob(snis.to_event(1)), has_exact_log_prob(snis.extended())
+        (False, True)
+    """
+    own = getattr(distribution, "has_exact_log_prob", None)
+    if own is not None:
+        return bool(own)
+    inner = ("base_dist", "_component_distribution", "component0", "component1")
+    parts = [getattr(distribution, name, None) for name in inner]
+    return all(has_exact_log_prob(part) for part in parts if isinstance(part, Distribution))
 
 
 def check_count(name: str, value: int) -> None:

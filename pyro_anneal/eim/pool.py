@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from .base import SamplerInduced, check_count, evaluate
+from .base import SamplerInduced, evaluate, has_exact_log_prob
 
 __all__ = ["PoolSampler"]
 
@@ -53,7 +53,7 @@ class PoolSampler(SamplerInduced):
         return per_value * values + shape.numel()
 
     def _log_base(self, value: Tensor) -> Tensor:
-        if not getattr(self.proposal, "has_exact_log_prob", True):
+        if not has_exact_log_prob(self.proposal):
             return torch.zeros((), dtype=value.dtype, device=value.device)  # see _log_ratios
         log_prob: Tensor = self.proposal.log_prob(value)
         return log_prob
@@ -68,7 +68,7 @@ class PoolSampler(SamplerInduced):
         else:
             others, score = self._draw_others(shape, num_particles, shared)
             log_ratio = self._log_ratio(log_weight, self._log_weights_of(others))
-        if not getattr(self.proposal, "has_exact_log_prob", True):
+        if not has_exact_log_prob(self.proposal):
             # An estimate of pi(x), fresh for each particle: the product of independent unbiased
             # estimates is unbiased.
             particles = value.expand(num_particles, *value.shape)
@@ -88,7 +88,7 @@ class PoolSampler(SamplerInduced):
             return draws, None
         with torch.no_grad():
             others = source.sample(sample_shape)
-        exact = getattr(source, "has_exact_log_prob", True)
+        exact = has_exact_log_prob(source)
         if source.has_rsample or not exact or not torch.is_grad_enabled():
             return others, None
         log_prob: Tensor = source.log_prob(others)
@@ -117,12 +117,6 @@ class PoolSampler(SamplerInduced):
         order = order.reshape(order.shape + (1,) * event_dim).expand(pool.shape)
         ordered: Tensor = pool.gather(0, order).movedim(0, pool.dim() - 1 - event_dim)
         return ordered
-
-
-def check_pool(name: str, value: int) -> int:
-    """Checks a size of the pool and returns it."""
-    check_count(name, value)
-    return value
 
 
 def take(pool: Tensor, index: Tensor, event_dim: int) -> Tensor:

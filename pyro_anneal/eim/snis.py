@@ -9,8 +9,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from .base import CHUNK_ELEMENTS
-from .pool import PoolSampler, check_pool, take
+from .base import CHUNK_ELEMENTS, check_count
+from .pool import PoolSampler, take
 
 __all__ = ["SNIS"]
 
@@ -64,7 +64,8 @@ class SNIS(PoolSampler):
         validate_args: bool | None = None,
     ) -> None:
         self.energy = energy
-        self.num_samples = check_pool("num_samples", num_samples)
+        check_count("num_samples", num_samples)
+        self.num_samples = num_samples
         super().__init__(
             proposal,
             energy,

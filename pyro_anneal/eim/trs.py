@@ -11,8 +11,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from .base import CHUNK_ELEMENTS, Extended
-from .pool import PoolSampler, check_pool, take
+from .base import CHUNK_ELEMENTS, Extended, check_count
+from .pool import PoolSampler, take
 
 __all__ = ["LARS", "TRS", "MovingAverageNormalizer"]
 
@@ -80,7 +80,8 @@ class TRS(PoolSampler):
         validate_args: bool | None = None,
     ) -> None:
         self.log_accept = log_accept
-        self.num_trials = check_pool("num_trials", num_trials)
+        check_count("num_trials", num_trials)
+        self.num_trials = num_trials
         super().__init__(
             proposal,
             log_accept,
@@ -177,7 +178,8 @@ class LARS(TRS):
         validate_args: As in torch.
 
     Raises:
-        ValueError: As in :class:`TRS`, and for a moving average over a proposal with a batch.
+        ValueError: As in :class:`TRS`, for a moving average over a proposal with a batch, and, when
+            validating, for a ``log_normalizer`` of 0 or more.
 
     Example:
         >>> from pyro.distributions import Normal
@@ -213,6 +215,13 @@ class LARS(TRS):
             share_proposals=share_proposals,
             validate_args=validate_args,
         )
+        if self._validate_args and isinstance(log_normalizer, Tensor):
+            largest = log_normalizer.max().item()
+            if not largest < 0.0:
+                raise ValueError(
+                    f"log_normalizer must be below 0, got {largest:.6g}; parametrize it by "
+                    "torch.nn.functional.logsigmoid"
+                )
 
     def _draw_others(
         self, shape: Size, num_particles: int, shared: bool
@@ -236,7 +245,8 @@ class LARS(TRS):
         trials = torch.arange(self.num_trials, dtype=log_weight.dtype, device=log_weight.device)
         trials = trials.reshape(-1, *([1] * log_weight.dim()))
         forced = trials == self.num_trials - 1  # the last trial has no factor a(x)
-        log_terms = trials * log_reject + torch.where(forced, 0.0, log_weight)
+        log_survival = torch.where(trials == 0, 0.0, trials * log_reject)  # 0 even where Z_0 = 1
+        log_terms = log_survival + torch.where(forced, 0.0, log_weight)
         log_f = torch.logsumexp(log_terms, dim=0)
         if moving:
             return log_f.expand(others.shape[1], *log_f.shape)

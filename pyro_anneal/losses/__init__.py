@@ -1,7 +1,9 @@
 """Training losses for ``pyro.infer.SVI``."""
 
+from .aiwae import AIWAE
+from .differentiable_ais import DifferentiableAIS
 from .eubo import EUBO
 from .iwae import IWAE
 from .tvo import TVO, Moments
 
-__all__ = ["EUBO", "IWAE", "TVO", "Moments"]
+__all__ = ["AIWAE", "EUBO", "IWAE", "TVO", "DifferentiableAIS", "Moments"]

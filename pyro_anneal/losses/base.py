@@ -62,6 +62,10 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
     """
 
+    num_particles: int
+    vectorize_particles: bool
+    max_plate_nesting: float
+
     def __init__(
         self,
         num_particles: int,
@@ -93,7 +97,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     def _is_linear(self) -> bool:
         """Tells whether the objective is linear in the log-weights, as the ELBO is."""
-        return self.num_particles == 1  # type: ignore[no-any-return]
+        return self.num_particles == 1
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -255,7 +259,7 @@ def finite_or_zero(values: Tensor) -> Tensor:
     return torch.where(values == -torch.inf, torch.zeros_like(values), values)
 
 
-def require_pathwise(particles: Particles, gradient: str, alternative: str) -> None:
+def require_pathwise(particles: Particles, what: str, alternative: str) -> None:
     """Checks that gradients reach every draw of the guide along its sampling path.
 
     Raises:
@@ -267,7 +271,7 @@ def require_pathwise(particles: Particles, gradient: str, alternative: str) -> N
         while hasattr(fn, "base_dist"):
             fn = fn.base_dist
         raise NotImplementedError(
-            f'gradient="{gradient}" needs reparameterized draws, but guide site "{name}" is a '
+            f'{what} needs reparameterized draws, but guide site "{name}" is a '
             f"{type(fn).__name__} with parameters, whose gradient would be silently lost; "
             f"use {alternative}"
         )
@@ -315,7 +319,7 @@ def doubly_reparameterized(particles: Particles, weights: Tensor, path_weights: 
     Raises:
         NotImplementedError: If a site of the guide is not reparameterized, masked or scaled.
     """
-    require_pathwise(particles, "dreg", 'gradient="auto"')
+    require_pathwise(particles, 'gradient="dreg"', 'gradient="auto"')
     if particles.altered_sites:
         raise NotImplementedError(
             f'gradient="dreg" needs the plain density of the guide, but site '

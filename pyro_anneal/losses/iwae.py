@@ -154,7 +154,7 @@ class IWAE(ParticleELBO):
         if self.gradient == "dreg":
             return Evaluation(value, -doubly_reparameterized(particles, weights, weights.square()))
         if self.gradient == "reparam":
-            require_pathwise(particles, "reparam", 'gradient="vimco" or "auto"')
+            require_pathwise(particles, 'gradient="reparam"', 'gradient="vimco" or "auto"')
         if particles.score is None:
             return Evaluation(value, -weighted_sum(particles, weights, None))
         if self.num_particles == 1:

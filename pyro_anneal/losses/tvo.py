@@ -312,7 +312,7 @@ class TVO(ParticleELBO):
             surrogate = doubly_reparameterized(particles, parts.weights, parts.path_weights)
             return Evaluation(value, -surrogate)
         if self.gradient == "reparam":
-            require_pathwise(particles, "reparam", 'gradient="covariance" or "auto"')
+            require_pathwise(particles, 'gradient="reparam"', 'gradient="covariance" or "auto"')
         return Evaluation(value, -weighted_sum(particles, parts.weights, parts.score_weights))
 
     def _draw(

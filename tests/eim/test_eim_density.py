@@ -148,6 +148,27 @@ def test_trs_with_constant_acceptance_is_the_proposal(num_trials, log_value):
     torch.testing.assert_close(d.log_prob(POINTS), proposal().log_prob(POINTS), rtol=0, atol=1e-10)
 
 
+def test_trs_is_tighter_than_one_order_and_than_a_variational_trial():
+    def narrow(x):  # nearly binary, accepts the tails: Z = 0.022
+        return torch.nn.functional.logsigmoid(20.0 * (x.abs() - 2.3))
+
+    base, x, num_trials = dist.Normal(0.0, 1.0), torch.tensor(2.5).expand(400), 1024
+    normalizer = float((narrow(GRID).exp() * normal(GRID, 0.0, 1.0)).sum() * STEP)
+    own, rest = narrow(x[0]).exp(), (1.0 - normalizer) ** (num_trials - 1)
+    truth = base.log_prob(x[0]) + torch.log(own * (1.0 - rest) / normalizer + rest)
+    gap = truth - TRS(base, narrow, num_trials).log_prob(x).mean()
+    rejected = log_one_minus_exp(narrow(base.sample((num_trials - 1, 400)))).cumsum(0)
+    terms = torch.cat([narrow(x)[None], narrow(x) + rejected[:-1], rejected[-1:]])
+    gap_one_order = truth - (base.log_prob(x) + torch.logsumexp(terms, 0)).mean()
+    gap_variational = min(
+        truth - LARS(base, narrow, num_trials, log_normalizer=level).log_prob(x).mean()
+        for level in torch.logspace(-4.0, -0.1, 20).log()
+    )
+    assert -0.01 < gap < 0.05
+    assert 0.3 < gap_one_order < 0.6
+    assert 1.5 < gap_variational < 2.2
+
+
 def test_trs_forced_acceptance_has_no_log_accept_term():
     # At a = 0.1, T = 2 a log a(x) at the last trial would cost 2 nats; the bound is exact.
     d = TRS(proposal(), lambda x: torch.full_like(x, 0.1).log(), 2)

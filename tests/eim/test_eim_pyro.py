@@ -13,7 +13,15 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_anneal import AnnealedImportance
-from pyro_anneal.eim import HIS, LARS, SNIS, TRS, Leapfrog, MovingAverageNormalizer
+from pyro_anneal.eim import (
+    HIS,
+    LARS,
+    SNIS,
+    TRS,
+    Leapfrog,
+    MovingAverageNormalizer,
+    has_exact_log_prob,
+)
 from pyro_anneal.losses import IWAE
 
 
@@ -107,6 +115,22 @@ def test_batched_proposals_give_each_element_its_own_law(name):
         assert abs(together[:, i].mean() - alone.mean()) < 5.0 * error + 1e-12
 
 
+def test_wrappers_keep_the_bound_and_the_flag():
+    flat = dist.Normal(torch.tensor([0.0, 1.0]), 1.0)
+    wrapped = SNIS(flat, lambda x: torch.zeros_like(x), 4).to_event(1)
+    value = torch.tensor([[0.3, -1.0], [2.0, 0.1]])
+    torch.testing.assert_close(wrapped.log_prob(value), flat.log_prob(value).sum(-1))
+    assert wrapped.sample((5,)).shape == (5, 2)
+    shifted = dist.TransformedDistribution(wrapped, dist.transforms.AffineTransform(1.0, 2.0))
+    torch.testing.assert_close(
+        shifted.log_prob(1.0 + 2.0 * value), flat.log_prob(value).sum(-1) - 2.0 * math.log(2.0)
+    )
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), SNIS(flat, torch.square, 4))
+    for distribution in (wrapped, wrapped.mask(True), wrapped.expand((5,)), shifted, mixture):
+        assert not has_exact_log_prob(distribution)
+    assert has_exact_log_prob(flat.to_event(1).mask(True))
+
+
 def test_share_proposals_draws_once_for_an_expanded_batch():
     calls = []
 
@@ -152,6 +176,8 @@ def test_wrong_input_is_named():
         HIS(pair, quadratic, 1, lambda x: dist.Normal(0.0, 1.0)).log_prob(torch.zeros(2))
     with pytest.raises(NotImplementedError, match="build TRS with the same proposal"):
         LARS(normal, log_accept, 4, log_normalizer=torch.tensor(-1.0)).extended()
+    with pytest.raises(ValueError, match="log_normalizer must be below 0, got 0"):
+        LARS(normal, torch.square, 4, log_normalizer=torch.tensor(0.0), validate_args=True)
     with pytest.raises(ValueError, match=r"batch shape \[3\]"):
         LARS(plane(3), log_accept, 4, log_normalizer=MovingAverageNormalizer())
     with pytest.raises(NotImplementedError, match="exact log_prob, got TRS"):

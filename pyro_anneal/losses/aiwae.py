@@ -1,0 +1,271 @@
+"""The annealed importance-weighted autoencoder (AIWAE)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..chains import Path, TuningTable, run_chains, seeded_generator
+from ..kernels import HMC, State, Tuning
+from ..schedules import Linear, as_betas
+from ..weights import log_mean_exp, log_normalized_weights
+from .annealing import FixedBatch, Prepared, ProblemCache, pack_draws, particle_values, unrecorded
+from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero, require_pathwise
+from .traces import Arguments, Gates, Particles, collect, run_guide
+
+__all__ = ["AIWAE"]
+
+
+class AIWAE(ParticleELBO):
+    r"""Trains a model by annealed importance sampling from its guide to its posterior.
+
+    K chains are annealed from the guide q at beta = 0 to the posterior at beta = 1 through
+    ``num_steps`` temperatures, by Hamiltonian Monte Carlo. Their weights give the loss, **minus**
+    the annealed lower bound
+
+    .. math:: L = \log \frac{1}{K} \sum_{k=1}^K w_k, \qquad E[w_k] = p(x)
+
+    and, after one more move at beta = 1, their states the gradient of the model,
+
+    .. math:: \sum_k \bar w_k \nabla_\theta \log p(x, z_k), \qquad \bar w_k = w_k / \sum_j w_j
+
+    with weights and states taken as constants: a self-normalized estimate of
+    :math:`\nabla \log p(x)`, biased at finite K. The guide learns by the ELBO, along its sampling
+    path. No gradient passes through the chains, so memory does not grow with ``num_steps``.
+
+    Each temperature has its own step size, moved toward ``target_accept`` between minibatches and
+    constant within one: so ``E[w] = p(x)`` holds in each.
+
+    The paper's T counts betas: its T is ``num_steps + 1`` here.
+
+    Source: Ding and Freedman (2019), *Learning Deep Generative Models with Annealed Importance
+    Sampling*, Algorithm 1.
+
+    Args:
+        num_particles: Number K of chains.
+        num_steps: Number of weight increments; as many moves of ``num_leapfrog`` gradients.
+        num_leapfrog: Leapfrogs of one move.
+        target_accept: Acceptance probability that step sizes are moved toward.
+        schedule: Betas from 0 to 1: a schedule or a tensor ``[num_steps + 1]``; linear if None.
+        step_size: Step size to begin with, at every temperature.
+        compile: Whether to compile the captured densities.
+        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
+        vectorize_particles: Whether to run guide and model for all particles at once.
+        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
+        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
+        jit_options: Accepted for compatibility with Pyro's losses.
+        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):  # the exact posterior: every weight equals p(x)
+        ...     pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> round(AIWAE(num_particles=3, num_steps=2).loss(model, guide, torch.tensor(2.0)), 4)
+        2.2655
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 10,
+        num_steps: int = 4,
+        num_leapfrog: int = 5,
+        target_accept: float = 0.6,
+        *,
+        schedule: Callable[..., Tensor] | Tensor | None = None,
+        step_size: float = 0.1,
+        compile: bool = False,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not 0.0 < step_size < math.inf:
+            raise ValueError(f"step_size must be positive and finite, got {step_size}")
+        super().__init__(
+            num_particles,
+            max_plate_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
+            ignore_jit_warnings,
+            jit_options,
+            retain_graph,
+        )
+        self.kernel = HMC(num_leapfrog, target_accept)
+        self.betas = as_betas(Linear() if schedule is None else schedule, num_steps)
+        self.log_step_size = torch.full((num_steps,), math.log(step_size), dtype=torch.float64)
+        self.accept_prob = torch.full((num_steps,), torch.nan, dtype=torch.float64)
+        self.num_adaptations = 0
+        self._cache = ProblemCache(num_particles, compile=compile)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of weight increments, and of moves."""
+        return len(self.betas) - 1
+
+    @property
+    def step_size(self) -> Tensor:
+        """Step sizes at ``betas[1:]``, shape ``[num_steps]``."""
+        return self.log_step_size.exp()
+
+    def _evaluate(
+        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
+    ) -> Evaluation:
+        learning = torch.is_grad_enabled()
+        # One particle with gradients: the guide's part, the subsamples, and every parameter seen.
+        gates = Gates() if learning else None
+        elbo = self._one_particle(model, guide, arguments, gates)
+        subsamples = elbo.runs[0].subsamples
+        prepared, density = self._cache.get(model, guide, arguments, subsamples)
+        with unrecorded():
+            state, log_weights = self._anneal(
+                prepared, density, model, guide, arguments, subsamples, learning
+            )
+        scale = elbo.scale
+        bound = log_mean_exp(log_weights)
+        value = -(bound * scale).sum()
+        if not learning:
+            return Evaluation(value, None)
+        weights = log_normalized_weights(log_weights).exp()
+        log_joint = self._log_joint(prepared, model, arguments, subsamples, state.position)
+        for_model = (weights.to(log_joint) * finite_or_zero(log_joint)).sum(0)
+        for_guide = along_the_path(elbo, torch.ones_like(elbo.log_weights))
+        return Evaluation(value, -(for_model * scale).sum() - for_guide)
+
+    def _one_particle(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        arguments: Arguments,
+        gates: Gates | None,
+    ) -> Particles:
+        runs = self._runs(model, guide, arguments, arguments, 1, gates)
+        elbo = collect(
+            runs,
+            num_particles=1,
+            vectorized=False,
+            sampling="pathwise" if gates is None else "gated",
+            gates=gates,
+        )
+        require_pathwise(elbo, "AIWAE", "IWAE or TVO")
+        for name in elbo.altered_sites:
+            if runs[0].guide.nodes[name]["mask"] is None:
+                raise NotImplementedError(
+                    f'guide site "{name}" has a poutine.scale that other sites have not: its power '
+                    "is no density to anneal from; scale all sites or none"
+                )
+        return elbo
+
+    def _anneal(
+        self,
+        prepared: Prepared,
+        density: Any,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        arguments: Arguments,
+        subsamples: Any,
+        adapt: bool,
+    ) -> tuple[State, Tensor]:
+        """Runs K chains; returns their states after the move at beta = 1, and their weights."""
+        device = prepared.layout.device
+        seed = int(torch.randint(2**31, ()).item())
+        draws = self._draws(guide, arguments, subsamples)
+        state = density(pack_draws(prepared, draws, self.num_particles))
+        example = state.position[0]
+        table = TuningTable(
+            tuple(self.betas[1:].tolist()),
+            self.log_step_size.to(example)
+            .reshape(-1, *[1] * (example.dim() - 1))
+            .expand(-1, *example.shape[:-1]),
+            torch.zeros_like(example).expand(self.num_steps, *example.shape),
+        )
+        path = Path(self.betas, self.kernel, table)
+        carry, statistics = run_chains(
+            density, path, state, direction="forward", seed=seed, stream="AIWAE"
+        )
+        one = torch.ones((), dtype=example.dtype, device=device)
+        generator = seeded_generator(device, seed, "AIWAE", "final")
+        noise = self.kernel.noise(carry.state, generator)
+        tuning: Tuning = table.at(1.0)
+        state, info = self.kernel.step(carry.state, density, one, tuning, noise)
+        accept = torch.cat([statistics.accept_prob, info.accept_prob.double().mean().reshape(1)])
+        self.accept_prob = accept.cpu()
+        if adapt:
+            self._adapt()
+        return state, carry.log_weights
+
+    def _adapt(self) -> None:
+        """Moves step sizes toward the target acceptance, for the next minibatch."""
+        self.num_adaptations += 1
+        gain = max(0.05, self.num_adaptations**-0.5)  # fast at first, steady later
+        self.log_step_size = self.log_step_size + gain * (
+            self.accept_prob.nan_to_num(0.0) - self.kernel.target_accept
+        )
+
+    def _draws(
+        self, guide: Callable[..., Any], arguments: Arguments, subsamples: Any
+    ) -> list[Any]:
+        """Runs the guide for K particles."""
+        args, kwargs = arguments
+        count = self.num_particles
+        vectorized = self.vectorize_particles and count > 1
+        fn = self._in_particle_plate(guide, count) if vectorized else guide
+        with FixedBatch(subsamples):
+            return [
+                poutine.trace(fn).get_trace(*args, **kwargs)
+                for _ in range(1 if vectorized else count)
+            ]
+
+    def _log_joint(
+        self,
+        prepared: Prepared,
+        model: Callable[..., Any],
+        arguments: Arguments,
+        subsamples: Any,
+        position: Tensor,
+    ) -> Tensor:
+        """Computes log p(x, z) at given positions, differentiable in the model's parameters."""
+        count = self.num_particles
+        vectorized = self.vectorize_particles and count > 1
+        with unrecorded():
+            nesting = self.max_plate_nesting if vectorized else None
+            values = particle_values(prepared, prepared.problem.model, position, nesting)
+
+        def run(values: dict[str, Tensor]) -> Any:
+            fn = poutine.condition(model, data=values)
+            fn = self._in_particle_plate(fn, count) if vectorized else fn
+            finite = self.max_plate_nesting < math.inf
+            return run_guide(
+                fn,
+                lambda *args, **kwargs: None,
+                arguments,
+                arguments,
+                first_enumeration_dim=-1 - int(self.max_plate_nesting) if finite else None,
+                max_plate_nesting=self.max_plate_nesting,
+            )
+
+        with poutine.block(hide_types=["sample"]), FixedBatch(subsamples):
+            if vectorized:
+                runs = [run(values)]
+            else:
+                runs = [run({n: v[k] for n, v in values.items()}) for k in range(count)]
+        return collect(
+            runs,
+            num_particles=count,
+            vectorized=vectorized,
+            sampling="pathwise",
+            batch_plates=prepared.batch_plates,
+        ).log_joint

@@ -1,0 +1,163 @@
+"""DifferentiableAIS: unbiased weights, the gradient of its own bound, a path that learns."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_objectives import assert_within
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
+
+from pyro_anneal.losses import DifferentiableAIS
+
+DATA = torch.tensor([0.2, 1.9, -0.4], dtype=torch.float64)
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.5, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.8), obs=x)
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.3 * x, 1.1))
+
+
+def log_evidence(x):
+    return dist.Normal(0.5, math.sqrt(1.64)).log_prob(x)
+
+
+def test_weights_are_unbiased():
+    """E[w] = p(x) at any step sizes, betas and damping: no Metropolis test, and none needed."""
+    loss = DifferentiableAIS(num_steps=5, step_size=0.4, damping=0.6)
+    with torch.no_grad():
+        loss.logit_increments += torch.tensor([0.3, -0.5, 0.0, 1.0, 0.2])
+        loss.log_step_size += torch.tensor([0.1, 0.3, -0.4, 0.0, 0.2])
+    count = 20_000
+    x = torch.full((count,), 1.9)
+    kept = []
+    chain = loss._chain
+    loss._chain = lambda *args: (kept.append(chain(*args)), kept[-1])[1]
+    value = -loss.loss(model, guide, x) / count
+    truth = log_evidence(x[:1]).item()
+    assert_within((kept[0] - truth).exp(), 1.0)
+    elbo = -Trace_ELBO().loss(model, guide, x) / count
+    assert elbo + 0.05 < value < truth
+
+
+def test_gradient_is_the_derivative_of_its_estimate():
+    """At one seed the bound is a smooth function of every parameter: finite differences."""
+    names = ["loc", "scale", "theta"]
+    values = {"loc": torch.tensor(0.3), "scale": torch.tensor(0.1), "theta": torch.tensor(-0.2)}
+    leaves = {n: torch.nn.Parameter(v) for n, v in values.items()}
+
+    def learned(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.LogNormal(leaves["theta"], 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z - leaves["theta"]), obs=x)
+
+    def learned_guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.LogNormal(leaves["loc"] * x, leaves["scale"].exp()))
+
+    x = torch.tensor([1.0, 0.0, 1.0])
+    loss = DifferentiableAIS(2, 3, step_size=0.3)
+    parameters = [leaves[n] for n in names] + list(loss.parameters())
+
+    def value():
+        pyro.set_rng_seed(4)
+        return loss.loss(learned, learned_guide, x)
+
+    value()  # prepares the problem, which draws
+    pyro.set_rng_seed(4)
+    loss.differentiable_loss(learned, learned_guide, x).backward()
+    for parameter in parameters:
+        flat = parameter.data.view(-1)
+        for i in range(flat.numel()):
+            flat[i] += 1e-5
+            up = value()
+            flat[i] -= 2e-5
+            down = value()
+            flat[i] += 1e-5
+            expected = (up - down) / 2e-5
+            assert parameter.grad.view(-1)[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_the_path_learns_under_svi(vectorize):
+    loss = DifferentiableAIS(2, 4, step_size=0.05, vectorize_particles=vectorize)
+    autoguide = AutoNormal(model)
+    svi = SVI(model, autoguide, Adam({"lr": 0.05}), loss)
+    first = loss.log_step_size.detach().clone()
+    values = [svi.step(DATA) for _ in range(60)]
+    truth = -log_evidence(DATA).sum().item()
+    assert sum(values[-10:]) / 10 < sum(values[:10]) / 10
+    assert sum(values[-10:]) / 10 == pytest.approx(truth, abs=0.3)
+    assert not torch.allclose(loss.log_step_size, first, atol=0.05)
+    assert any(name.startswith("differentiable_ais") for name in pyro.get_param_store())
+
+
+def test_as_a_module_it_brings_its_parameters():
+    net = torch.nn.Linear(1, 1)
+
+    def forward(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(net(x[:, None])[:, 0], 1.0))
+
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            forward(x)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            model(x)
+
+    elbo = DifferentiableAIS(num_steps=3)(Model(), Guide())
+    names = {name for name, _ in elbo.named_parameters()}
+    assert {"elbo.log_step_size", "elbo.logit_damping", "guide.net.weight"} <= names
+    elbo(DATA).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in elbo.parameters())
+
+
+def test_subsampled_plates_scale_the_bound():
+    """Guide = exact posterior and tiny steps: nearly N/B times the minibatch's evidence."""
+    precision = 1.0 + 1.0 / 0.64
+
+    def subsampled(x):
+        with pyro.plate("data", 3, subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.5, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.8), obs=x[index])
+
+    def exact(x):
+        with pyro.plate("data", 3, subsample_size=2) as index:
+            pyro.sample("z", dist.Normal((0.5 + x[index] / 0.64) / precision, precision**-0.5))
+
+    loss = DifferentiableAIS(num_steps=2, step_size=1e-4)
+    evidence = log_evidence(DATA)
+    possible = [1.5 * (evidence[i] + evidence[j]).item() for i in range(3) for j in range(i)]
+    for _ in range(3):
+        value = -loss.loss(subsampled, exact, DATA)
+        assert min(abs(value - p) for p in possible) < 1e-5
+
+
+def test_arguments_and_sites_are_checked():
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        DifferentiableAIS(num_steps=0)
+    with pytest.raises(ValueError, match="damping must lie strictly between 0 and 1"):
+        DifferentiableAIS(damping=1.0)
+    with pytest.raises(ValueError, match="step_size must be positive"):
+        DifferentiableAIS(step_size=-1.0)
+
+    def discrete(x):
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.1))))
+
+    with pytest.raises(NotImplementedError, match='guide site "z" is a Bernoulli'):
+        DifferentiableAIS().loss_and_grads(discrete, discrete, DATA)

@@ -76,24 +76,24 @@ def train_vae(images, num_steps, noise):
 
 
 def train_gan(images, num_steps, noise):
-    """Trains a GAN on images with observation noise and returns its generator."""
-    generator, critic = (
-        mlp(NUM_LATENT, 64, 64, images.shape[1]),
-        mlp(images.shape[1], 128, 64, 1),
-    )
-    for_g = torch.optim.Adam(generator.parameters(), lr=3e-4, betas=(0.5, 0.999))
+    """Trains a GAN with an InfoGAN term, without which a small generator ignores its latents."""
+    generator, critic = mlp(NUM_LATENT, 64, 64, images.shape[1]), mlp(images.shape[1], 64, 64, 1)
+    encoder = Encoder(images.shape[1])
+    for_g = torch.optim.Adam([*generator.parameters(), *encoder.parameters()], lr=1e-3)
     for_d = torch.optim.Adam(critic.parameters(), lr=3e-4, betas=(0.5, 0.999))
     softplus = nn.functional.softplus
     for _ in range(num_steps):
         real = images[torch.randint(len(images), (128,))]
         real = real + noise * torch.randn_like(real)
-        fake = generator(torch.randn(128, NUM_LATENT)).sigmoid()
+        z = torch.randn(128, NUM_LATENT)
+        fake = generator(z).sigmoid()
         fake = fake + noise * torch.randn_like(fake)
         for_d.zero_grad()
         (softplus(-critic(real)) + softplus(critic(fake.detach()))).mean().backward()
         for_d.step()
         for_g.zero_grad()
-        softplus(-critic(fake)).mean().backward()
+        information = encoder(fake).log_prob(z).mean()
+        (softplus(-critic(fake)).mean() - 0.1 * information).backward()
         for_g.step()
     return generator
 

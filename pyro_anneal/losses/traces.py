@@ -477,22 +477,22 @@ def _reduce_run(run: Run, reducer: _Reducer, sampling: Sampling) -> _Reduced:
     if enumerated:
         log_joint = _sum_out(run.model, enumerated, reducer)
     else:
-        log_joint = _sum(
-            [reducer.log_prob(site) for _, site in _density_sites(run.model)], reducer
-        )
-    log_guide = _sum([reducer.log_prob(site) for _, site in _density_sites(run.guide)], reducer)
+        terms = [reducer.log_prob(site) for _, site in _density_sites(run.model)]
+        log_joint = _sum(terms, torch.zeros(reducer.shape))
+    terms = [reducer.log_prob(site) for _, site in _density_sites(run.guide)]
+    log_guide = _sum(terms, log_joint)
     scores, names = [], []
     for name, site in _density_sites(run.guide):
         score = _score(name, site, sampling)
         if score is not None and score.requires_grad:
             scores.append(reducer(score))
             names.append(name)
-    score = _sum(scores, reducer) if scores else None
+    score = _sum(scores, log_joint) if scores else None
     return _Reduced(log_joint, log_guide, score, tuple(names))
 
 
-def _sum(terms: Sequence[Tensor], reducer: _Reducer) -> Tensor:
-    return torch.stack(list(terms)).sum(0) if terms else torch.zeros(reducer.shape)
+def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(list(terms)).sum(0) if terms else torch.zeros_like(like)
 
 
 def _score(name: str, site: Site, sampling: Sampling) -> Tensor | None:
@@ -538,7 +538,7 @@ def _sum_out(trace: Any, enumerated: Sequence[str], reducer: _Reducer) -> Tensor
     for terms in contract_tensor_tree(factors, enum_dims, cache={}).values():
         for term in terms:
             plain.append(reducer(packed.unpack(term, symbol_to_dim) * scale))
-    return _sum(plain, reducer)
+    return _sum(plain, torch.zeros(reducer.shape))
 
 
 def _one_scale(scales: Mapping[str, Tensor | float]) -> Tensor | float:

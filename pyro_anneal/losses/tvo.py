@@ -107,7 +107,8 @@ def thermodynamic(
     mean = (weight * value_of).sum(1, keepdim=True)
     value = (width * mean).sum(0)[0]
     # At beta = 0 a particle of weight zero makes the mean log-weight -inf.
-    value = torch.where((zero.any(0)) & bool(width.flatten()[0] > 0), -torch.inf, value)
+    if integration != "right":
+        value = torch.where(zero.any(0), -torch.inf, value)
     value = torch.where(empty, -torch.inf, value)
     deviation = torch.where(zero, 0.0, value_of - mean)
     covariance = weight * deviation

@@ -240,8 +240,14 @@ def test_arguments_and_densities_are_checked():
         EUBO(1, "simulated").loss(model, narrow, x)
     with pytest.raises(ValueError, match="AutoDelta has no density"):
         EUBO(1, "simulated").loss(model, AutoDelta(model), x)
-    with pytest.raises(ValueError, match="make_args=lambda observed"):
-        EUBO(1, "simulated").loss(model, narrow, x.clone().requires_grad_()[:1].expand(2))
+
+    def doubled(x):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=2 * x)
+
+    with pytest.raises(ValueError, match=r"\['x'\].*make_args=lambda observed"):
+        EUBO(1, "simulated").loss(doubled, narrow, x)
 
 
 def test_make_args_decides_what_the_guide_sees():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,10 @@ class AnnealedImportance:
         batch_plates: ``"auto"``, or names of plates to treat as batch; ``[]`` for one evidence.
         step_size: Fixed step size at all betas instead of the pilot's, with unit scales.
         pilot: Settings of the pilot.
+        prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
+            modes that a fitted guide may miss.
+        cross_check: Whether :meth:`run` also starts as many chains from the prior, and says so if
+            they find more evidence. Doubles the cost; nothing to do where ``guide`` is None.
         compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
@@ -104,6 +109,8 @@ class AnnealedImportance:
         batch_plates: str | Sequence[str] = "auto",
         step_size: float | Tensor | None = None,
         pilot: Pilot | None = None,
+        prior_weight: float = 0.0,
+        cross_check: bool = False,
         compile: bool | str = "auto",
         progress_bar: bool = True,
         seed: int | None = None,
@@ -115,6 +122,8 @@ class AnnealedImportance:
             raise ValueError(f"num_steps (T) must be at least 1, got {num_steps}")
         if isinstance(schedule, str) and schedule != "adaptive":
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
+        if not 0.0 <= prior_weight < 1.0:
+            raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
         if compile not in ("auto", True, False):
             raise ValueError(f'compile must be "auto", True or False, got {compile!r}')
         if isinstance(schedule, Tensor):
@@ -127,6 +136,8 @@ class AnnealedImportance:
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
+        self.prior_weight = prior_weight
+        self.cross_check = cross_check
         self.compile = compile
         self.progress_bar = progress_bar
         self.seed = seed
@@ -150,7 +161,11 @@ class AnnealedImportance:
         with _own_randomness(self.seed) as seed:
             frozen = self._freeze(self.model, arguments, arguments, seed)
             run, _ = self._forward(frozen)
-        return _diagnosed(run)
+            found = diagnostics.diagnose(run)
+            if self.cross_check and self.guide is not None:
+                found = (*found, *self._compare_with_prior(run, arguments, seed))
+        diagnostics.warn(found)
+        return replace(run, diagnostics=found)
 
     def run_reverse(
         self,
@@ -267,6 +282,17 @@ class AnnealedImportance:
         run = self.run(*args, **kwargs)
         return run.betas[:-1], run.mean_log_ratio
 
+    def _compare_with_prior(
+        self, run: AnnealedRun, arguments: Arguments, seed: int
+    ) -> tuple[diagnostics.Diagnostic, ...]:
+        """Runs the same chains from the prior and compares what both starts found."""
+        from_prior = copy.copy(self)
+        from_prior.guide = None
+        frozen = from_prior._freeze(self.model, arguments, arguments, seed)
+        other, _ = from_prior._forward(frozen, "forward from the prior")
+        found = diagnostics.diagnose_starts(run, other)
+        return () if found is None else (found,)
+
     def _freeze(
         self,
         model: Callable[..., Any],
@@ -287,6 +313,7 @@ class AnnealedImportance:
                 batch_plates=self.batch_plates,
                 compile=steps >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile),
                 seed=seed,
+                prior_weight=self.prior_weight,
                 progress=bar.update,
             )
         setup_seconds = time.perf_counter() - began

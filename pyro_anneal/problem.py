@@ -18,6 +18,7 @@ from .densities import (
     Base,
     GaussianBase,
     GuideBase,
+    MixtureBase,
     ModelDensity,
     PathDensity,
     PriorBase,
@@ -168,6 +169,7 @@ def prepare(
     batch_plates: str | Sequence[str],
     compile: bool,
     seed: int,
+    prior_weight: float = 0.0,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
@@ -181,6 +183,7 @@ def prepare(
         batch_plates: ``"auto"`` or plate names.
         compile: Whether to compile the captured graph.
         seed: Seed of ``guide="auto"``.
+        prior_weight: Weight of the prior mixed into the base.
         progress: Called with the steps of the automatic fit.
 
     Returns:
@@ -216,7 +219,10 @@ def prepare(
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
     if guide == "auto":
-        return _fit(problem, example, num_chains, compile, seed, progress)
+        problem = _fit(problem, example, num_chains, seed, progress)
+    if prior_weight > 0.0 and guide is not None:
+        base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
+        problem = replace(problem, base=base, function=PathDensity(problem.model, base))
     density = capture(problem.function, example, num_chains=num_chains, compile=compile)
     return replace(problem, density=density)
 
@@ -243,19 +249,15 @@ def _fit(
     problem: Problem,
     example: Tensor,
     num_chains: int,
-    compile: bool,
     seed: int,
     progress: Callable[[int], object],
 ) -> Problem:
     """Replaces the prior by a fitted Gaussian."""
-    target = capture(problem.function, example, num_chains=num_chains, compile=False)
+    target = capture(problem.function, example, num_chains=num_chains)
     fit = fit_gaussian(target, torch.zeros_like(example), seed=seed, progress=progress)
     base = GaussianBase(fit.loc, fit.scale_tril)
     function = PathDensity(problem.model, base)
-    density = capture(function, torch.zeros_like(fit.loc), num_chains=num_chains, compile=compile)
-    return replace(
-        problem, base=base, function=function, density=density, fit_gradients=fit.num_gradients
-    )
+    return replace(problem, base=base, function=function, fit_gradients=fit.num_gradients)
 
 
 def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:

@@ -285,10 +285,10 @@ class AnnealedRun:
             f"AnnealedRun, {self.direction}: {self.num_chains} chains, {self.num_steps} steps, "
             f"{self.kernel}{', batch ' + batch if batch else ''}"
         )
-        notes = [*self.notes]
-        if not self.certified:
+        notes = [*self.notes, *(d.message for d in self.diagnostics)]
+        if not self.certified and "uncertified" not in {d.name for d in self.diagnostics}:
             notes.append("certified=False: the starts are approximate, so this is no bound")
-        return format_fields(title, fields, notes + [d.message for d in self.diagnostics])
+        return format_fields(title, fields, notes)
 
     def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.arviz_export.to_arviz`."""

@@ -26,6 +26,10 @@ def format_outcome(outcome: DemoOutcome) -> str:
         ("  lower bound (IM-AIS)", _mean(sandwich.lower)),
         ("  upper bound (CR-AIS)", _mean(sandwich.upper)),
         ("  gap", _mean(sandwich.gap)),
+        *(
+            (f"  gap from the prior instead of the encoder, T = {steps}", _mean(other.gap))
+            for steps, other in outcome.from_prior.items()
+        ),
         ("log p(x), held-out real digits", ""),
         ("  lower bound, encoder alone (IWAE)", _mean(outcome.held_out_guide)),
         ("  lower bound (IM-AIS)", _mean(outcome.held_out.lower)),

@@ -46,6 +46,7 @@ class _Frozen:
     path: Path
     pilot: PilotSummary | None
     seed: int
+    setup_seconds: float
 
 
 class AnnealedImportance:
@@ -274,6 +275,7 @@ class AnnealedImportance:
         seed: int,
     ) -> _Frozen:
         """Prepares the problem and runs the pilot."""
+        began = time.perf_counter()
         steps = self.num_steps * self.kernel.num_gradients
         with _bar(self.progress_bar and self.guide == "auto", "fit", 340) as bar:
             problem = prepare(
@@ -287,8 +289,9 @@ class AnnealedImportance:
                 seed=seed,
                 progress=bar.update,
             )
+        setup_seconds = time.perf_counter() - began
         path, summary = self._run_pilot(problem, seed)
-        return _Frozen(problem, path, summary, seed)
+        return _Frozen(problem, path, summary, seed, setup_seconds)
 
     def _run_pilot(self, problem: Problem, seed: int) -> tuple[Path, PilotSummary | None]:
         betas = self._betas
@@ -427,6 +430,8 @@ class AnnealedImportance:
             kernel=repr(kernel),
             density_mode=problem.density.mode,
             pilot=frozen.pilot,
+            setup_seconds=frozen.setup_seconds,
+            fit_gradients=problem.fit_gradients,
             notes=layout.notes,
             scale=layout.scale,
             observed=layout.observed,

@@ -68,11 +68,13 @@ class AnnealedRun:
     site_plates: dict[str, tuple[str | None, ...]]  # of a site's leading dims
     num_gradients: int  # per chain: 1 + L (T - 1)
     num_evaluations: int  # calls of the density, counted
-    seconds: float
+    seconds: float  # of the chains
     seed: int | None
     kernel: str
     density_mode: str
     pilot: PilotSummary | None = None
+    setup_seconds: float = 0.0  # inspection, capture and automatic guide; the pilot has its own
+    fit_gradients: int = 0  # single-chain gradients spent on guide="auto", per batch element
     notes: tuple[str, ...] = ()
     scale: float = 1.0
     certified: bool = True
@@ -269,8 +271,13 @@ class AnnealedRun:
             fields.append(("acceptance", _range(self.accept_prob)))
             fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
         cost = f"{self.num_gradients} gradients per chain"
+        extra = []
         if self.pilot is not None:
-            cost += f" (pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains)"
+            extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
+        if self.fit_gradients:
+            extra.append(f"automatic guide: {self.fit_gradients} in all")
+        if extra:
+            cost += f" ({'; '.join(extra)})"
         fields.append(("cost", f"{cost}, {self.seconds:.2f} s, {self.density_mode}"))
         if self.direction == "reverse" or not self.certified:
             fields.append(("certified", str(self.certified)))

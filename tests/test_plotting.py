@@ -93,7 +93,7 @@ def test_weights_of_a_single_datum_are_drawn_as_they_are():
 
 def test_weights_of_a_batch_are_relative_to_each_datum(sandwich):
     axes = plotting.plot_log_weights(sandwich).axes[0]
-    assert axes.get_xlabel() == "log-weight minus the datum's log evidence (nats)"
+    assert axes.get_xlabel() == "log-weight - log evidence (nats)"
     expected = (sandwich.lower - sandwich.bennett).mean().item()
     assert _line(axes, "lower bound").get_xdata()[0] == pytest.approx(expected)
 

@@ -9,11 +9,9 @@ import torch
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from losses_training import autoencoder, belief_net, load_mnist
+from losses_training import autoencoder, belief_net
 
 from pyro_anneal.datasets import load_digits
-
-MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
 
 @pytest.fixture(autouse=True)
@@ -35,21 +33,11 @@ def test_a_belief_net_learns_by_every_method():
     assert max(evidence.values()) - min(evidence.values()) < 1.5
 
 
-def check_order(table):
-    """AIWAE paper, Table 1: annealing lowers NLL, more steps more so, and widens q's gap."""
-    nll = {name: row["NLL"] for name, row in table.items()}
-    assert nll["AIWAE T=5"] < nll["IWAE"] < nll["VAE"]
-    assert nll["AIWAE T=11"] < nll["IWAE"]
-    assert table["VAE"]["gap"] < table["IWAE"]["gap"] < table["AIWAE T=5"]["gap"]
-    assert table["VAE"]["active units"] < table["AIWAE T=5"]["active units"]
-
-
 @pytest.mark.slow
-def test_the_order_of_vae_iwae_and_aiwae_on_digits():
-    check_order(autoencoder(load_digits(), 0, 1500, 5, 200, 100))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not MNIST.is_dir(), reason="no MNIST in ../shared/data/mnist")
-def test_the_order_of_vae_iwae_and_aiwae_on_mnist():
-    check_order(autoencoder(load_mnist(MNIST), 0, 600, 5, 150, 50))
+def test_the_order_of_vae_iwae_and_aiwae():
+    """AIWAE paper, Table 1: at equal K annealing lowers NLL and widens the gap of the guide."""
+    names = ("VAE", "IWAE", "AIWAE T=5")
+    vae, iwae, aiwae = autoencoder(load_digits(), 0, 1000, 5, 150, 100, names).values()
+    assert aiwae["NLL"] < iwae["NLL"] < vae["NLL"]
+    assert vae["gap"] < iwae["gap"] < aiwae["gap"]
+    assert vae["active units"] < aiwae["active units"]

@@ -6,6 +6,29 @@ that use it. Beside a checkout of pyro-ppl/pyro at the version that is installed
     PYTHONPATH=<this directory> python -m pytest -p loss_plugin --pyro-loss TVO tests/infer/...
 
 With ``--pyro-loss Trace_ELBO`` nothing is replaced, which gives the count to compare with.
+
+Passed of those run, with Pyro's tests of October 2024 and Pyro 1.9.2 (skipped and expected
+failures left out):
+
+| tests/infer/ | Trace_ELBO | IWAE | TVO | TVO covariance | EUBO |
+|---|---|---|---|---|---|
+| test_valid_models.py | 122/122 | 120 | 120 | 120 | 120 |
+| test_gradient.py | 28/28 | 6 | 23 | 22 | - |
+| test_autoguide.py | 153/163 | 150 | 153 | 126 | 115 |
+
+What remains, and why:
+
+* test_valid_models, all: two tests expect a warning where a guide is marked for enumeration; ours
+  is an error that names the site.
+* test_gradient, IWAE: 22 tests compare gradients at 10 to 200,000 particles with those of the ELBO,
+  which is another objective there. TVO (one left partition: the ELBO) is the one to compare.
+* test_gradient, TVO: four tests compute what one particle must give, and TVO has at least two. One
+  (two for the covariance gradient) has 200,000 replicates in a plate under global latents:
+  ``Trace_ELBO`` uses a learning signal per plate, a bound of the whole model has one signal.
+* test_autoguide, all: ten need funsor. IWAE: three tests expect 100 steps of 100 particles to
+  bring the ELBO's optimum. Covariance, EUBO: point-mass guides have no score, and messenger guides
+  sample inside the model; both are errors that name the site or the guide. EUBO besides: tests of
+  the sign and the value of the ELBO.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from ..schedules import Linear, as_betas
 from ..weights import log_mean_exp, log_normalized_weights
 from .annealing import FixedBatch, Prepared, ProblemCache, pack_draws, particle_values, unrecorded
 from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero, require_pathwise
-from .traces import Arguments, Gates, Particles, collect, run_guide
+from .particles import Particles, collect
+from .traces import Arguments, Gates, run_guide
 
 __all__ = ["AIWAE"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,18 +15,8 @@ from pyro.infer.elbo import ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from .traces import (
-    PARTICLE_PLATE,
-    Arguments,
-    EnumerationNeeded,
-    Gates,
-    Particles,
-    Run,
-    Sampling,
-    collect,
-    run_guide,
-    warn_once,
-)
+from .particles import PARTICLE_PLATE, Particles, Sampling, collect
+from .traces import Arguments, EnumerationNeeded, Gates, Run, run_guide
 
 __all__ = [
     "Evaluation",
@@ -190,8 +181,15 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             gates=gates,
         )
         if not self._is_linear():
-            warn_once(particles.notes, self._warned)
+            self._warn(particles)
         return particles
+
+    def _warn(self, particles: Particles) -> None:
+        """Warns of what makes the objective no bound, once per loss."""
+        for note in particles.notes:
+            if note not in self._warned:
+                self._warned.add(note)
+                warnings.warn(note, UserWarning, stacklevel=5)
 
     def _runs(
         self,

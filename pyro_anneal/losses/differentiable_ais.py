@@ -14,7 +14,8 @@ from ..densities import PathDensity
 from ..weights import log_mean_exp
 from .annealing import ProblemCache, pack_draws
 from .base import Evaluation, ParticleELBO, require_pathwise
-from .traces import Arguments, collect
+from .particles import collect
+from .traces import Arguments
 
 __all__ = ["DifferentiableAIS"]
 

@@ -17,7 +17,8 @@ from ..simulation import MakeArgs, Simulation, guide_arguments, simulate
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero
 from .iwae import score_weights
-from .traces import Arguments, Gates, Particles, collect
+from .particles import Particles, collect
+from .traces import Arguments, Gates
 
 __all__ = ["EUBO"]
 

@@ -19,7 +19,8 @@ from .base import (
     require_pathwise,
     weighted_sum,
 )
-from .traces import Arguments, Particles, Sampling
+from .particles import Particles, Sampling
+from .traces import Arguments
 
 __all__ = ["TVO", "Moments", "Thermodynamic", "thermodynamic"]
 

@@ -4,9 +4,10 @@ from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
 from .comparison import Comparison, compare
 from .diagnostics import AnnealingWarning, Diagnostic
+from .information import MutualInformation
 from .kernels import HMC, Kernel, RandomWalk
 from .pilot import Pilot
-from .results import AnnealedRun, Estimate, MutualInformation, Sandwich
+from .results import AnnealedRun, Estimate, Sandwich
 from .schedules import Linear, LogUniform, Power, Schedule, Sigmoid
 
 __all__ = [

@@ -25,11 +25,12 @@ from .chains import (
     run_chains,
     seeded_generator,
 )
+from .information import MutualInformation
 from .kernels import HMC, Kernel, State
 from .pairs import Pair, merge_pairs
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from .problem import Guide, Problem, prepare
-from .results import AnnealedRun, MutualInformation, PilotSummary, Sandwich
+from .results import AnnealedRun, PilotSummary, Sandwich
 from .schedules import Schedule, as_betas
 from .simulation import Arguments, MakeArgs, guide_arguments, simulate
 

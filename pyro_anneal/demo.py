@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from .anneal import AnnealedImportance
 from .datasets import load_digits
+from .information import MutualInformation
 from .losses import TVO
 from .plotting import plot_log_weights, plot_thermodynamic_curve, pyplot
-from .results import AnnealedRun, MutualInformation, Sandwich
+from .results import AnnealedRun, Sandwich
 
 __all__ = ["VAE", "DemoOutcome", "plot_demo", "run_demo"]
 

@@ -9,7 +9,8 @@ from perfect_chains import LinearGaussian, make_run, make_sandwich, simulate
 from pyro_anneal import bounds
 from pyro_anneal.comparison import compare
 from pyro_anneal.diagnostics import Diagnostic
-from pyro_anneal.results import MutualInformation, Sandwich
+from pyro_anneal.information import MutualInformation
+from pyro_anneal.results import Sandwich
 
 S = [1.8, 0.6]
 X = torch.tensor([2.4, -0.7])

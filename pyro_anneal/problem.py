@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .autoguides import check_guide
+from .blocks import Blockwise
 from .capture import capture
 from .densities import (
     Arguments,
@@ -24,7 +25,7 @@ from .densities import (
     PriorBase,
     StandardNormalBase,
 )
-from .gaussian_fit import fit_gaussian
+from .gaussian_fit import GaussianFit, fit_gaussian
 from .inspection import inspect_model
 from .kernels import State
 from .sites import Layout, latent_sites, observed_sites
@@ -32,6 +33,7 @@ from .sites import Layout, latent_sites, observed_sites
 __all__ = ["Problem", "prepare"]
 
 Guide = Callable[..., Any] | Literal["auto"] | None
+Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +114,13 @@ class Problem:
             evaluation = self.model.evaluate(position)
         return evaluation.log_joint - evaluation.log_prior
 
-    def check_start(self, state: State) -> None:
+    def check_start(self, state: State, *, is_all: bool = True) -> None:
         """Checks the log densities at the start of forward chains.
+
+        Args:
+            state: The chains' state.
+            is_all: Whether these are all chains of the run, so that one of each batch element must
+                have a density.
 
         Raises:
             ValueError: If a log density is +inf, or no chain of a batch element has any.
@@ -125,7 +132,7 @@ class Problem:
         if bool(infinite.any()):
             chain = int(infinite.reshape(len(infinite), -1).any(1).nonzero()[0])
             self._raise(state.position[chain], "is infinite")
-        if bool(dead.any()):
+        if is_all and bool(dead.any()):
             element = [int(i) for i in dead.nonzero()[0]]
             where = f" (batch element {element})" if element else ""
             self._raise(
@@ -171,6 +178,8 @@ def prepare(
     seed: int,
     prior_weight: float = 0.0,
     progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute: compute(),
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -185,6 +194,8 @@ def prepare(
         seed: Seed of ``guide="auto"``.
         prior_weight: Weight of the prior mixed into the base.
         progress: Called with the steps of the automatic fit.
+        max_rows: Positions that the automatic fit may evaluate at once.
+        once: Calls the automatic fit, or returns what it gave before.
 
     Returns:
         The problem.
@@ -219,7 +230,7 @@ def prepare(
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
     if guide == "auto":
-        problem = _fit(problem, example, num_chains, seed, progress)
+        problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
     if prior_weight > 0.0 and guide is not None:
         base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
         problem = replace(problem, base=base, function=PathDensity(problem.model, base))
@@ -251,11 +262,19 @@ def _fit(
     num_chains: int,
     seed: int,
     progress: Callable[[int], object],
+    max_rows: int | None,
+    once: Once,
 ) -> Problem:
     """Replaces the prior by a fitted Gaussian."""
-    target = capture(problem.function, example, num_chains=num_chains)
-    fit = fit_gaussian(target, torch.zeros_like(example), seed=seed, progress=progress)
-    base = GaussianBase(fit.loc, fit.scale_tril)
+
+    def compute() -> dict[str, Any]:
+        target = capture(problem.function, example, num_chains=num_chains)
+        density = target if max_rows is None else Blockwise(target, max_rows)
+        fit = fit_gaussian(density, torch.zeros_like(example), seed=seed, progress=progress)
+        return vars(fit)
+
+    fit = GaussianFit(**once(compute))
+    base = GaussianBase(fit.loc.to(example), fit.scale_tril.to(example))
     function = PathDensity(problem.model, base)
     return replace(problem, base=base, function=function, fit_gradients=fit.num_gradients)
 

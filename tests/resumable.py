@@ -1,6 +1,7 @@
 """Calls that can be killed and started again, with all numbers that must come out the same."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_anneal import AnnealedImportance, checkpoint, journal
+from pyro_anneal import (
+    AnnealedImportance,
+    Pilot,
+    chains,
+    checkpoint,
+    gaussian_fit,
+    journal,
+    problem,
+)
 
 DATA = torch.tensor([0.3, -2.0, 5.0], dtype=torch.float64)
 
@@ -24,8 +33,9 @@ def model(x):
 def annealed(path=None, **options):
     every = None if path is None else 20
     defaults = {
-        "num_chains": 5,
-        "num_steps": 90,
+        "num_chains": 6,
+        "num_steps": 50,
+        "pilot": Pilot(num_chains=4, num_moves=2, ess_fraction=0.3),
         "progress_bar": False,
         "seed": 3,
         "chain_batch_size": 2,
@@ -45,12 +55,12 @@ def call_run_reverse(path, **options):
 
 
 def call_sandwich(path, **options):
-    ais = annealed(path, guide="auto", **options)
+    ais = annealed(path, **options)
     return ais.sandwich(DATA, bounds=("CR lower", "CR upper"))
 
 
 def call_mutual_information(path, **options):
-    return annealed(path, **options).mutual_information(DATA, num_simulations=3)
+    return annealed(path, **options).mutual_information(DATA[:2], num_simulations=2)
 
 
 def call_run_batches(path, **options):
@@ -66,6 +76,19 @@ CALLS = {
     "mutual_information": call_mutual_information,
     "run_batches": call_run_batches,
 }
+
+
+def shorten(monkeypatch):
+    """Makes chunks of 20 steps, and automatic guides that need few of them."""
+    fit = functools.partial(gaussian_fit.fit_gaussian, num_newton=4, num_ascent=6)
+    monkeypatch.setattr(problem, "fit_gaussian", fit)
+    monkeypatch.setattr(chains, "CHUNK_SIZE", 20)
+
+
+@functools.cache
+def uninterrupted(name):
+    """Computes the result of a call once, without a checkpoint; to be shortened."""
+    return quietly(CALLS[name], None)
 
 
 def numbers(result):

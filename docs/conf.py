@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from pyro_anneal import __version__  # noqa: E402
+from pyro_anneal import __version__
 
 project = "pyro_anneal"
 author = "the pyro_anneal authors"
@@ -98,7 +98,9 @@ def _describe_fields(cls: type, lines: list[str]) -> None:
         lines += ["", "**Fields**", "", *rows, ""]
 
 
-def _process_docstring(app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+def _process_docstring(
+    app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
     documented = any(line.startswith((":param", ":ivar")) for line in lines)
     if kind == "class" and dataclasses.is_dataclass(value) and not documented:
         _describe_fields(value, lines)

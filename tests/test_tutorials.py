@@ -97,3 +97,43 @@ def test_discrete_latents(run):
     assert (curve.diff() >= -1e-5).all()  # it rises
     assert max(found["left"].values()) < truth
     assert found["right"][2] < truth < found["right"][50]  # the failure shown
+
+
+def test_mutual_information(run):
+    found = run("04")
+    for name, by_steps in found["sandwiches"].items():
+        best = by_steps[max(by_steps)]
+        low, high = best.interval(1.0 - 1e-6)
+        assert low < high
+        for bound, estimate in found["estimates"][name].items():
+            if bound != "MINE_DV":  # the others point in a direction
+                assert estimate.lower < high + 5 * estimate.lower_std_error, bound
+    assert found["seen"].plug_in > found["unseen"].plug_in + 1.0
+
+
+def test_mutual_information_from_samples(run):
+    found = run("05")
+    truth = -5.0 * math.log(1.0 - 0.9**2)
+    assert found["truth"] == pytest.approx(truth)
+    for estimate in [*found["curve"], *found["estimates"].values()]:
+        assert estimate.lower < truth + 5 * estimate.lower_std_error
+    for count, estimate in zip(found["candidates"], found["curve"], strict=True):
+        assert estimate.lower <= math.log(count) + 1e-5
+    assert found["estimates"]["Barber-Agakov"].lower > found["curve"][-1].lower
+    assert found["blind"].lower < math.log(200) < found["beyond"]
+
+
+def test_posterior_quality(run):
+    found = run("06")
+    for elbo in found["on_real"].values():  # Jensen, up to the noise of 400 draws
+        assert elbo < found["evidence"].lower + 1.0
+    sandwich = found["sandwich"]
+    assert sandwich.upper - sandwich.lower > -10.0  # by Markov, up to e^-10
+    right, wrong = found["right"], found["wrong"]
+    assert torch.equal(right.simulated["x"], wrong.simulated["x"])
+    error = right.std_error["gap"]
+    assert -5 * error < right.gap.mean() < 0.2
+    crossing = right.upper - wrong.lower
+    assert crossing.mean() < -5 * crossing.std() / len(crossing) ** 0.5
+    assert wrong.gap.mean() > 0
+    assert not any(d.name == "agreement" for d in wrong.diagnostics)

@@ -456,6 +456,7 @@ class AnnealedImportance:
             seconds=seconds,
             seed=frozen.seed,
             kernel=repr(kernel),
+            target_accept=kernel.target_accept,
             density_mode=problem.density.mode,
             pilot=frozen.pilot,
             setup_seconds=frozen.setup_seconds,

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from . import bounds
 from .tables import format_fields, format_value
-from .weights import effective_sample_size, log_mean_exp, resample_indices
+from .weights import (
+    effective_sample_size,
+    log_mean_exp,
+    log_normalized_weights,
+    resample_indices,
+)
 
 if TYPE_CHECKING:
     from .diagnostics import Diagnostic
@@ -80,6 +85,7 @@ class AnnealedRun:
     independent_starts: bool = (
         False  # reverse only: one posterior sample per chain, not one in all
     )
+    target_accept: float | None = None  # of the kernel; None if it has no step size to tune
     observed: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
 
@@ -107,6 +113,10 @@ class AnnealedRun:
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the plates that enclose the whole model."""
         return tuple(self.log_weights.shape[1:])
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.direction == "forward" else -1.0
 
     @property
     def lower(self) -> Tensor:
@@ -148,8 +158,12 @@ class AnnealedRun:
     @property
     def ess(self) -> Tensor:
         """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K]."""
-        sign = 1.0 if self.direction == "forward" else -1.0
-        return effective_sample_size(sign * self.log_weights)
+        return effective_sample_size(self._sign * self.log_weights)
+
+    @property
+    def largest_weight(self) -> Tensor:
+        """Largest share of the weight (of ``1 / w`` in reverse) that one chain holds, ``batch``."""
+        return log_normalized_weights(self._sign * self.log_weights).amax(dim=0).exp()
 
     @property
     def std_error(self) -> Tensor:
@@ -160,8 +174,7 @@ class AnnealedRun:
         An asymptotic figure: a mode that no chain visited does not show. NaN for one chain, and
         for reverse chains that share their start (theirs comes from independent pairs only).
         """
-        sign = 1.0 if self.direction == "forward" else -1.0
-        log_weights = sign * self.log_weights
+        log_weights = self._sign * self.log_weights
         relative = torch.exp(log_weights - log_mean_exp(log_weights))
         return self.scale * self._std_error_of_mean(relative)
 

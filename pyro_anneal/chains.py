@@ -69,7 +69,13 @@ class TuningTable:
             example: Position of one chain, ``[*batch, D]``.
         """
         step = torch.as_tensor(step_size, dtype=example.dtype, device=example.device)
-        log_step = step.log().expand(example.shape[:-1])
+        batch = example.shape[:-1]
+        if step.shape not in (torch.Size(), batch):
+            raise ValueError(
+                f"step_size has shape {list(step.shape)}, expected a number or the batch's shape "
+                f"{list(batch)}"
+            )
+        log_step = step.log().expand(batch)
         return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
 
 

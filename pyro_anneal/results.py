@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import bounds
+from .arguments import as_real
 from .tables import format_fields, format_value
 from .weights import (
     effective_sample_size,
@@ -25,7 +26,24 @@ from .weights import (
 if TYPE_CHECKING:
     from .diagnostics import Diagnostic
 
-__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich"]
+__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich", "check_names"]
+
+
+_LOWER = ("IM lower", "CR lower", "single lower")
+_UPPER = ("IM upper", "CR upper", "single upper")
+
+
+def check_names(names: Any) -> None:
+    """Checks the names of the two bounds that a sandwich shall report.
+
+    Raises:
+        ValueError: If they are not one of a lower and one of an upper bound, in this order.
+    """
+    is_pair = isinstance(names, tuple | list) and len(names) == 2
+    if not is_pair or names[0] not in _LOWER or names[1] not in _UPPER:
+        raise ValueError(
+            f"bounds must be a pair of one of {list(_LOWER)} and one of {list(_UPPER)}, got {names!r}"
+        )
 
 
 class Estimate(NamedTuple):
@@ -212,7 +230,7 @@ class AnnealedRun:
         Raises:
             ValueError: If ``level`` is not in (0, 1), or the run is not certified.
         """
-        if not 0.0 < level < 1.0:
+        if not 0.0 < as_real("level", level) < 1.0:
             raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
         if not self.certified:
             raise ValueError(

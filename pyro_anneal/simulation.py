@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .sites import base_distribution, density_sites, is_deterministic, is_factor, unmasked
+from .trace_checks import explained
 
 __all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
 
@@ -126,7 +127,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
     """
     args, kwargs = arguments
     with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        with _CheckExact():
+        with explained(), _CheckExact():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         latents, observed, original, hidden = {}, {}, {}, {}
         for name, site in density_sites(trace):

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..arguments import as_count, as_real
 from ..chains import Path, TuningTable, run_chains, seeded_generator
 from ..kernels import HMC, State, Tuning
 from ..schedules import Linear, as_betas
@@ -93,9 +94,8 @@ class AIWAE(ParticleELBO):
         jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
     ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        if not 0.0 < step_size < math.inf:
+        num_steps = as_count("num_steps", num_steps)
+        if not 0.0 < as_real("step_size", step_size) < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
         super().__init__(
             num_particles,

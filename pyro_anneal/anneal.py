@@ -347,7 +347,7 @@ class AnnealedImportance:
         )
         fixed = None if self.step_size is None else TuningTable.constant(self.step_size, example)
         if betas is None and self.num_steps == 1:
-            betas = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            betas = _on_host([0.0, 1.0])
         if betas is not None and (fixed is not None or self.num_steps == 1):
             fixed = fixed or TuningTable.constant(1.0, example)
             return Path(betas, self.kernel, fixed), None
@@ -462,7 +462,7 @@ class AnnealedImportance:
             betas=path.betas,
             accept_prob=statistics.accept_prob,
             num_diverging=statistics.num_diverging,
-            step_size=torch.tensor(step_size, dtype=torch.float64),
+            step_size=_on_host(step_size),
             mean_log_ratio=statistics.mean_log_ratio,
             var_log_ratio=statistics.var_log_ratio,
             log_evidence_ti=carry.integral,
@@ -518,13 +518,17 @@ def _summarize(outcome: PilotOutcome, seconds: float) -> PilotSummary:
     return PilotSummary(
         num_chains=outcome.num_chains,
         num_gradients=outcome.num_gradients,
-        betas=torch.tensor(outcome.tuning.betas, dtype=torch.float64),
+        betas=_on_host(outcome.tuning.betas),
         step_size=steps.reshape(len(steps), -1).mean(1).exp(),
-        accept_prob=torch.tensor(outcome.accept_prob, dtype=torch.float64),
-        ess_fraction=torch.tensor(outcome.ess_fraction, dtype=torch.float64),
+        accept_prob=_on_host(outcome.accept_prob),
+        ess_fraction=_on_host(outcome.ess_fraction),
         length=outcome.lengths[-1],
         seconds=seconds,
     )
+
+
+def _on_host(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _diagnosed(run: AnnealedRun) -> AnnealedRun:
@@ -540,7 +544,8 @@ def _pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
             "posterior samples must be a mapping from site names to tensors [K, *value_shape], got "
             f"{type(samples).__name__}"
         )
-    samples = {name: torch.as_tensor(value) for name, value in samples.items()}
+    device = problem.layout.device
+    samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
     missing = [site.name for site in problem.layout.sites if site.name not in samples]
     if missing:
         raise ValueError(
@@ -575,7 +580,7 @@ def _own_randomness(seed: int | None) -> Iterator[int]:
     Without a seed one is drawn from torch's global generator, which moves on by that draw.
     """
     if seed is None:
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, (), device="cpu").item())
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     # gradients inside torch.inference_mode() would fail
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False):

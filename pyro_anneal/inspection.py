@@ -315,18 +315,19 @@ def inspect_model(
         if site["type"] == "sample"
         for frame in plate_frames(site).values()
     ]
+    device = trace.nodes[sites[0].name]["value"].device
     return Layout(
         sites=tuple(sites),
         batch=batch,
         dtype=functools.reduce(torch.promote_types, [site.dtype for site in sites]),
-        device=trace.nodes[sites[0].name]["value"].device,
+        device=device,
         enumerated=tuple(enumerated),
         max_plate_nesting=-min(dims, default=0),
         scale=scale,
         is_static=is_static,
         guarded=guarded,
         observed={
-            name: torch.as_tensor(site["value"]).detach()
+            name: torch.as_tensor(site["value"], device=device).detach()
             for name, site in observed_sites(trace).items()
             if not is_factor(site)
         },

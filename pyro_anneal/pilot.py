@@ -165,13 +165,13 @@ def adaptive_betas(outcome: PilotOutcome, num_steps: int) -> Tensor:
     Returns:
         Betas from 0 to 1, float64, shape ``[T + 1]``.
     """
-    knots = torch.tensor(outcome.tuning.betas, dtype=torch.float64)
-    lengths = torch.tensor(outcome.lengths, dtype=torch.float64)
+    knots = torch.tensor(outcome.tuning.betas, dtype=torch.float64, device="cpu")
+    lengths = torch.tensor(outcome.lengths, dtype=torch.float64, device="cpu")
     if not lengths[-1] > 0.0:  # base equals target: any schedule is exact
-        return torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64)
+        return torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64, device="cpu")
     # Stages of zero length would make betas coincide; give each a sliver.
-    lengths = lengths + torch.linspace(0.0, 1e-6, len(lengths), dtype=torch.float64) * lengths[-1]
-    wanted = torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64) * lengths[-1]
+    lengths = lengths + torch.linspace(0.0, 1e-6, len(lengths), dtype=torch.float64, device="cpu") * lengths[-1]
+    wanted = torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64, device="cpu") * lengths[-1]
     upper = torch.searchsorted(lengths, wanted, right=True).clamp(1, len(knots) - 1)
     fraction = (wanted - lengths[upper - 1]) / (lengths[upper] - lengths[upper - 1])
     betas = torch.lerp(knots[upper - 1], knots[upper], fraction.clamp(0.0, 1.0))

@@ -108,7 +108,7 @@ class Problem:
 
     def log_likelihood(self, position: Tensor) -> Tensor:
         """Computes log p(x | z) of one chain, enumerated sites summed out, ``[*batch]``."""
-        with torch.no_grad():
+        with torch.no_grad(), pyro.validation_enabled(False):
             evaluation = self.model.evaluate(position)
         return evaluation.log_joint - evaluation.log_prior
 

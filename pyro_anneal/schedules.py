@@ -229,7 +229,7 @@ def _num_steps(schedule: object, partitions: int | None, num_steps: int | None) 
 
 
 def _unit_grid(num_steps: int) -> Tensor:
-    return torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
 
 
 def _pin_ends(betas: Tensor) -> Tensor:

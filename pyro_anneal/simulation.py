@@ -133,7 +133,8 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
         for name, site in density_sites(trace):
             if site["infer"].get("was_observed"):
                 observed[name] = site["value"]
-                original[name] = torch.as_tensor(site["infer"]["obs"])
+                obs = site["infer"]["obs"]
+                original[name] = torch.as_tensor(obs, device=site["value"].device)
                 if site["mask"] is not None or unmasked(site["fn"]) is not site["fn"]:
                     hidden[name] = _redraw_masked(site)
             else:
@@ -185,9 +186,9 @@ def _redraw_masked(site: Mapping[str, Any]) -> Tensor:
 
 def _addresses(value: Tensor) -> Tensor:
     """Computes the address of each element in memory, in the order of ``flatten``."""
-    address = torch.zeros((), dtype=torch.long)
+    address = torch.zeros((), dtype=torch.long, device="cpu")
     for size, stride in zip(value.shape, value.stride(), strict=True):
-        address = address.unsqueeze(-1) + stride * torch.arange(size)
+        address = address.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
     return value.data_ptr() + value.element_size() * address.flatten()
 
 
@@ -196,7 +197,7 @@ def _as_tensor(leaf: Any) -> Tensor | None:
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of read-only arrays: this one is read
-            leaf = torch.as_tensor(leaf)
+            leaf = torch.as_tensor(leaf, device="cpu")
     is_dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
     return leaf if is_dense else None
 

@@ -636,8 +636,7 @@ def in_inference_mode():
 
 def made_in_inference_mode():
     with torch.inference_mode():
-        data = X * 1.0
-    return data
+        return X * 1.0
 
 
 def with_empty_site(x):

@@ -108,8 +108,10 @@ class AIWAE(ParticleELBO):
         )
         self.kernel = HMC(num_leapfrog, target_accept)
         self.betas = as_betas(Linear() if schedule is None else schedule, num_steps)
-        self.log_step_size = torch.full((num_steps,), math.log(step_size), dtype=torch.float64)
-        self.accept_prob = torch.full((num_steps,), torch.nan, dtype=torch.float64)
+        self.log_step_size = torch.full(
+            (num_steps,), math.log(step_size), dtype=torch.float64, device="cpu"
+        )
+        self.accept_prob = torch.full((num_steps,), torch.nan, dtype=torch.float64, device="cpu")
         self.num_adaptations = 0
         self._cache = ProblemCache(num_particles, compile=compile)
 
@@ -183,7 +185,7 @@ class AIWAE(ParticleELBO):
     ) -> tuple[State, Tensor]:
         """Runs K chains; returns their states after the move at beta = 1, and their weights."""
         device = prepared.layout.device
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, (), device="cpu").item())
         draws = self._draws(guide, arguments, subsamples)
         state = density(pack_draws(prepared, draws, self.num_particles))
         example = state.position[0]

@@ -64,9 +64,17 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # a number for the host; or a shape, as of nonzero, masked_select and unique
         waiting = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if waiting & set(func.tags):
+        if waiting & set(func.tags) and not self._by_integers(func, args):
             self.found.append(func.name())
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _by_integers(func, args):
+        """Tells whether it is an indexing whose shape is known without looking at values."""
+        masks = (torch.bool, torch.uint8)
+        return func is torch.ops.aten.index.Tensor and not any(
+            index is not None and index.dtype in masks for index in args[1]
+        )
 
 
 def test_the_counter_sees_what_waits():
@@ -75,12 +83,15 @@ def test_the_counter_sees_what_waits():
         assert x.sum() > 0
         float(x[0])
         x.nonzero()
+        x[x > 0]
+        x[torch.tensor([0, 1])]
         torch.equal(x, x)
         x.double().exp().mean()
     assert waits.found == [
         "aten::is_nonzero" if "aten::is_nonzero" in waits.found else "aten::_local_scalar_dense",
         "aten::_local_scalar_dense",
         "aten::nonzero",
+        "aten::index.Tensor",
         "aten::equal",
     ]
 

@@ -15,6 +15,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import diagnostics
+from .arguments import (
+    as_count,
+    as_flag,
+    as_real,
+    as_seed,
+    check_function,
+    check_kernel,
+    check_step_size,
+)
 from .autoguides import sees_arguments
 from .chains import (
     Carry,
@@ -30,7 +39,7 @@ from .kernels import HMC, Kernel, State
 from .pairs import Pair, merge_pairs
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from .problem import Guide, Problem, prepare
-from .results import AnnealedRun, PilotSummary, Sandwich
+from .results import AnnealedRun, PilotSummary, Sandwich, check_names
 from .schedules import Schedule, as_betas
 from .simulation import Arguments, MakeArgs, guide_arguments, simulate
 
@@ -117,33 +126,42 @@ class AnnealedImportance:
         seed: int | None = None,
         make_args: MakeArgs | None = None,
     ) -> None:
-        if num_chains < 1:
-            raise ValueError(f"num_chains (K) must be at least 1, got {num_chains}")
-        if num_steps < 1:
-            raise ValueError(f"num_steps (T) must be at least 1, got {num_steps}")
+        check_function("model", model)
+        if guide is not None and guide != "auto":
+            check_function("guide", guide, what='a Pyro guide, "auto" or None')
+        if make_args is not None:
+            check_function("make_args", make_args, what="a function of the simulated values")
+        num_chains = as_count("num_chains (K)", num_chains)
+        num_steps = as_count("num_steps (T)", num_steps)
+        kernel = HMC() if kernel is None else kernel
+        check_kernel(kernel)
+        if step_size is not None:
+            check_step_size(step_size)
+        if not isinstance(pilot, Pilot | None):
+            raise ValueError(f"pilot must be a Pilot(...) or None, got {pilot!r}")
         if isinstance(schedule, str) and schedule != "adaptive":
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
-        if not 0.0 <= prior_weight < 1.0:
+        if not 0.0 <= as_real("prior_weight", prior_weight) < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
-        if compile not in ("auto", True, False):
-            raise ValueError(f'compile must be "auto", True or False, got {compile!r}')
-        if isinstance(schedule, Tensor):
-            num_steps = len(schedule) - 1
+        betas = None
+        if not isinstance(schedule, str):
+            betas = as_betas(schedule, None if isinstance(schedule, Tensor) else num_steps)
+            num_steps = len(betas) - 1
         self.model = model
         self.guide = guide
         self.num_chains = num_chains
         self.num_steps = num_steps
-        self.kernel = HMC() if kernel is None else kernel
+        self.kernel = kernel
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
         self.cross_check = cross_check
-        self.compile = compile
+        self.compile = as_flag("compile", compile)
         self.progress_bar = progress_bar
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.make_args = make_args
-        self._betas = None if isinstance(schedule, str) else as_betas(schedule, num_steps)
+        self._betas = betas
 
     def run(self, *args: Any, **kwargs: Any) -> AnnealedRun:
         """Runs K forward chains and returns a lower bound on log p(x) per datum.
@@ -226,8 +244,8 @@ class AnnealedImportance:
             ValueError: If pairs simulated from the model are not exact, or the guide's data
                 argument is ambiguous.
         """
-        if num_simulations < 1:
-            raise ValueError(f"num_simulations must be at least 1, got {num_simulations}")
+        num_simulations = as_count("num_simulations", num_simulations)
+        check_names(bounds)
         coupled = "CR lower" in bounds
         with _own_randomness(self.seed) as seed:
             parts = [
@@ -329,7 +347,7 @@ class AnnealedImportance:
         )
         fixed = None if self.step_size is None else TuningTable.constant(self.step_size, example)
         if betas is None and self.num_steps == 1:
-            betas = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            betas = _on_host([0.0, 1.0])
         if betas is not None and (fixed is not None or self.num_steps == 1):
             fixed = fixed or TuningTable.constant(1.0, example)
             return Path(betas, self.kernel, fixed), None
@@ -444,7 +462,7 @@ class AnnealedImportance:
             betas=path.betas,
             accept_prob=statistics.accept_prob,
             num_diverging=statistics.num_diverging,
-            step_size=torch.tensor(step_size, dtype=torch.float64),
+            step_size=_on_host(step_size),
             mean_log_ratio=statistics.mean_log_ratio,
             var_log_ratio=statistics.var_log_ratio,
             log_evidence_ti=carry.integral,
@@ -456,6 +474,7 @@ class AnnealedImportance:
             seconds=seconds,
             seed=frozen.seed,
             kernel=repr(kernel),
+            target_accept=kernel.target_accept,
             density_mode=problem.density.mode,
             pilot=frozen.pilot,
             setup_seconds=frozen.setup_seconds,
@@ -499,13 +518,17 @@ def _summarize(outcome: PilotOutcome, seconds: float) -> PilotSummary:
     return PilotSummary(
         num_chains=outcome.num_chains,
         num_gradients=outcome.num_gradients,
-        betas=torch.tensor(outcome.tuning.betas, dtype=torch.float64),
+        betas=_on_host(outcome.tuning.betas),
         step_size=steps.reshape(len(steps), -1).mean(1).exp(),
-        accept_prob=torch.tensor(outcome.accept_prob, dtype=torch.float64),
-        ess_fraction=torch.tensor(outcome.ess_fraction, dtype=torch.float64),
+        accept_prob=_on_host(outcome.accept_prob),
+        ess_fraction=_on_host(outcome.ess_fraction),
         length=outcome.lengths[-1],
         seconds=seconds,
     )
+
+
+def _on_host(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _diagnosed(run: AnnealedRun) -> AnnealedRun:
@@ -516,6 +539,13 @@ def _diagnosed(run: AnnealedRun) -> AnnealedRun:
 
 def _pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     """Packs K posterior samples and checks that there is one of every site, inside its support."""
+    if not isinstance(samples, Mapping):
+        raise ValueError(
+            "posterior samples must be a mapping from site names to tensors [K, *value_shape], got "
+            f"{type(samples).__name__}"
+        )
+    device = problem.layout.device
+    samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
     missing = [site.name for site in problem.layout.sites if site.name not in samples]
     if missing:
         raise ValueError(
@@ -530,6 +560,8 @@ def _pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
                 f"[K, {', '.join(map(str, site.value_shape))}]"
             )
         counts.add(shape[0])
+    if counts == {0}:
+        raise ValueError("a reverse run needs K >= 1 posterior samples, got 0")
     if len(counts) != 1:
         raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
     names = [site.name for site in problem.layout.sites]
@@ -548,9 +580,10 @@ def _own_randomness(seed: int | None) -> Iterator[int]:
     Without a seed one is drawn from torch's global generator, which moves on by that draw.
     """
     if seed is None:
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, (), device="cpu").item())
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    # gradients inside torch.inference_mode() would fail
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
         torch.manual_seed(seed)
         yield seed
 

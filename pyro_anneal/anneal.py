@@ -12,6 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from . import diagnostics
+from .arguments import (
+    as_count,
+    as_flag,
+    as_real,
+    as_seed,
+    check_function,
+    check_kernel,
+    check_step_size,
+)
 from .fingerprints import describe, describe_arguments
 from .information import MutualInformation
 from .journal import Journal, keep_journal
@@ -19,7 +28,7 @@ from .kernels import HMC, Kernel
 from .pairs import simulate_pairs
 from .pilot import Pilot
 from .problem import Guide
-from .results import AnnealedRun, Sandwich
+from .results import AnnealedRun, Sandwich, check_names
 from .runs import Settings, forward, freeze, pack_samples, reverse
 from .schedules import Schedule, as_betas
 from .simulation import Arguments, MakeArgs
@@ -105,42 +114,51 @@ class AnnealedImportance:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
     ) -> None:
-        if num_chains < 1:
-            raise ValueError(f"num_chains (K) must be at least 1, got {num_chains}")
-        if num_steps < 1:
-            raise ValueError(f"num_steps (T) must be at least 1, got {num_steps}")
+        check_function("model", model)
+        if guide is not None and guide != "auto":
+            check_function("guide", guide, what='a Pyro guide, "auto" or None')
+        if make_args is not None:
+            check_function("make_args", make_args, what="a function of the simulated values")
+        num_chains = as_count("num_chains (K)", num_chains)
+        num_steps = as_count("num_steps (T)", num_steps)
+        kernel = HMC() if kernel is None else kernel
+        check_kernel(kernel)
+        if step_size is not None:
+            check_step_size(step_size)
+        if not isinstance(pilot, Pilot | None):
+            raise ValueError(f"pilot must be a Pilot(...) or None, got {pilot!r}")
         if isinstance(schedule, str) and schedule != "adaptive":
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
-        if not 0.0 <= prior_weight < 1.0:
+        if not 0.0 <= as_real("prior_weight", prior_weight) < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
-        if chain_batch_size is not None and chain_batch_size < 1:
-            raise ValueError(f"chain_batch_size must be at least 1, got {chain_batch_size}")
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-        if checkpoint_every is not None and checkpoint is None:
-            raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
-        if compile not in ("auto", True, False):
-            raise ValueError(f'compile must be "auto", True or False, got {compile!r}')
-        if isinstance(schedule, Tensor):
-            num_steps = len(schedule) - 1
+        if chain_batch_size is not None:
+            chain_batch_size = as_count("chain_batch_size", chain_batch_size)
+        if checkpoint_every is not None:
+            checkpoint_every = as_count("checkpoint_every", checkpoint_every)
+            if checkpoint is None:
+                raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
+        betas = None
+        if not isinstance(schedule, str):
+            betas = as_betas(schedule, None if isinstance(schedule, Tensor) else num_steps)
+            num_steps = len(betas) - 1
         self.model = model
         self.guide = guide
         self.num_chains = num_chains
         self.num_steps = num_steps
-        self.kernel = HMC() if kernel is None else kernel
+        self.kernel = kernel
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
         self.cross_check = cross_check
-        self.compile = compile
+        self.compile = as_flag("compile", compile)
         self.progress_bar = progress_bar
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.make_args = make_args
         self.chain_batch_size = chain_batch_size
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
-        self._betas = None if isinstance(schedule, str) else as_betas(schedule, num_steps)
+        self._betas = betas
 
     def run(self, *args: Any, **kwargs: Any) -> AnnealedRun:
         """Runs K forward chains and returns a lower bound on log p(x) per datum.
@@ -189,8 +207,8 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments = (args, kwargs)
-        given = {f'samples of "{name}"': value for name, value in posterior_samples.items()}
-        with self._journal("run_reverse", arguments, exact=exact, **given) as journal:
+        options = {"exact": exact, "posterior_samples": posterior_samples}
+        with self._journal("run_reverse", arguments, **options) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             position = pack_samples(frozen.problem, posterior_samples)
@@ -232,8 +250,6 @@ class AnnealedImportance:
             ValueError: If pairs simulated from the model are not exact, or the guide's data
                 argument is ambiguous.
         """
-        if keep_samples is None:
-            keep_samples = num_simulations == 1
         return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)
 
     def mutual_information(
@@ -350,11 +366,12 @@ class AnnealedImportance:
         arguments: Arguments,
         num_simulations: int,
         bounds: tuple[str, str],
-        keep_samples: bool,
+        keep_samples: bool | None,
     ) -> Sandwich:
-        if num_simulations < 1:
-            raise ValueError(f"num_simulations must be at least 1, got {num_simulations}")
+        num_simulations = as_count("num_simulations", num_simulations)
+        check_names(bounds)
         coupled = "CR lower" in bounds
+        keep_samples = num_simulations == 1 if keep_samples is None else keep_samples
         options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
         with self._journal(task, arguments, **options, coupled=coupled) as journal:
             pairs = simulate_pairs(
@@ -395,7 +412,12 @@ class AnnealedImportance:
         """Opens the journal of a call, which depends on settings, arguments and options."""
 
         def identity() -> dict[str, str]:
-            given = {name: describe(value) for name, value in options.items()}
+            given = {}
+            for name, value in options.items():
+                by_site = value if isinstance(value, Mapping) else {}
+                given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}
+                if not by_site:
+                    given[name] = describe(value)
             return self._settings().describe() | describe_arguments(arguments) | given
 
         return keep_journal(

@@ -412,7 +412,7 @@ class AnnealedImportance:
         """Opens the journal of a call, which depends on settings, arguments and options."""
 
         def identity() -> dict[str, str]:
-            given = {}
+            given: dict[str, str] = {}
             for name, value in options.items():
                 by_site = value if isinstance(value, Mapping) else {}
                 given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}

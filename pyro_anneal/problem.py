@@ -16,7 +16,6 @@ from .capture import capture
 from .densities import (
     Arguments,
     Base,
-    GaussianBase,
     GuideBase,
     MixtureBase,
     ModelDensity,
@@ -24,7 +23,7 @@ from .densities import (
     PriorBase,
     StandardNormalBase,
 )
-from .gaussian_fit import fit_gaussian
+from .fitted_start import fit_start
 from .inspection import inspect_model
 from .kernels import State
 from .sites import Layout, latent_sites, observed_sites
@@ -252,12 +251,16 @@ def _fit(
     seed: int,
     progress: Callable[[int], object],
 ) -> Problem:
-    """Replaces the prior by a fitted Gaussian."""
-    target = capture(problem.function, example, num_chains=num_chains)
-    fit = fit_gaussian(target, torch.zeros_like(example), seed=seed, progress=progress)
-    base = GaussianBase(fit.loc, fit.scale_tril)
-    function = PathDensity(problem.model, base)
-    return replace(problem, base=base, function=function, fit_gradients=fit.num_gradients)
+    """Replaces the prior by a fitted Gaussian, in the coordinates that suit it."""
+    start = fit_start(problem.model, example, num_chains=num_chains, seed=seed, progress=progress)
+    return replace(
+        problem,
+        layout=start.model.layout,
+        model=start.model,
+        base=start.base,
+        function=PathDensity(start.model, start.base),
+        fit_gradients=start.num_gradients,
+    )
 
 
 def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:

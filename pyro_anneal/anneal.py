@@ -32,6 +32,7 @@ from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from .problem import Guide, Problem, prepare
 from .results import AnnealedRun, PilotSummary, Sandwich
 from .schedules import Schedule, as_betas
+from .scout import diagnose_scouting, scout
 from .simulation import Arguments, MakeArgs, guide_arguments, simulate
 
 __all__ = ["AnnealedImportance", "log_evidence"]
@@ -76,8 +77,10 @@ class AnnealedImportance:
         pilot: Settings of the pilot.
         prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
             modes that a fitted guide may miss.
-        cross_check: Whether :meth:`run` also starts as many chains from the prior, and says so if
-            they find more evidence. Doubles the cost; nothing to do where ``guide`` is None.
+        cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
+            particles down from the prior where the guide was fitted, and warns if they end in
+            modes that it misses; True starts as many chains from the prior, and says so if they
+            find more evidence (double the cost); False compares with nothing.
         compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
@@ -111,7 +114,7 @@ class AnnealedImportance:
         step_size: float | Tensor | None = None,
         pilot: Pilot | None = None,
         prior_weight: float = 0.0,
-        cross_check: bool = False,
+        cross_check: bool | str = "auto",
         compile: bool | str = "auto",
         progress_bar: bool = True,
         seed: int | None = None,
@@ -125,6 +128,8 @@ class AnnealedImportance:
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
         if not 0.0 <= prior_weight < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
+        if cross_check not in ("auto", True, False):
+            raise ValueError(f'cross_check must be "auto", True or False, got {cross_check!r}')
         if compile not in ("auto", True, False):
             raise ValueError(f'compile must be "auto", True or False, got {compile!r}')
         if isinstance(schedule, Tensor):
@@ -161,9 +166,11 @@ class AnnealedImportance:
         arguments = (args, kwargs)
         with _own_randomness(self.seed) as seed:
             frozen = self._freeze(self.model, arguments, arguments, seed)
-            run, _ = self._forward(frozen)
+            run, end = self._forward(frozen)
             found = diagnostics.diagnose(run)
-            if self.cross_check and self.guide is not None:
+            if self.cross_check == "auto":
+                found = (*found, *self._scout(frozen, run, end))
+            elif self.cross_check and self.guide is not None:
                 found = (*found, *self._compare_with_prior(run, arguments, seed))
         diagnostics.warn(found)
         return replace(run, diagnostics=found)
@@ -283,6 +290,23 @@ class AnnealedImportance:
         run = self.run(*args, **kwargs)
         return run.betas[:-1], run.mean_log_ratio
 
+    def _scout(
+        self, frozen: _Frozen, run: AnnealedRun, end: State
+    ) -> tuple[diagnostics.Diagnostic, ...]:
+        """Sends particles down from the prior and compares where they end."""
+        problem = frozen.problem
+        if problem.from_prior is None:
+            return ()
+        seen = scout(
+            problem.from_prior,
+            problem.draw_prior,
+            problem.density,
+            self.kernel,
+            seed=frozen.seed,
+        )
+        found = None if seen is None else diagnose_scouting(run, end, seen)
+        return () if found is None else (found,)
+
     def _compare_with_prior(
         self, run: AnnealedRun, arguments: Arguments, seed: int
     ) -> tuple[diagnostics.Diagnostic, ...]:
@@ -304,7 +328,7 @@ class AnnealedImportance:
         """Prepares the problem and runs the pilot."""
         began = time.perf_counter()
         steps = self.num_steps * self.kernel.num_gradients
-        with _bar(self.progress_bar and self.guide == "auto", "fit", 340) as bar:
+        with _bar(self.progress_bar and self.guide == "auto", "fit", None) as bar:
             problem = prepare(
                 model,
                 self.guide,
@@ -555,5 +579,5 @@ def _own_randomness(seed: int | None) -> Iterator[int]:
         yield seed
 
 
-def _bar(visible: bool, label: str, total: float) -> Any:
+def _bar(visible: bool, label: str, total: float | None) -> Any:
     return tqdm(total=total, desc=label, disable=not visible, leave=False)

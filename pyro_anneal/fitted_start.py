@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,14 @@ from torch import Tensor
 from .capture import capture
 from .chains import seeded_generator
 from .coordinates import hierarchical_sites, noncentred
-from .densities import GaussianBase, ModelDensity, PathDensity, StandardNormalBase
+from .densities import (
+    Base,
+    GaussianBase,
+    ModelDensity,
+    PathDensity,
+    PriorBase,
+    StandardNormalBase,
+)
 from .gaussian_fit import GaussianFit, fit_gaussian
 from .sites import Layout
 
@@ -28,6 +36,7 @@ class FittedStart:
 
     model: ModelDensity
     base: GaussianBase
+    from_prior: Any  # captured density of the path from the prior, None if that is improper
     num_gradients: int  # single-chain gradients spent, per batch element
 
 
@@ -56,24 +65,26 @@ def fit_start(
     Raises:
         ValueError: If no density is found around the unconstrained origin.
     """
-    best: tuple[ModelDensity, GaussianFit] | None = None
+    best: tuple[ModelDensity, GaussianFit, Any] | None = None
     failure: ValueError | None = None
     spent = 0
     for layout in _layouts(model, example):
         candidate = ModelDensity(model.model, layout, model.arguments)
         try:
-            fit = _fit(candidate, example, num_chains, seed, progress)
+            target = _capture(candidate, example, num_chains)
+            fit = _fit(candidate, target, example, seed, progress)
         except ValueError as error:
             failure = failure or error
             continue
         spent += fit.num_gradients
         if best is None or bool(fit.elbo.sum() > best[1].elbo.sum()):
-            best = candidate, fit
+            best = candidate, fit, target
     if best is None:
         assert failure is not None
         raise failure
-    chosen, fit = best
-    return FittedStart(chosen, GaussianBase(fit.loc, fit.scale_tril), spent)
+    chosen, fit, target = best
+    base = GaussianBase(fit.loc, fit.scale_tril)
+    return FittedStart(chosen, base, None if chosen.layout.improper else target, spent)
 
 
 def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
@@ -84,16 +95,20 @@ def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
     return [layout, noncentred(layout, sites)] if sites else [layout]
 
 
+def _capture(model: ModelDensity, example: Tensor, num_chains: int) -> Any:
+    """Captures the target, beside the prior where there is one: the scout starts from it."""
+    improper = bool(model.layout.improper)
+    base: Base = StandardNormalBase(model.layout) if improper else PriorBase(model)
+    return capture(PathDensity(model, base), example, num_chains=num_chains)
+
+
 def _fit(
     model: ModelDensity,
+    target: Any,
     example: Tensor,
-    num_chains: int,
     seed: int,
     progress: Callable[[int], object],
 ) -> GaussianFit:
-    target = capture(
-        PathDensity(model, StandardNormalBase(model.layout)), example, num_chains=num_chains
-    )
     count = _NUM_ORIGINS if not model.layout.batch else 1
     generator = seeded_generator(example.device, seed, "origins")
     shape = (count - 1, *example.shape)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .chains import TuningTable
 from .kernels import Density, Kernel, State, Tuning
-from .weights import effective_sample_size, resample_indices
+from .weights import effective_sample_size, log_mean_exp, resample_indices
 
 __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 
@@ -84,6 +84,7 @@ class PilotOutcome(NamedTuple):
     num_gradients: int  # per chain
     num_chains: int
     position: Tensor  # particles at the target, [M, *batch, D]
+    log_evidence: Tensor  # estimate of sequential Monte Carlo, nats, [*batch]
 
 
 def run_pilot(
@@ -108,6 +109,7 @@ def run_pilot(
     Returns:
         Tuning at the knots, their thermodynamic lengths, what it cost.
     """
+    alive = state.log_ratio() > -torch.inf
     state = _revive(state)
     beta, stage, length = 0.0, 0, 0.0
     log_scale = _log_scale(state.position, None)
@@ -116,6 +118,7 @@ def run_pilot(
     knots, steps, scales, lengths, accepts, fractions = [], [], [], [], [], []
     num_moves = 0
     fraction = 1.0
+    log_evidence = alive.double().mean(0).log()
     while True:
         moves = settings.num_moves * (3 if stage == 0 else 1)
         state, log_step, accept = _tune_and_move(
@@ -142,6 +145,7 @@ def run_pilot(
         stage += 1
         beta = 1.0 if stage >= settings.max_stages or increment >= 1.0 - beta else beta + increment
         length += math.sqrt(max(-math.log(max(fraction, 1e-300)), 0.0))
+        log_evidence = log_evidence + _log_mean_weight(state, beta - knots[-1])
         state = _reweight(state, beta - knots[-1], generator)
         log_scale = _log_scale(state.position, log_scale)
     tuning = TuningTable(tuple(knots), _smooth(torch.stack(steps)), _smooth(torch.stack(scales)))
@@ -153,6 +157,7 @@ def run_pilot(
         num_gradients=1 + num_moves * kernel.num_gradients,
         num_chains=state.position.shape[0],
         position=state.position,
+        log_evidence=log_evidence,
     )
 
 
@@ -205,6 +210,10 @@ def _reweight(state: State, increment: float, generator: torch.Generator) -> Sta
     log_weights = _finite_ratio(state.log_ratio()) * increment
     count = state.position.shape[0]
     return _gather(state, resample_indices(log_weights, count, generator=generator))
+
+
+def _log_mean_weight(state: State, increment: float) -> Tensor:
+    return log_mean_exp(_finite_ratio(state.log_ratio()) * increment)
 
 
 def _finite_ratio(log_ratio: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Problem:
     function: PathDensity  # one chain, through Pyro
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
+    from_prior: Any = None  # density of the path from the prior, where the fit recorded it
 
     def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
@@ -52,12 +53,18 @@ class Problem:
         normalizer nobody knows, and overstate the evidence.
         """
         with torch.no_grad():
-            return torch.stack([self._draw_one() for _ in range(num_chains)])
+            return torch.stack([self._draw_one(self.base) for _ in range(num_chains)])
 
-    def _draw_one(self) -> Tensor:
+    def draw_prior(self, num_chains: int) -> Tensor:
+        """Draws positions ``[K, *batch, D]`` from the model's prior, likewise."""
+        base = PriorBase(self.model)
+        with torch.no_grad():
+            return torch.stack([self._draw_one(base) for _ in range(num_chains)])
+
+    def _draw_one(self, base: Base) -> Tensor:
         layout = self.layout
         try:
-            position = self.base.draw().to(layout.dtype)
+            position = base.draw().to(layout.dtype)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             shape = (*layout.batch_shape, layout.dim)
             position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
@@ -69,11 +76,11 @@ class Problem:
         Batch elements are filled from several draws; zeros where none was finite.
         """
         with torch.no_grad():
-            position = self._draw_one()
+            position = self._draw_one(self.base)
             for _ in range(num_tries):
                 if bool(position.isfinite().all()):
                     break
-                position = torch.where(position.isfinite(), position, self._draw_one())
+                position = torch.where(position.isfinite(), position, self._draw_one(self.base))
         return position.nan_to_num()
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
@@ -260,6 +267,7 @@ def _fit(
         base=start.base,
         function=PathDensity(start.model, start.base),
         fit_gradients=start.num_gradients,
+        from_prior=start.from_prior,
     )
 
 

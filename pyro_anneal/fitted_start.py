@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import Blockwise
 from .capture import capture
-from .chains import seeded_generator
 from .coordinates import hierarchical_sites, noncentred
 from .densities import (
     Base,
@@ -20,10 +20,13 @@ from .densities import (
     PriorBase,
     StandardNormalBase,
 )
-from .gaussian_fit import GaussianFit, fit_gaussian
+from .gaussian_fit import fit_gaussian
+from .randomness import seeded_generator
 from .sites import Layout
 
-__all__ = ["FittedStart", "fit_start"]
+__all__ = ["FittedStart", "Once", "fit_start"]
+
+Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
 
 # Starting points of the fit of one evidence; a batch of many gets the origin alone, since each
 # point costs Newton steps of all its elements.
@@ -36,7 +39,7 @@ class FittedStart:
 
     model: ModelDensity
     base: GaussianBase
-    from_prior: Any  # captured density of the path from the prior, None if that is improper
+    from_prior: Callable[[], Any] | None  # captures the path from the prior, if that is proper
     num_gradients: int  # single-chain gradients spent, per batch element
 
 
@@ -47,6 +50,8 @@ def fit_start(
     num_chains: int,
     seed: int,
     progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute: compute(),
 ) -> FittedStart:
     """Fits a Gaussian in centred and, where there is a hierarchy, in non-centred coordinates.
 
@@ -58,6 +63,8 @@ def fit_start(
         num_chains: Chains K that captures are made for.
         seed: Seed of the fit.
         progress: Called with the steps done since the last call.
+        max_rows: Positions that may be evaluated at once.
+        once: Calls the fit, or returns what it gave before.
 
     Returns:
         The base, and the model in its coordinates.
@@ -65,26 +72,41 @@ def fit_start(
     Raises:
         ValueError: If no density is found around the unconstrained origin.
     """
-    best: tuple[ModelDensity, GaussianFit, Any] | None = None
-    failure: ValueError | None = None
-    spent = 0
-    for layout in _layouts(model, example):
-        candidate = ModelDensity(model.model, layout, model.arguments)
-        try:
-            target = _capture(candidate, example, num_chains)
-            fit = _fit(candidate, target, example, seed, progress)
-        except ValueError as error:
-            failure = failure or error
-            continue
-        spent += fit.num_gradients
-        if best is None or bool(fit.elbo.sum() > best[1].elbo.sum()):
-            best = candidate, fit, target
-    if best is None:
-        assert failure is not None
-        raise failure
-    chosen, fit, target = best
-    base = GaussianBase(fit.loc, fit.scale_tril)
-    return FittedStart(chosen, base, None if chosen.layout.improper else target, spent)
+    captured: dict[frozenset[str], Any] = {}
+
+    def evaluator(candidate: ModelDensity) -> Any:
+        sites = candidate.layout.noncentred
+        if sites not in captured:
+            captured[sites] = _capture(candidate, example, num_chains)
+        return captured[sites]
+
+    def compute() -> dict[str, Any]:
+        fits, failures, spent = [], [], 0
+        for layout in _layouts(model, example):
+            target = evaluator(ModelDensity(model.model, layout, model.arguments))
+            density = target if max_rows is None else Blockwise(target, max_rows)
+            origins = _origins(layout, example, seed)
+            try:
+                fit = fit_gaussian(density, origins, seed=seed, progress=progress)
+            except ValueError as error:
+                failures.append(error)
+                continue
+            spent += fit.num_gradients
+            fits.append((float(fit.elbo.sum()), fit, sorted(layout.noncentred)))
+        if not fits:
+            raise failures[0]
+        _, fit, sites = max(fits, key=lambda entry: entry[0])
+        found = {"loc": fit.loc, "scale_tril": fit.scale_tril}
+        return found | {"noncentred": sites, "num_gradients": spent}
+
+    found = once(compute)
+    base = GaussianBase(found["loc"].to(example), found["scale_tril"].to(example))
+    layout, sites = model.layout, frozenset(found["noncentred"])
+    chosen = model
+    if sites:
+        chosen = ModelDensity(model.model, noncentred(layout, sites), model.arguments)
+    from_prior = None if layout.improper else lambda: evaluator(chosen)
+    return FittedStart(chosen, base, from_prior, found["num_gradients"])
 
 
 def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
@@ -102,16 +124,9 @@ def _capture(model: ModelDensity, example: Tensor, num_chains: int) -> Any:
     return capture(PathDensity(model, base), example, num_chains=num_chains)
 
 
-def _fit(
-    model: ModelDensity,
-    target: Any,
-    example: Tensor,
-    seed: int,
-    progress: Callable[[int], object],
-) -> GaussianFit:
-    count = _NUM_ORIGINS if not model.layout.batch else 1
+def _origins(layout: Layout, example: Tensor, seed: int) -> Tensor:
+    count = 1 if layout.batch else _NUM_ORIGINS
     generator = seeded_generator(example.device, seed, "origins")
     shape = (count - 1, *example.shape)
     around = torch.randn(shape, dtype=example.dtype, device=example.device, generator=generator)
-    origins = torch.cat([torch.zeros_like(example).unsqueeze(0), 2.0 * around])
-    return fit_gaussian(target, origins, seed=seed, progress=progress)
+    return torch.cat([torch.zeros_like(example).unsqueeze(0), 2.0 * around])

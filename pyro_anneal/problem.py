@@ -23,7 +23,7 @@ from .densities import (
     PriorBase,
     StandardNormalBase,
 )
-from .fitted_start import fit_start
+from .fitted_start import Once, fit_start
 from .inspection import inspect_model
 from .kernels import State
 from .sites import Layout, latent_sites, observed_sites
@@ -43,7 +43,7 @@ class Problem:
     function: PathDensity  # one chain, through Pyro
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
-    from_prior: Any = None  # density of the path from the prior, where the fit recorded it
+    from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
 
     def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
@@ -118,8 +118,13 @@ class Problem:
             evaluation = self.model.evaluate(position)
         return evaluation.log_joint - evaluation.log_prior
 
-    def check_start(self, state: State) -> None:
+    def check_start(self, state: State, *, is_all: bool = True) -> None:
         """Checks the log densities at the start of forward chains.
+
+        Args:
+            state: The chains' state.
+            is_all: Whether these are all chains of the run, so that one of each batch element must
+                have a density.
 
         Raises:
             ValueError: If a log density is +inf, or no chain of a batch element has any.
@@ -131,7 +136,7 @@ class Problem:
         if bool(infinite.any()):
             chain = int(infinite.reshape(len(infinite), -1).any(1).nonzero()[0])
             self._raise(state.position[chain], "is infinite")
-        if bool(dead.any()):
+        if is_all and bool(dead.any()):
             element = [int(i) for i in dead.nonzero()[0]]
             where = f" (batch element {element})" if element else ""
             self._raise(
@@ -177,6 +182,8 @@ def prepare(
     seed: int,
     prior_weight: float = 0.0,
     progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute: compute(),
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -191,6 +198,8 @@ def prepare(
         seed: Seed of ``guide="auto"``.
         prior_weight: Weight of the prior mixed into the base.
         progress: Called with the steps of the automatic fit.
+        max_rows: Positions that the automatic fit may evaluate at once.
+        once: Calls the automatic fit, or returns what it gave before.
 
     Returns:
         The problem.
@@ -225,7 +234,7 @@ def prepare(
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
     if guide == "auto":
-        problem = _fit(problem, example, num_chains, seed, progress)
+        problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
     if prior_weight > 0.0 and guide is not None:
         base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
         problem = replace(problem, base=base, function=PathDensity(problem.model, base))
@@ -257,9 +266,19 @@ def _fit(
     num_chains: int,
     seed: int,
     progress: Callable[[int], object],
+    max_rows: int | None,
+    once: Once,
 ) -> Problem:
     """Replaces the prior by a fitted Gaussian, in the coordinates that suit it."""
-    start = fit_start(problem.model, example, num_chains=num_chains, seed=seed, progress=progress)
+    start = fit_start(
+        problem.model,
+        example,
+        num_chains=num_chains,
+        seed=seed,
+        progress=progress,
+        max_rows=max_rows,
+        once=once,
+    )
     return replace(
         problem,
         layout=start.model.layout,

@@ -10,18 +10,22 @@ dense than the run's do not count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chains import seeded_generator
+from .blocks import Blockwise
 from .diagnostics import Diagnostic
+from .journal import Journal
 from .kernels import Density, Kernel, State
 from .pilot import Pilot, run_pilot
+from .problem import Problem
+from .randomness import seeded_generator
 from .results import AnnealedRun
 
-__all__ = ["Scouting", "diagnose_scouting", "scout"]
+__all__ = ["Scouting", "diagnose_scouting", "scout", "scout_run"]
 
 SETTINGS = Pilot(num_chains=64, num_moves=4, ess_fraction=0.5, max_stages=60)
 
@@ -63,7 +67,51 @@ def scout(
             return None
         generator = seeded_generator(state.position.device, seed, "scout")
         outcome = run_pilot(from_prior, kernel, state, generator, settings=settings)
+        assert outcome.log_evidence is not None
         return Scouting(density(outcome.position), outcome.log_evidence, outcome.num_gradients)
+
+
+def scout_run(
+    problem: Problem,
+    run: AnnealedRun,
+    kernel: Kernel,
+    seed: int,
+    journal: Journal,
+    *,
+    max_rows: int | None = None,
+) -> Diagnostic | None:
+    """Sends the scout down beside a finished run, and compares.
+
+    Args:
+        problem: The run's problem, whose guide was fitted.
+        run: A forward run, with its posterior samples.
+        kernel: Its kernel.
+        seed: Its seed.
+        journal: Where the finding is kept.
+        max_rows: Positions that may be evaluated at once.
+
+    Returns:
+        What :func:`diagnose_scouting` finds.
+    """
+
+    def compute() -> dict[str, Any]:
+        assert problem.from_prior is not None
+        rows = max_rows or max(SETTINGS.num_chains or 64, run.num_chains)
+        density, from_prior = (Blockwise(d, rows) for d in (problem.density, problem.from_prior()))
+        seen = scout(from_prior, problem.draw_prior, density, kernel, seed=seed)
+        if seen is None:
+            return {}
+        chains = [
+            problem.pack({name: value[k] for name, value in run.posterior.items()})
+            for k in range(run.num_chains)
+        ]
+        with torch.no_grad():
+            end = density(torch.stack(chains))
+        found = diagnose_scouting(run, end, seen)
+        return {} if found is None else asdict(found)
+
+    found = journal.once("scout", compute)
+    return Diagnostic(**found) if found else None
 
 
 def diagnose_scouting(

@@ -34,6 +34,9 @@ __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
+# The first lag misses what decays slowly: variances of log-weights on eight real problems were 1.1
+# to 2 times what it predicts beyond those of perfect transitions.
+_SLOW_COMPONENTS = 1.5
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,10 @@ def _length(knots: list[float], series: list[Tensor]) -> float:
 
 
 def _correlation(lengths: list[float], series: list[Tensor]) -> float:
-    """Computes the correlation of log p/q over one transition, weighted by length."""
+    """Computes the correlation of log p/q over one transition, weighted by length.
+
+    It is raised to that of a chain without slow components and the same variance of sums.
+    """
     total, weight = 0.0, 0.0
     for index, ratios in enumerate(series):
         centred = ratios - ratios.mean((0, 1))
@@ -317,7 +323,11 @@ def _correlation(lengths: list[float], series: list[Tensor]) -> float:
         share = float((centred[1:] * centred[:-1]).mean()) / variance
         total += (ends[1] - ends[0]) * share
         weight += ends[1] - ends[0]
-    return min(max(total / weight, 0.0), 0.98) if weight > 0.0 else 0.0
+    if not weight > 0.0:
+        return 0.0
+    share = min(max(total / weight, 0.0), 0.95)
+    excess = _SLOW_COMPONENTS * share / (1.0 - share)
+    return excess / (1.0 + excess)
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """How often runs on easy problems are flagged: random models whose evidence is known.
 
-Run as ``python benchmarks/easy_problems.py [--count 60] [--chains 16] [--steps 1000]``. Conjugate
+Run as ``python benchmarks/easy_problems.py [--first 0] [--count 60] [--chains 16] [--steps 1000]``. Conjugate
 regressions (known and unknown noise), hierarchies and Poisson-gamma models of random sizes, priors
 and data; truths in closed form. A run is flagged if any diagnostic is a warning. Writes
 ``benchmarks/results/easy_problems.json`` after every problem.
@@ -124,6 +124,7 @@ def study(index, start, chains, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--first", type=int, default=0, help="go on from here, keep the others")
     parser.add_argument("--chains", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--starts", nargs="+", default=["auto", "prior"])
@@ -131,8 +132,10 @@ def main():
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     records = []
+    if RESULTS.exists() and options.first > 0:
+        records = json.loads(RESULTS.read_text())["records"]
     for start in options.starts:
-        for index in range(options.count):
+        for index in range(options.first, options.first + options.count):
             records.append(study(index, start, options.chains, options.steps))
             settings = {"chains": options.chains, "steps": options.steps}
             RESULTS.write_text(json.dumps({"settings": settings, "records": records}, indent=1))

@@ -119,23 +119,24 @@ def diagnose_scouting(
     end: State,
     found: Scouting,
     *,
-    min_share: float = 0.1,
     margin: float = 10.0,
-    tolerance: float = 1.0,
+    min_mass: float = 0.2,
+    tolerance: float = 3.0,
 ) -> Diagnostic | None:
     r"""Compares where a run ended with where the scout did.
 
     A particle u is unseen if :math:`\log q(u)` lies ``margin`` below its least value at the ends of
     the run's chains, although :math:`\log p(x, u)` is no less than its least value there. The
-    scout's evidence is that of an unbiased weight, so it exceeds the truth by b nats with
-    probability :math:`e^{-b}` at most.
+    share of unseen particles times the scout's evidence estimates the posterior mass out of the
+    run's reach, here relative to the run's evidence. The scout's evidence is that of an unbiased
+    weight, so it exceeds the truth by b nats with probability :math:`e^{-b}` at most.
 
     Args:
         run: A forward run.
         end: The state at its last weight, ``[K, *batch]``.
         found: What the scout found.
-        min_share: Share of unseen particles that counts.
         margin: In nats.
+        min_mass: Unseen mass that counts, over the run's evidence.
         tolerance: Nats of evidence beyond the run's, and five standard errors, that count.
 
     Returns:
@@ -146,7 +147,7 @@ def diagnose_scouting(
     share = unseen.double().mean(0)
     excess = found.log_evidence - run.lower / run.scale
     errors = run.std_error.nan_to_num(0.0) / run.scale
-    missed = (share >= min_share) | (excess > tolerance + 5.0 * errors)
+    missed = (share * excess.exp() >= min_mass) | (excess > tolerance + 5.0 * errors)
     if not bool(missed.any()):
         return None
     of_batch = f" for {missed.double().mean().item():.0%} of the batch" if share.dim() else ""

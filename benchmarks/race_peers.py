@@ -42,7 +42,12 @@ def pymc(kind, data, seed):
     logging.getLogger("pymc").setLevel(logging.ERROR)
     with pymc_model(kind, data):
         trace = pm.sample_smc(
-            draws=2000, chains=2, cores=1, random_seed=seed, progressbar=False, return_inferencedata=False
+            draws=2000,
+            chains=2,
+            cores=1,
+            random_seed=seed,
+            progressbar=False,
+            return_inferencedata=False,
         )
     values = [float(np.asarray(v, dtype=object).ravel()[-1][-1]) if np.ndim(v) == 0 or
               isinstance(np.asarray(v, dtype=object).ravel()[-1], (list, np.ndarray))
@@ -90,9 +95,7 @@ def jax_densities(kind, data):
             cauchy = jnp.log(2.0 / jnp.pi / 2.5) - jnp.log1p((scale / 2.5) ** 2) + u[6]
             return stats.norm.logpdf(u[:6], 0.0, 10.0).sum() + cauchy
 
-        likelihood = lambda u: stats.norm.logpdf(
-            target, u[0] + lags @ u[1:6], jnp.exp(u[6])
-        ).sum()
+        likelihood = lambda u: stats.norm.logpdf(target, u[0] + lags @ u[1:6], jnp.exp(u[6])).sum()
 
         def draw(key, n):
             first, second = jax.random.split(key)

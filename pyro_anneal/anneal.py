@@ -173,8 +173,7 @@ class AnnealedImportance:
             ValueError: If model, guide or data do not allow it; the message names the site.
         """
         arguments = (args, kwargs)
-        identity = {**describe_arguments(arguments), "cross_check": str(self.cross_check)}
-        with self._journal("run", identity) as journal:
+        with self._journal("run", arguments, cross_check=self.cross_check) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             run, _ = forward(settings, frozen, journal)
@@ -209,9 +208,8 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments = (args, kwargs)
-        given = {f"samples of {name}": describe(v) for name, v in posterior_samples.items()}
-        identity = {**describe_arguments(arguments), **given, "exact": str(exact)}
-        with self._journal("run_reverse", identity) as journal:
+        given = {f'samples of "{name}"': value for name, value in posterior_samples.items()}
+        with self._journal("run_reverse", arguments, exact=exact, **given) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             position = pack_samples(frozen.problem, posterior_samples)
@@ -334,7 +332,7 @@ class AnnealedImportance:
             >>> bool((evidence.total / 6 + 1.2655).abs() < 0.1)  # log N(0; 0, sqrt 2) = -1.2655
             True
         """
-        with self._journal("run_batches", {}) as journal:
+        with self._journal("run_batches") as journal:
             result = run_batches(self._settings(journal), batches, journal, arguments, on_batch)
         diagnostics.warn(result.diagnostics)
         return result
@@ -385,12 +383,8 @@ class AnnealedImportance:
         if num_simulations < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num_simulations}")
         coupled = "CR lower" in bounds
-        identity = describe_arguments(arguments) | {
-            "num_simulations": str(num_simulations),
-            "CR lower bound": str(coupled),
-            "keep_samples": str(keep_samples),
-        }
-        with self._journal(task, identity) as journal:
+        options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
+        with self._journal(task, arguments, **options, coupled=coupled) as journal:
             pairs = simulate_pairs(
                 self._settings(journal),
                 arguments,
@@ -426,14 +420,16 @@ class AnnealedImportance:
         )
 
     def _journal(
-        self, task: str, identity: Mapping[str, str]
+        self, task: str, arguments: Arguments = ((), {}), **options: Any
     ) -> contextlib.AbstractContextManager[Journal]:
+        """Opens the journal of a call, which depends on settings, arguments and options."""
+
+        def identity() -> dict[str, str]:
+            given = {name: describe(value) for name, value in options.items()}
+            return self._settings().describe() | describe_arguments(arguments) | given
+
         return keep_journal(
-            task,
-            {**self._settings().describe(), **identity},
-            path=self.checkpoint,
-            every=self.checkpoint_every,
-            seed=self.seed,
+            task, identity, path=self.checkpoint, every=self.checkpoint_every, seed=self.seed
         )
 
 

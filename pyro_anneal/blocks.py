@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +109,14 @@ def anneal_blocks(
     outcome = journal.get(name)
     if outcome is None:
         world = journal.world
+        if world.rank == 0 and len(blocks) < world.size:
+            total = blocks[-1].stop
+            warnings.warn(
+                f"{total} chains are {len(blocks)} block(s), so {world.size - len(blocks)} of "
+                f"{world.size} processes have nothing to do: set chain_batch_size to at most "
+                f"{-(-total // world.size)}",
+                stacklevel=2,
+            )
         own = {}
         for number in range(world.rank, len(blocks), world.size):
             block = _Block(density, path, direction, seed, _stream_of(stream, number))

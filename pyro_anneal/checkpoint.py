@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["load", "save", "to_host"]
 _NAME = b"pyro_anneal checkpoint "
 _HEADER = _NAME + b"1\n"
 _DIGEST_SIZE = 32
+# What torch.load gives back with weights_only=True, beside tensors and containers.
+_PLAIN = (str, bytes, bool, int, float, type(None))
 
 
 def to_host(content: Any) -> Any:
@@ -34,6 +37,7 @@ def to_host(content: Any) -> Any:
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
+            assert type(leaf) in _PLAIN, f"{type(leaf)} could not be read back"
             return leaf
         leaf = leaf.detach().cpu()
         larger = leaf.untyped_storage().nbytes() > leaf.numel() * leaf.element_size()
@@ -97,6 +101,12 @@ def load(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} is truncated or corrupted ({len(raw)} bytes): restore a copy "
             "of it, or delete it to start anew"
         )
-    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, so pyro_anneal did not write it: "
+            "name another file"
+        ) from error
     assert isinstance(content, dict)
     return content

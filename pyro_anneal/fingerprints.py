@@ -114,4 +114,4 @@ def describe_problem(problem: Problem) -> Fingerprint:
 
 def versions() -> Fingerprint:
     """Describes the software that computes."""
-    return {"version of pyro_anneal": __version__, "version of torch": torch.__version__}
+    return {"version of pyro_anneal": __version__, "version of torch": str(torch.__version__)}

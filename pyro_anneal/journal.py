@@ -276,18 +276,24 @@ def _merge(slots: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def keep_journal(
-    task: str, identity: Identity, *, path: Path | None, every: int | None, seed: int | None
+    task: str,
+    describe: Callable[[], Identity],
+    *,
+    path: Path | None,
+    every: int | None,
+    seed: int | None,
 ) -> Iterator[Journal]:
     """Opens the journal of a call, seeds torch inside, and leaves a checkpoint whatever happens.
 
     Args:
         task: Name of the call.
-        identity: What the call depends on.
+        describe: Describes what the call depends on; called where anything is kept or shared.
         path: The checkpoint, or None.
         every: Steps of chains between writes, or None.
         seed: The user's seed, or None.
     """
     with connect() as world:
+        identity = describe() if path is not None or world.size > 1 else {}
         journal = Journal(task, identity, path=path, every=every, seed=seed, world=world)
         with own_randomness(journal.seed):
             try:

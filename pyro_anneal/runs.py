@@ -71,7 +71,7 @@ class Settings:
             "num_steps (T)": describe(self.num_steps),
             "schedule": "adaptive" if self.betas is None else describe(self.betas),
             "kernel": describe(self.kernel),
-            "batch_plates": describe(str(self.batch_plates)),
+            "batch_plates": str(self.batch_plates),
             "step_size": describe(self.step_size),
             "pilot": describe(self.pilot),
             "prior_weight": describe(self.prior_weight),

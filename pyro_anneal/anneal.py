@@ -12,6 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from . import diagnostics
+from .arguments import (
+    as_count,
+    as_flag,
+    as_real,
+    as_seed,
+    check_function,
+    check_kernel,
+    check_step_size,
+)
 from .fingerprints import describe, describe_arguments
 from .information import MutualInformation
 from .journal import Journal, keep_journal
@@ -19,7 +28,7 @@ from .kernels import HMC, Kernel
 from .pairs import simulate_pairs
 from .pilot import Pilot
 from .problem import Guide
-from .results import AnnealedRun, Sandwich
+from .results import AnnealedRun, Sandwich, check_names
 from .runs import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .schedules import Schedule, as_betas
 from .scout import scout_run
@@ -112,52 +121,59 @@ class AnnealedImportance:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
     ) -> None:
-        if num_chains < 1:
-            raise ValueError(f"num_chains (K) must be at least 1, got {num_chains}")
+        check_function("model", model)
+        if guide is not None and guide != "auto":
+            check_function("guide", guide, what='a Pyro guide, "auto" or None')
+        if make_args is not None:
+            check_function("make_args", make_args, what="a function of the simulated values")
+        num_chains = as_count("num_chains (K)", num_chains)
         if target_gap is not None:
-            if not target_gap > 0.0:
+            if not as_real("target_gap", target_gap) > 0.0:
                 raise ValueError(f"target_gap must be positive, in nats per datum: {target_gap}")
             if num_steps is not None or not isinstance(schedule, str):
                 raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
-        num_steps = 1000 if num_steps is None else num_steps
-        if num_steps < 1:
-            raise ValueError(f"num_steps (T) must be at least 1, got {num_steps}")
+        num_steps = 1000 if num_steps is None else as_count("num_steps (T)", num_steps)
+        free_leapfrogs = kernel is None
+        kernel = HMC() if kernel is None else kernel
+        check_kernel(kernel)
+        if step_size is not None:
+            check_step_size(step_size)
+        if not isinstance(pilot, Pilot | None):
+            raise ValueError(f"pilot must be a Pilot(...) or None, got {pilot!r}")
         if isinstance(schedule, str) and schedule != "adaptive":
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
-        if not 0.0 <= prior_weight < 1.0:
+        if not 0.0 <= as_real("prior_weight", prior_weight) < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
-        if cross_check not in ("auto", True, False):
-            raise ValueError(f'cross_check must be "auto", True or False, got {cross_check!r}')
-        if chain_batch_size is not None and chain_batch_size < 1:
-            raise ValueError(f"chain_batch_size must be at least 1, got {chain_batch_size}")
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if chain_batch_size is not None:
+            chain_batch_size = as_count("chain_batch_size", chain_batch_size)
+        if checkpoint_every is not None:
+            checkpoint_every = as_count("checkpoint_every", checkpoint_every)
         if checkpoint_every is not None and checkpoint is None:
             raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
-        if compile not in ("auto", True, False):
-            raise ValueError(f'compile must be "auto", True or False, got {compile!r}')
-        if isinstance(schedule, Tensor):
-            num_steps = len(schedule) - 1
+        betas = None
+        if not isinstance(schedule, str):
+            betas = as_betas(schedule, None if isinstance(schedule, Tensor) else num_steps)
+            num_steps = len(betas) - 1
         self.model = model
         self.guide = guide
         self.num_chains = num_chains
         self.num_steps = num_steps
         self.target_gap = target_gap
-        self._free_leapfrogs = kernel is None
-        self.kernel = HMC() if kernel is None else kernel
+        self._free_leapfrogs = free_leapfrogs
+        self.kernel = kernel
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
-        self.cross_check = cross_check
-        self.compile = compile
+        self.cross_check = as_flag("cross_check", cross_check)
+        self.compile = as_flag("compile", compile)
         self.progress_bar = progress_bar
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.make_args = make_args
         self.chain_batch_size = chain_batch_size
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
-        self._betas = None if isinstance(schedule, str) else as_betas(schedule, num_steps)
+        self._betas = betas
 
     def run(self, *args: Any, **kwargs: Any) -> AnnealedRun:
         """Runs K forward chains and returns a lower bound on log p(x) per datum.
@@ -380,8 +396,8 @@ class AnnealedImportance:
         bounds: tuple[str, str],
         keep_samples: bool,
     ) -> Sandwich:
-        if num_simulations < 1:
-            raise ValueError(f"num_simulations must be at least 1, got {num_simulations}")
+        num_simulations = as_count("num_simulations", num_simulations)
+        check_names(bounds)
         coupled = "CR lower" in bounds
         options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
         with self._journal(task, arguments, **options, coupled=coupled) as journal:

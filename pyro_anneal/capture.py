@@ -362,8 +362,10 @@ def capture(
 
 def _probes(example: Tensor) -> Tensor:
     """Moves the example by a little and by a unit, without the global random state."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(example.shape, generator=generator, dtype=torch.float64).to(example)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(example.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        example
+    )
     return torch.stack([example, example + 0.1 * noise, example - noise])
 
 

@@ -70,7 +70,13 @@ class TuningTable:
             example: Position of one chain, ``[*batch, D]``.
         """
         step = torch.as_tensor(step_size, dtype=example.dtype, device=example.device)
-        log_step = step.log().expand(example.shape[:-1])
+        batch = example.shape[:-1]
+        if step.shape not in (torch.Size(), batch):
+            raise ValueError(
+                f"step_size has shape {list(step.shape)}, expected a number or the batch's shape "
+                f"{list(batch)}"
+            )
+        log_step = step.log().expand(batch)
         return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
 
 
@@ -216,7 +222,7 @@ def _run_chunk(
 ) -> Carry:
     """Runs the visits ``steps`` (0 is the first): one increment each, and a move between visits."""
     betas = path.betas if direction == "forward" else path.betas.flip(0)
-    quadrature = _trapezoid_weights(path.betas, direction)
+    quadrature = _trapezoid_weights(path.betas, direction).tolist()
     kernel = path.kernel if direction == "forward" else path.kernel.reversal()
     state, log_weights, integral = carry
     host_betas = betas.tolist()
@@ -230,7 +236,7 @@ def _run_chunk(
             statistics.num_diverging[visit - 1] = info.diverging.sum()
         ratio = _log_ratio(state)
         log_weights = log_weights + abs(host_betas[visit + 1] - host_betas[visit]) * ratio
-        integral = integral + float(quadrature[visit]) * ratio
+        integral = integral + quadrature[visit] * ratio
         statistics.mean_log_ratio[visit] = ratio.mean()
         statistics.var_log_ratio[visit] = ratio.var(dim=0, correction=0).mean()
     return Carry(state, log_weights, integral)

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import autoguides
 from .model_density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from .sites import Layout, base_distribution, latent_sites, sum_to_batch
+from .trace_checks import explained
 from .validation import validation_disabled
 
 __all__ = [
@@ -88,7 +89,8 @@ class GuideBase:
                 'of this model depends on another latent; use guide="auto", guide=None or a '
                 "hand-written guide"
             )
-        trace = self._trace(None)
+        with explained():
+            trace = self._trace(None)
         known = {*self._direct, *derived, *self._auxiliary(trace)}
         unknown = [name for name in latent_sites(trace) if name not in known]
         if unknown:

@@ -175,7 +175,11 @@ class ModelDensity:
 
     def _log_prob(self, site: Mapping[str, Any], *, scaled: bool) -> Tensor:
         scale = site["scale"] if scaled and self._has_own_scale(site) else 1.0
-        value: Tensor = dist.util.scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        log_prob = site["unscaled_log_prob"]
+        if site["name"] in self.layout.guarded:
+            inside = site["fn"].support.check(site["value"])
+            log_prob = torch.where(inside, log_prob, -torch.inf)
+        value: Tensor = dist.util.scale_and_mask(log_prob, scale, site["mask"])
         return value
 
     def _has_own_scale(self, site: Mapping[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import as_count, as_real
 from .chains import TuningTable
 from .kernels import Density, Kernel, State, Tuning
 from .weights import effective_sample_size, log_mean_exp, resample_indices
@@ -63,14 +64,12 @@ class Pilot:
     max_stages: int = 300
 
     def __post_init__(self) -> None:
-        if self.num_chains is not None and self.num_chains < 4:
-            raise ValueError(f"Pilot.num_chains must be at least 4, got {self.num_chains}")
-        if self.num_moves < 1:
-            raise ValueError(f"Pilot.num_moves must be at least 1, got {self.num_moves}")
-        if not 0.0 < self.ess_fraction < 1.0:
+        if self.num_chains is not None:
+            as_count("Pilot.num_chains", self.num_chains, least=4)
+        as_count("Pilot.num_moves", self.num_moves)
+        as_count("Pilot.max_stages", self.max_stages)
+        if not 0.0 < as_real("Pilot.ess_fraction", self.ess_fraction) < 1.0:
             raise ValueError(f"Pilot.ess_fraction must lie in (0, 1), got {self.ess_fraction}")
-        if self.max_stages < 1:
-            raise ValueError(f"Pilot.max_stages must be at least 1, got {self.max_stages}")
 
     def chains_for(self, num_chains: int) -> int:
         """Chooses the number of particles beside a run of ``num_chains`` chains."""
@@ -180,13 +179,18 @@ def adaptive_betas(outcome: PilotOutcome, num_steps: int) -> Tensor:
     Returns:
         Betas from 0 to 1, float64, shape ``[T + 1]``.
     """
-    knots = torch.tensor(outcome.tuning.betas, dtype=torch.float64)
-    lengths = torch.tensor(outcome.lengths, dtype=torch.float64)
+    knots = torch.tensor(outcome.tuning.betas, dtype=torch.float64, device="cpu")
+    lengths = torch.tensor(outcome.lengths, dtype=torch.float64, device="cpu")
     if not lengths[-1] > 0.0:  # base equals target: any schedule is exact
-        return torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64)
+        return torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64, device="cpu")
     # Stages of zero length would make betas coincide; give each a sliver.
-    lengths = lengths + torch.linspace(0.0, 1e-6, len(lengths), dtype=torch.float64) * lengths[-1]
-    wanted = torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64) * lengths[-1]
+    lengths = (
+        lengths
+        + torch.linspace(0.0, 1e-6, len(lengths), dtype=torch.float64, device="cpu") * lengths[-1]
+    )
+    wanted = (
+        torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64, device="cpu") * lengths[-1]
+    )
     upper = torch.searchsorted(lengths, wanted, right=True).clamp(1, len(knots) - 1)
     fraction = (wanted - lengths[upper - 1]) / (lengths[upper] - lengths[upper - 1])
     betas = torch.lerp(knots[upper - 1], knots[upper], fraction.clamp(0.0, 1.0))

@@ -114,7 +114,7 @@ class Problem:
 
     def log_likelihood(self, position: Tensor) -> Tensor:
         """Computes log p(x | z) of one chain, enumerated sites summed out, ``[*batch]``."""
-        with torch.no_grad():
+        with torch.no_grad(), validation_disabled():
             evaluation = self.model.evaluate(position)
         return evaluation.log_joint - evaluation.log_prior
 
@@ -155,18 +155,21 @@ class Problem:
     def _culprits(self, position: Tensor) -> list[str]:
         """Names the sites whose log density at ``position`` is not finite."""
         culprits = []
-        try:
-            values = self.unpack(position.unsqueeze(0))
-            data = {name: value[0] for name, value in values.items()}
-            args, kwargs = self.model.arguments
-            model = poutine.condition(self.model.model, data=data)
-            with torch.no_grad(), poutine.block():
+        args, kwargs = self.model.arguments
+        with torch.no_grad(), poutine.block(), validation_disabled():
+            try:
+                values = self.unpack(position.unsqueeze(0))
+                data = {name: value[0] for name, value in values.items()}
+                model = poutine.condition(self.model.model, data=data)
                 trace = poutine.trace(model).get_trace(*args, **kwargs)
-            for name, site in {**latent_sites(trace), **observed_sites(trace)}.items():
-                if not bool(site["fn"].log_prob(site["value"]).isfinite().all()):
-                    culprits.append(name)
-        except (ValueError, RuntimeError) as error:  # torch's validation names parameter and value
-            culprits.append(str(error).splitlines()[0])
+                for name, site in {**latent_sites(trace), **observed_sites(trace)}.items():
+                    if not bool(site["fn"].log_prob(site["value"]).isfinite().all()):
+                        culprits.append(name)
+                hand_written = isinstance(self.base, GuideBase)
+                if hand_written and not bool(self.function(position)[0].isfinite().all()):
+                    culprits.append("the guide")
+            except (ValueError, RuntimeError) as error:  # the model fails here
+                culprits.append(str(error).splitlines()[0])
         return culprits
 
 

@@ -87,7 +87,8 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
             raise Impure(
                 f"the density gave two different results at the same position ({name}: {one} and "
                 f"{two}): annealing needs a deterministic density; look for other sources of "
-                "randomness and for attributes that change with each evaluation"
+                "randomness, for data written in place, and for attributes that change with each "
+                "evaluation"
             )
     return result
 

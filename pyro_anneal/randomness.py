@@ -32,7 +32,7 @@ def seeded_generator(device: torch.device, *keys: object) -> torch.Generator:
 
 def draw_seed() -> int:
     """Draws a seed from torch's global generator."""
-    return int(torch.randint(2**31, ()).item())
+    return int(torch.randint(2**31, (), device="cpu").item())
 
 
 def _cuda_devices() -> range:
@@ -42,7 +42,8 @@ def _cuda_devices() -> range:
 @contextlib.contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
     """Seeds torch inside, and leaves the global generators as they were."""
-    with torch.random.fork_rng(devices=_cuda_devices()):
+    # gradients inside torch.inference_mode() would fail
+    with torch.random.fork_rng(devices=_cuda_devices()), torch.inference_mode(False):
         torch.manual_seed(seed)
         yield
 

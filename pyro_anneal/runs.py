@@ -169,7 +169,7 @@ def _path(
     if settings.step_size is not None:
         fixed = TuningTable.constant(settings.step_size, example)
     if betas is None and settings.num_steps == 1:
-        betas = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        betas = _on_host([0.0, 1.0])
     if betas is not None and (fixed is not None or settings.num_steps == 1):
         fixed = fixed or TuningTable.constant(1.0, example)
         return Path(betas, settings.kernel, fixed), None
@@ -257,15 +257,19 @@ def _summarize(outcome: PilotOutcome, seconds: float, gap: float) -> PilotSummar
     return PilotSummary(
         num_chains=outcome.num_chains,
         num_gradients=outcome.num_gradients,
-        betas=torch.tensor(outcome.tuning.betas, dtype=torch.float64),
+        betas=_on_host(outcome.tuning.betas),
         step_size=steps.reshape(len(steps), -1).mean(1).exp(),
-        accept_prob=torch.tensor(outcome.accept_prob, dtype=torch.float64),
-        ess_fraction=torch.tensor(outcome.ess_fraction, dtype=torch.float64),
+        accept_prob=_on_host(outcome.accept_prob),
+        ess_fraction=_on_host(outcome.ess_fraction),
         length=outcome.length,
         correlation=outcome.correlation,
         expected_gap=gap,
         seconds=seconds,
     )
+
+
+def _on_host(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def forward(
@@ -396,7 +400,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         betas=path.betas,
         accept_prob=statistics.accept_prob,
         num_diverging=statistics.num_diverging,
-        step_size=torch.tensor(step_size, dtype=torch.float64),
+        step_size=_on_host(step_size),
         mean_log_ratio=statistics.mean_log_ratio,
         var_log_ratio=statistics.var_log_ratio,
         log_evidence_ti=ends.integral,
@@ -408,6 +412,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         seconds=ends.seconds,
         seed=frozen.seed,
         kernel=repr(path.kernel),
+        target_accept=path.kernel.target_accept,
         density_mode=problem.density.mode,
         pilot=frozen.pilot,
         setup_seconds=frozen.setup_seconds,
@@ -420,6 +425,13 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
 
 def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     """Packs K posterior samples and checks that there is one of every site, inside its support."""
+    if not isinstance(samples, Mapping):
+        raise ValueError(
+            "posterior samples must be a mapping from site names to tensors [K, *value_shape], got "
+            f"{type(samples).__name__}"
+        )
+    device = problem.layout.device
+    samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
     missing = [site.name for site in problem.layout.sites if site.name not in samples]
     if missing:
         raise ValueError(
@@ -434,6 +446,8 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
                 f"[K, {', '.join(map(str, site.value_shape))}]"
             )
         counts.add(shape[0])
+    if counts == {0}:
+        raise ValueError("a reverse run needs K >= 1 posterior samples, got 0")
     if len(counts) != 1:
         raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
     names = [site.name for site in problem.layout.sites]

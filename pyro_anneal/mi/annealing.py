@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import bounds
+from ..arguments import as_count, as_flag, check_kernel, check_step_size
 from ..capture import capture
 from ..chains import Path, TuningTable, run_chains, seeded_generator
 from ..kernels import Density, Kernel, State
@@ -121,16 +122,16 @@ class Annealer:
     compile: bool | str
 
     def __post_init__(self) -> None:
-        if self.num_chains < 1:
-            raise ValueError(f"num_chains (K) must be at least 1, got {self.num_chains}")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps (T) must be at least 1, got {self.num_steps}")
+        as_count("num_chains (K)", self.num_chains)
+        as_count("num_steps (T)", self.num_steps)
+        check_kernel(self.kernel)
+        if self.step_size is not None:
+            check_step_size(self.step_size)
         if isinstance(self.schedule, str) and self.schedule != "adaptive":
             raise ValueError(
                 f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
             )
-        if self.compile not in ("auto", True, False):
-            raise ValueError(f'compile must be "auto", True or False, got {self.compile!r}')
+        as_flag("compile", self.compile)
 
     def _faster(self, density: PairDensity, example: Tensor) -> Density:
         """Records the density as a graph where that pays; keeps it where that fails."""

@@ -29,8 +29,9 @@ from .pairs import simulate_pairs
 from .pilot import Pilot
 from .problem import Guide
 from .results import AnnealedRun, Sandwich, check_names
-from .runs import Settings, forward, freeze, pack_samples, reverse
+from .runs import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .schedules import Schedule, as_betas
+from .scout import scout_run
 from .simulation import Arguments, MakeArgs
 from .streaming import EvidenceOfBatches, as_arguments, run_batches
 
@@ -53,7 +54,10 @@ class AnnealedImportance:
         model: Pyro model with its observations.
         guide: Pyro guide, ``"auto"`` to fit a Gaussian first, or None to start from the prior.
         num_chains: Number K of chains.
-        num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE).
+        num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE). The default
+            is 1000.
+        target_gap: Gap of a sandwich in nats per datum to aim at, instead of ``num_steps``: the
+            pilot then chooses T, and the number of leapfrogs where ``kernel`` is None.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -62,8 +66,10 @@ class AnnealedImportance:
         pilot: Settings of the pilot.
         prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
             modes that a fitted guide may miss.
-        cross_check: Whether :meth:`run` also starts as many chains from the prior, and says so if
-            they find more evidence. Doubles the cost; nothing to do where ``guide`` is None.
+        cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
+            particles down from the prior where the guide was fitted, and warns if they end in
+            modes that it misses; True starts as many chains from the prior, and says so if they
+            find more evidence (double the cost); False compares with nothing.
         compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
@@ -98,14 +104,15 @@ class AnnealedImportance:
         guide: Guide = None,
         *,
         num_chains: int = 16,
-        num_steps: int = 1000,
+        num_steps: int | None = None,
+        target_gap: float | None = None,
         schedule: str | Schedule | Tensor = "adaptive",
         kernel: Kernel | None = None,
         batch_plates: str | Sequence[str] = "auto",
         step_size: float | Tensor | None = None,
         pilot: Pilot | None = None,
         prior_weight: float = 0.0,
-        cross_check: bool = False,
+        cross_check: bool | str = "auto",
         compile: bool | str = "auto",
         progress_bar: bool = True,
         seed: int | None = None,
@@ -120,7 +127,13 @@ class AnnealedImportance:
         if make_args is not None:
             check_function("make_args", make_args, what="a function of the simulated values")
         num_chains = as_count("num_chains (K)", num_chains)
-        num_steps = as_count("num_steps (T)", num_steps)
+        if target_gap is not None:
+            if not as_real("target_gap", target_gap) > 0.0:
+                raise ValueError(f"target_gap must be positive, in nats per datum: {target_gap}")
+            if num_steps is not None or not isinstance(schedule, str):
+                raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
+        num_steps = 1000 if num_steps is None else as_count("num_steps (T)", num_steps)
+        free_leapfrogs = kernel is None
         kernel = HMC() if kernel is None else kernel
         check_kernel(kernel)
         if step_size is not None:
@@ -145,12 +158,14 @@ class AnnealedImportance:
         self.guide = guide
         self.num_chains = num_chains
         self.num_steps = num_steps
+        self.target_gap = target_gap
+        self._free_leapfrogs = free_leapfrogs
         self.kernel = kernel
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
-        self.cross_check = cross_check
+        self.cross_check = as_flag("cross_check", cross_check)
         self.compile = as_flag("compile", compile)
         self.progress_bar = progress_bar
         self.seed = as_seed(seed)
@@ -179,7 +194,9 @@ class AnnealedImportance:
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             run, _ = forward(settings, frozen, journal)
             found = diagnostics.diagnose(run)
-            if self.cross_check and self.guide is not None:
+            if self.cross_check == "auto":
+                found = (*found, *self._scout(frozen, run, journal))
+            elif self.cross_check and self.guide is not None:
                 found = (*found, *self._compare_with_prior(run, arguments, journal))
         diagnostics.warn(found)
         return replace(run, diagnostics=found)
@@ -347,6 +364,15 @@ class AnnealedImportance:
         run = self.run(*args, **kwargs)
         return run.betas[:-1], run.mean_log_ratio
 
+    def _scout(
+        self, frozen: Frozen, run: AnnealedRun, journal: Journal
+    ) -> tuple[diagnostics.Diagnostic, ...]:
+        """Sends particles down from the prior where the guide was fitted."""
+        if frozen.problem.from_prior is None:
+            return ()
+        found = scout_run(frozen.problem, run, self.kernel, frozen.seed, journal)
+        return () if found is None else (found,)
+
     def _compare_with_prior(
         self, run: AnnealedRun, arguments: Arguments, journal: Journal
     ) -> tuple[diagnostics.Diagnostic, ...]:
@@ -404,6 +430,8 @@ class AnnealedImportance:
             progress_bar=self.progress_bar and (journal is None or journal.world.rank == 0),
             make_args=self.make_args,
             chain_batch_size=self.chain_batch_size,
+            target_gap=self.target_gap,
+            free_leapfrogs=self._free_leapfrogs,
         )
 
     def _journal(
@@ -412,7 +440,7 @@ class AnnealedImportance:
         """Opens the journal of a call, which depends on settings, arguments and options."""
 
         def identity() -> dict[str, str]:
-            given = {}
+            given: dict[str, str] = {}
             for name, value in options.items():
                 by_site = value if isinstance(value, Mapping) else {}
                 given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}

@@ -229,8 +229,8 @@ def summarize(rows):
     """Computes coverage, widths, and how often failures were flagged."""
     gaps = np.array([r["upper"] - r["lower"] for r in rows])
     misses = [r for r in rows if not r["asymptotic_covers"]]
-    far = [r for r in rows if r["truth"] - r["lower"] > 1.0]
-    close = [r for r in rows if r["truth"] - r["lower"] <= 0.1]
+    far = [r for r in rows if abs(r["truth"] - r["lower"]) > 1.0]
+    close = [r for r in rows if abs(r["truth"] - r["lower"]) <= 0.1]
     healthy = [r for r in close if r["kernel"] in HEALTHY]
     return {
         "problems": len(rows),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_count, check_function
+from ..information import MutualInformation
 from .guides import Conditional, condition_on
 from .joints import Joint, Knowledge, as_joint
-from .result import MutualInformationEstimate
 
 __all__ = ["Bound", "Values", "flatten"]
 
@@ -37,7 +37,7 @@ class Values:
     plug_in: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
     ceiling: float | None = None
-    caveats: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -133,7 +133,7 @@ class Bound(nn.Module, ABC):
         num_pairs: int | None = None,
         batch_size: int | None = None,
         progress_bar: bool = False,
-    ) -> MutualInformationEstimate:
+    ) -> MutualInformation:
         """Measures the bound on pairs: given, from a data loader, or simulated from the model.
 
         Memory is bounded by one batch; what is kept per pair is a few numbers. No gradients.
@@ -214,7 +214,7 @@ class Bound(nn.Module, ABC):
                 f"{list(x.shape)} and {list(z.shape)}"
             )
 
-    def _report(self, values: Values) -> MutualInformationEstimate:
+    def _report(self, values: Values) -> MutualInformation:
         terms = {name: term.mean() for name, term in values.terms.items()}
         ceiling = values.ceiling
         saturated = ceiling is not None and bool(terms["contrastive"] >= 0.9 * ceiling > 0.0)
@@ -226,7 +226,7 @@ class Bound(nn.Module, ABC):
                 f"nats: {self._advice(values)}",
                 stacklevel=3,
             )
-        return MutualInformationEstimate(
+        return MutualInformation(
             method=type(self).__name__,
             pair_lower=values.lower,
             pair_upper=values.upper,
@@ -235,7 +235,7 @@ class Bound(nn.Module, ABC):
             ceiling=ceiling,
             saturated=saturated,
             missing=self._missing(),
-            caveats=values.caveats,
+            notes=values.notes,
             diagnostics=values.diagnostics,
         )
 

@@ -239,6 +239,6 @@ class MINEAIS(VariationalBound):
         return Values(
             lower=variational + contrastive,
             terms={"variational": variational, "contrastive": contrastive},
-            caveats=(_CONDITIONAL,),
+            notes=(_CONDITIONAL,),
             diagnostics={**diagnostics, "ibal_upper": ibal_upper.mean()},
         )

@@ -223,7 +223,8 @@ def our_evidence(model, args, truth, seed):
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AnnealingWarning)
-        run = AnnealedImportance(model, "auto", seed=seed, progress_bar=False).run(*args)
+        ais = AnnealedImportance(model, "auto", num_chains=32, seed=seed, progress_bar=False)
+        run = ais.run(*args)
     seconds = time.perf_counter() - began
     return {
         "error": float(run.lower) - truth,

@@ -224,7 +224,8 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments = (args, kwargs)
-        given = {f'samples of "{name}"': value for name, value in posterior_samples.items()}
+        named = posterior_samples if isinstance(posterior_samples, Mapping) else {}
+        given = {f'samples of "{name}"': value for name, value in named.items()}
         with self._journal("run_reverse", arguments, exact=exact, **given) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)

@@ -148,8 +148,8 @@ class AnnealedImportance:
             chain_batch_size = as_count("chain_batch_size", chain_batch_size)
         if checkpoint_every is not None:
             checkpoint_every = as_count("checkpoint_every", checkpoint_every)
-        if checkpoint_every is not None and checkpoint is None:
-            raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
+            if checkpoint is None:
+                raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
         betas = None
         if not isinstance(schedule, str):
             betas = as_betas(schedule, None if isinstance(schedule, Tensor) else num_steps)
@@ -224,9 +224,8 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments = (args, kwargs)
-        named = posterior_samples if isinstance(posterior_samples, Mapping) else {}
-        given = {f'samples of "{name}"': value for name, value in named.items()}
-        with self._journal("run_reverse", arguments, exact=exact, **given) as journal:
+        options = {"exact": exact, "posterior_samples": posterior_samples}
+        with self._journal("run_reverse", arguments, **options) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             position = pack_samples(frozen.problem, posterior_samples)
@@ -268,8 +267,6 @@ class AnnealedImportance:
             ValueError: If pairs simulated from the model are not exact, or the guide's data
                 argument is ambiguous.
         """
-        if keep_samples is None:
-            keep_samples = num_simulations == 1
         return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)
 
     def mutual_information(
@@ -395,11 +392,12 @@ class AnnealedImportance:
         arguments: Arguments,
         num_simulations: int,
         bounds: tuple[str, str],
-        keep_samples: bool,
+        keep_samples: bool | None,
     ) -> Sandwich:
         num_simulations = as_count("num_simulations", num_simulations)
         check_names(bounds)
         coupled = "CR lower" in bounds
+        keep_samples = num_simulations == 1 if keep_samples is None else keep_samples
         options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
         with self._journal(task, arguments, **options, coupled=coupled) as journal:
             pairs = simulate_pairs(
@@ -442,7 +440,12 @@ class AnnealedImportance:
         """Opens the journal of a call, which depends on settings, arguments and options."""
 
         def identity() -> dict[str, str]:
-            given = {name: describe(value) for name, value in options.items()}
+            given: dict[str, str] = {}
+            for name, value in options.items():
+                by_site = value if isinstance(value, Mapping) else {}
+                given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}
+                if not by_site:
+                    given[name] = describe(value)
             return self._settings().describe() | describe_arguments(arguments) | given
 
         return keep_journal(

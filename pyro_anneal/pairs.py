@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .autoguides import sees_arguments
 from .journal import Journal
+from .release import released
 from .results import AnnealedRun, PilotSummary, Sandwich
 from .runs import Settings, forward, freeze, make_problem, progress_bar, reverse
 from .simulation import Arguments, Simulation, guide_arguments, simulate
@@ -136,15 +137,16 @@ def simulate_pairs(
         bar.update(total.count)
         for index in range(total.count, num_simulations):
             prefix = f"{index}/"
-            pair = simulate_pair(
-                settings,
-                arguments,
-                journal,
-                prefix,
-                seed=seed + index,
-                coupled=coupled,
-                keep_samples=keep_samples,
-            )
+            with released():
+                pair = simulate_pair(
+                    settings,
+                    arguments,
+                    journal,
+                    prefix,
+                    seed=seed + index,
+                    coupled=coupled,
+                    keep_samples=keep_samples,
+                )
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))
             journal.put("pairs", total.to_dict)

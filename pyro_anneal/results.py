@@ -26,7 +26,7 @@ from .weights import (
 if TYPE_CHECKING:
     from .diagnostics import Diagnostic
 
-__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich", "check_names"]
+__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich"]
 
 
 _LOWER = ("IM lower", "CR lower", "single lower")

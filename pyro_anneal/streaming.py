@@ -15,6 +15,7 @@ from .diagnostics import Diagnostic
 from .fingerprints import describe_arguments
 from .journal import Journal
 from .randomness import derived_seed, random_state, set_random_state
+from .release import released
 from .results import AnnealedRun
 from .runs import Settings, forward, freeze, make_problem, progress_bar
 from .simulation import Arguments
@@ -245,7 +246,7 @@ def _take_turns(
             )
     if world.rank < len(turns):
         index = list(turns)[world.rank]
-        with journal.on_this_rank():
+        with released(), journal.on_this_rank():
             run = _run_batch(settings, turns[index], journal, index, on_batch is not None)
         own = _reduce(run)
         if on_batch is not None:

@@ -219,7 +219,7 @@ def test_ranks_must_agree(tmp_path, function, args, message):
 
 def test_an_error_of_the_pilot_reaches_every_rank(tmp_path):
     _, errors = run_ranks(call_without_start, 2, tmp_path / "ranks")
-    assert "site(s) ['x'] the log density" in errors[0]
+    assert "check the data for NaN" in errors[0]
     assert errors[1] == f"{errors[0]} (found by rank 0)"
 
 

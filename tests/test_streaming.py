@@ -34,7 +34,14 @@ def linear_evidence(x):
 
 
 def annealed(model=linear, **options):
-    defaults = {"num_chains": 8, "num_steps": 60, "progress_bar": False, "seed": 0}
+    defaults = {
+        "num_chains": 8,
+        "num_steps": 60,
+        "schedule": Linear(),
+        "step_size": 0.6,
+        "progress_bar": False,
+        "seed": 0,
+    }
     return AnnealedImportance(model, **(defaults | options))
 
 
@@ -232,20 +239,33 @@ def test_pairs_keep_log_weights_only(monkeypatch):
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     x = torch.zeros(2, 200)
-    annealed(wide, num_steps=20, step_size=0.5, schedule=Linear()).mutual_information(
-        x, num_simulations=5
-    )
+    annealed(wide, num_steps=20).mutual_information(x, num_simulations=5)
     growth = [b - a for a, b in itertools.pairwise(held[1:])]
     latents = 8 * 2 * 200 * 8  # bytes of one direction's samples
     per_pair = 2 * 2 * 8 * 2 * 8  # log-weights and their integrals, both directions
     assert max(growth) <= 4 * per_pair < latents / 10
     held.clear()
-    annealed(wide, num_steps=20, step_size=0.5, schedule=Linear()).sandwich(
-        x, num_simulations=5, keep_samples=True
-    )
+    annealed(wide, num_steps=20).sandwich(x, num_simulations=5, keep_samples=True)
     assert held[-1] - held[1] > 3 * latents  # the measure would see them
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
+def test_graphs_of_finished_data_sets_are_freed():
+    counts, original = [], pyro_anneal.pairs.simulate_pair
+
+    def counted(*args, **kwargs):
+        graphs = sum(type(x).__name__ == "CapturedDensity" for x in gc.get_objects())
+        texts = len(torch.fx.graph_module._loader.eval_cache)
+        counts.append((graphs, texts))
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyro_anneal.pairs, "simulate_pair", counted)
+        annealed(num_steps=3).mutual_information(torch.zeros(2, 4), num_simulations=3)
+    assert counts[1] == counts[2]
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
 def test_simulations_are_those_of_runs_one_by_one():
     x = torch.zeros(3, 4)
     together = annealed(seed=7).sandwich(x, num_simulations=3, keep_samples=True)

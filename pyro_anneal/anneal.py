@@ -456,7 +456,7 @@ class AnnealedImportance:
 def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AnnealedRun:
     """Bounds the log evidence of a model in one call.
 
-    A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 16
+    A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
     chains are annealed from it to the model over T = 1000 steps.
 
     Args:
@@ -478,4 +478,4 @@ def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Anneal
         >>> bool((evidence.lower + 2.265512).abs() < 1e-3)  # the fit is exact here
         True
     """
-    return AnnealedImportance(model, guide="auto").run(*args, **kwargs)
+    return AnnealedImportance(model, guide="auto", num_chains=32).run(*args, **kwargs)

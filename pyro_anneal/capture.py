@@ -193,6 +193,24 @@ class CapturedDensity:
         evaluator = self._evaluator(num_chains)
         return evaluator.body, list(evaluator.values)
 
+    def chain_graph_and_inputs(self) -> tuple[fx.GraphModule, list[Tensor]]:
+        """Returns the graph of one chain, for vectorization by other means than vmap.
+
+        Returns:
+            ``graph`` and ``inputs`` as in :meth:`graph_and_inputs`, for a position
+            ``[*batch, D]``.
+
+        Raises:
+            ValueError: If there is no graph.
+        """
+        if self._trace is None:
+            raise ValueError(f"no graph of one chain: {self.reason}")
+        if None not in self._evaluators:
+            constants = [constant.detach() for constant in self._constants]
+            self._evaluators[None] = _Evaluator(self._trace, constants)
+        evaluator = self._evaluators[None]
+        return evaluator.body, list(evaluator.values)
+
     def check(self, positions: Tensor) -> None:
         """Compares the graph with the model itself.
 

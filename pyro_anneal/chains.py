@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .chunk_graph import StepTable
+from .chunk_program import LoopedDensity
 from .kernels import Density, Kernel, State, Tuning
 
 __all__ = [
@@ -199,6 +201,15 @@ def _run_chunk(
     host_betas = betas.tolist()
     for visit in steps:
         if visit > 0:  # the move that leads to this visit
+            if isinstance(density, LoopedDensity):
+                rest = slice(visit, steps.stop)
+                table = _step_table(path.tuning, betas[visit : steps.stop + 1], quadrature[rest], state)
+                outcome = density.run(
+                    kernel, state, log_weights, integral, table, generator, rows=CHUNK_SIZE
+                )
+                if outcome is not None:
+                    _write(statistics, rest, outcome.statistics)
+                    return Carry(*outcome[:3])
             beta = host_betas[visit]
             noise = kernel.noise(state, generator)
             on_device = torch.full((), beta, dtype=state.position.dtype, device=noise[0].device)
@@ -211,6 +222,28 @@ def _run_chunk(
         statistics.mean_log_ratio[visit] = ratio.mean()
         statistics.var_log_ratio[visit] = ratio.var(dim=0, correction=0).mean()
     return Carry(state, log_weights, integral)
+
+
+def _step_table(
+    tuning: TuningTable, betas: Tensor, quadrature: Tensor, state: State
+) -> StepTable:
+    """Tabulates the moves at all but the last of ``betas`` and the increments after them."""
+    position = state.position
+    tunings = [tuning.at(beta) for beta in betas[:-1].tolist()]
+    return StepTable(
+        beta=betas[:-1].to(position),
+        step_size=torch.stack([each.step_size for each in tunings]),
+        scale=torch.stack([each.scale for each in tunings]),
+        width=betas.diff().abs().to(position.device),
+        quadrature=quadrature.to(position.device),
+    )
+
+
+def _write(statistics: StepStatistics, visits: slice, seen: Tensor) -> None:
+    """Enters the statistics of a compiled chunk, ``[n, 4]``."""
+    moves = slice(visits.start - 1, visits.stop - 1)
+    statistics.mean_log_ratio[visits], statistics.var_log_ratio[visits] = seen[:, 0], seen[:, 1]
+    statistics.accept_prob[moves], statistics.num_diverging[moves] = seen[:, 2], seen[:, 3]
 
 
 def final_move(density: Density, path: Path, state: State, *, seed: int, stream: str) -> State:

@@ -262,11 +262,11 @@ def _build(
     last: bool,
 ) -> Body:
     graph, shared = graphs.one_chain if last else graphs.all_chains
-    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    weights = [torch.zeros_like(state.log_target, dtype=torch.float64) for _ in range(2)]
     layout = Layout(
         last,
         len(state.position),
-        tuple(_template(x, drop_chains=last) for x in (*state, weights, weights)),
+        tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
         tuple(_template(x, drop_chains=last) for x in noise),
         tuple(_template(x, drop_chains=False) for x in shared),
     )
@@ -281,8 +281,8 @@ def _build(
     body = _body_function(step, layout, [part.shape[1:] for part in table[:3]])
     example = [
         torch.zeros((), dtype=torch.long, device=state.position.device),
-        *layout.store([*state, weights, weights]),
-        weights.new_zeros(size, NUM_STATISTICS),
+        *layout.store([*state, *weights]),
+        weights[0].new_zeros(size, NUM_STATISTICS),
         *store_table(table, size),
         *layout.store_noise([noise], size),
         *layout.store_shared(shared),

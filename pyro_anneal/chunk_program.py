@@ -252,10 +252,11 @@ def _compile(
             f"a step has {num_operations} operations, more than the {_MAX_OPERATIONS} that "
             "compile in reasonable time: use fewer leapfrogs"
         )
-    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    # Two tensors: inputs that are one object would be compiled into one.
+    zeros = [torch.zeros_like(state.log_target, dtype=torch.float64) for _ in range(2)]
     stored = body.layout.store_shared(shared)
     first = StepTable(*(column[:1] for column in table))
-    example = _arguments(body, state, weights, weights, first, [noise], stored)
+    example = _arguments(body, state, *zeros, first, [noise], stored)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
         if state.position.device.type == "cuda":

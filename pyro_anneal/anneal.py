@@ -25,6 +25,7 @@ from .chains import (
     run_chains,
     seeded_generator,
 )
+from .chunk_program import LoopedDensity, loop_problem, repays_compilation
 from .information import MutualInformation
 from .kernels import HMC, Kernel, State
 from .pairs import Pair, merge_pairs
@@ -35,9 +36,6 @@ from .schedules import Schedule, as_betas
 from .simulation import Arguments, MakeArgs, guide_arguments, simulate
 
 __all__ = ["AnnealedImportance", "log_evidence"]
-
-# Gradients of a run (K chains at once) above which compiling them repays its ten seconds.
-_COMPILE_ABOVE = 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +76,10 @@ class AnnealedImportance:
             modes that a fitted guide may miss.
         cross_check: Whether :meth:`run` also starts as many chains from the prior, and says so if
             they find more evidence. Doubles the cost; nothing to do where ``guide`` is None.
-        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
+        compile: ``"auto"`` compiles the annealing loop when counts of steps and operations say
+            that this repays the ten seconds or more that it takes, or the density alone where the
+            loop cannot be compiled; True compiles the loop (else the density), ``"density"`` the
+            density alone, False nothing.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.
@@ -125,8 +126,8 @@ class AnnealedImportance:
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
         if not 0.0 <= prior_weight < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
-        if compile not in ("auto", True, False):
-            raise ValueError(f'compile must be "auto", True or False, got {compile!r}')
+        if compile not in ("auto", "density", True, False):
+            raise ValueError(f'compile must be "auto", "density", True or False, got {compile!r}')
         if isinstance(schedule, Tensor):
             num_steps = len(schedule) - 1
         self.model = model
@@ -303,7 +304,6 @@ class AnnealedImportance:
     ) -> _Frozen:
         """Prepares the problem and runs the pilot."""
         began = time.perf_counter()
-        steps = self.num_steps * self.kernel.num_gradients
         with _bar(self.progress_bar and self.guide == "auto", "fit", 340) as bar:
             problem = prepare(
                 model,
@@ -312,14 +312,29 @@ class AnnealedImportance:
                 guide_args,
                 num_chains=self.num_chains,
                 batch_plates=self.batch_plates,
-                compile=steps >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile),
+                compile=self.compile == "density",
                 seed=seed,
                 prior_weight=self.prior_weight,
                 progress=bar.update,
             )
+            problem = replace(problem, density=self._compiled(problem.density))
         setup_seconds = time.perf_counter() - began
         path, summary = self._run_pilot(problem, seed)
         return _Frozen(problem, path, summary, seed, setup_seconds)
+
+    def _compiled(self, density: Any) -> Any:
+        """Compiles the loop or the density, as ``compile`` and counts of operations say."""
+        if self.compile in (False, "density") or self.num_steps == 1:
+            return density
+        problem = loop_problem(density, self.kernel)
+        if self.compile == "auto" and (
+            density.mode in ("eager", "graph-loop")
+            or not repays_compilation(density, self.kernel, self.num_steps - 1)
+        ):
+            return density
+        if problem is not None:
+            density.compile()
+        return LoopedDensity(density, problem)
 
     def _run_pilot(self, problem: Problem, seed: int) -> tuple[Path, PilotSummary | None]:
         betas = self._betas
@@ -456,11 +471,11 @@ class AnnealedImportance:
             seconds=seconds,
             seed=frozen.seed,
             kernel=repr(kernel),
-            density_mode=problem.density.mode,
+            density_mode=_density_mode(problem.density),
             pilot=frozen.pilot,
             setup_seconds=frozen.setup_seconds,
             fit_gradients=problem.fit_gradients,
-            notes=layout.notes,
+            notes=(*layout.notes, *_loop_notes(problem.density)),
             scale=layout.scale,
             observed=layout.observed,
         )
@@ -506,6 +521,18 @@ def _summarize(outcome: PilotOutcome, seconds: float) -> PilotSummary:
         length=outcome.lengths[-1],
         seconds=seconds,
     )
+
+
+def _density_mode(density: Any) -> str:
+    if isinstance(density, LoopedDensity) and density.loop_mode is not None:
+        return f"compiled {density.loop_mode}"
+    return str(density.mode)
+
+
+def _loop_notes(density: Any) -> tuple[str, ...]:
+    if isinstance(density, LoopedDensity) and density.loop_reason is not None:
+        return (f"the annealing loop could not be compiled ({density.loop_reason})",)
+    return ()
 
 
 def _diagnosed(run: AnnealedRun) -> AnnealedRun:

@@ -86,13 +86,11 @@ class CapturedDensity:
         self.reason = reason
         self._trace = traced
         self._constants = [] if traced is None else traced.constants
-        self._compile = compile and traced is not None
+        self._compile = False
         self._looped = False
         self._evaluators: dict[int | None, _Evaluator] = {}
-        if compile and traced is not None:
-            problem = compiler_problem(example.device)
-            if problem is not None:
-                self._compile, self.reason = False, problem
+        if compile:
+            self.compile()
         if traced is not None:
             self._evaluator(num_chains)
 
@@ -104,6 +102,17 @@ class CapturedDensity:
         if self._looped:
             return "graph-loop"
         return "compiled" if self._compile else "graph"
+
+    def compile(self) -> None:
+        """Compiles evaluations from now on, where that is possible."""
+        if self._trace is None or self._looped or self._compile:
+            return
+        problem = compiler_problem(self.example.device)
+        if problem is not None:
+            self.reason = problem
+            return
+        self._compile = True
+        self._evaluators = {}
 
     @property
     def constants(self) -> tuple[Tensor, ...]:

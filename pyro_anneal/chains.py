@@ -62,6 +62,27 @@ class TuningTable:
         log_scale = torch.lerp(self.log_scale[upper - 1], self.log_scale[upper], fraction)
         return Tuning(log_step.exp(), log_scale.exp())
 
+    def at_all(self, betas: Tensor) -> Tuning:
+        """Interpolates the tuning at several betas ``[n]``, all at once.
+
+        Returns:
+            Step sizes ``[n, *batch]`` and scales ``[n, *batch, D]``.
+        """
+        last = len(self.betas) - 1
+        knots = torch.tensor(self.betas, dtype=torch.float64)
+        betas = betas.double().cpu()
+        upper = torch.searchsorted(knots, betas, right=True).clamp(min(1, last), last)
+        lower = (upper - 1).clamp(min=0)
+        width = (knots[upper] - knots[lower]).clamp(min=torch.finfo(torch.float64).tiny)
+        fraction = ((betas - knots[lower]) / width).clamp(0.0, 1.0)
+
+        def interpolate(table: Tensor) -> Tensor:
+            weight = fraction.to(table).reshape(-1, *(1 for _ in table.shape[1:]))
+            below, above = table[lower.to(table.device)], table[upper.to(table.device)]
+            return torch.lerp(below, above, weight).exp()
+
+        return Tuning(interpolate(self.log_step_size), interpolate(self.log_scale))
+
     @staticmethod
     def constant(step_size: float | Tensor, example: Tensor) -> TuningTable:
         """Builds the table of one step size for all betas and unit scales.
@@ -203,7 +224,9 @@ def _run_chunk(
         if visit > 0:  # the move that leads to this visit
             if isinstance(density, LoopedDensity):
                 rest = slice(visit, steps.stop)
-                table = _step_table(path.tuning, betas[visit : steps.stop + 1], quadrature[rest], state)
+                table = _step_table(
+                    path.tuning, betas[visit : steps.stop + 1], quadrature[rest], state
+                )
                 outcome = density.run(
                     kernel, state, log_weights, integral, table, generator, rows=CHUNK_SIZE
                 )
@@ -224,16 +247,14 @@ def _run_chunk(
     return Carry(state, log_weights, integral)
 
 
-def _step_table(
-    tuning: TuningTable, betas: Tensor, quadrature: Tensor, state: State
-) -> StepTable:
+def _step_table(tuning: TuningTable, betas: Tensor, quadrature: Tensor, state: State) -> StepTable:
     """Tabulates the moves at all but the last of ``betas`` and the increments after them."""
     position = state.position
-    tunings = [tuning.at(beta) for beta in betas[:-1].tolist()]
+    step_size, scale = tuning.at_all(betas[:-1])
     return StepTable(
         beta=betas[:-1].to(position),
-        step_size=torch.stack([each.step_size for each in tunings]),
-        scale=torch.stack([each.scale for each in tunings]),
+        step_size=step_size,
+        scale=scale,
         width=betas.diff().abs().to(position.device),
         quadrature=quadrature.to(position.device),
     )

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 __all__ = ["Transposing", "over_chains_last"]
 
 aten = torch.ops.aten
+# Multiplications of one chain above which a product is left to a matrix library.
+_SMALL_PRODUCT = 4096
 
 
 class Transposing(Exception):
@@ -252,17 +254,32 @@ def _index(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tenso
     return result
 
 
-@_rule(aten.mv.default, aten.mm.default)
-def _matrix_from_the_left(
-    count: int, shape: Any, target: Any, args: Any, kwargs: Any
-) -> Tensor | None:
-    left, right = args
-    if isinstance(left, _Chains):
-        if not isinstance(right, _Chains):
-            raise Transposing(str(target))
+def _multiply(count: int, shape: Any, target: Any, left: Any, right: Any) -> Tensor:
+    if not isinstance(left, _Chains) and target is not aten.bmm.default:
+        tensor: Tensor = right.tensor
+        return torch.mm(left, tensor.reshape(tensor.shape[0], -1)).reshape(*shape, count)
+    first, second = (_all_chains(argument, 1) for argument in (left, right))
+    if target is aten.mv.default:
+        second = second.unsqueeze(1)
+    multiplications = torch.Size(shape).numel() * first.shape[-2]
+    if multiplications > _SMALL_PRODUCT:
+        raise Transposing(str(target))
+    # [..., n, m, 1, K] times [..., 1, m, p, K]
+    product = first.unsqueeze(-2) * second.unsqueeze(-4)
+    return product.sum(-3).reshape(*shape, count)
+
+
+@_rule(aten.mv.default, aten.mm.default, aten.bmm.default)
+def _product(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+    return _multiply(count, shape, target, *args)
+
+
+@_rule(aten.addmm.default)
+def _add_product(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor | None:
+    if kwargs or not any(isinstance(argument, _Chains) for argument in args[1:]):
         return None
-    tensor: Tensor = right.tensor
-    return torch.mm(left, tensor.reshape(tensor.shape[0], -1)).reshape(*shape, count)
+    bias: Tensor = _broadcastable(args[0])
+    return bias + _multiply(count, shape, aten.mm.default, *args[1:])
 
 
 @_rule(aten.dot.default)
@@ -272,6 +289,6 @@ def _dot(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
     return product.sum(0)
 
 
-@_rule(aten.addmm.default, aten.baddbmm.default, aten.bmm.default, aten.convolution.default)
+@_rule(aten.baddbmm.default, aten.convolution.default)
 def _refuse(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
     raise Transposing(str(target))

@@ -34,8 +34,18 @@ __all__ = ["ChunkOutcome", "LoopMode", "LoopedDensity", "loop_problem", "repays_
 LoopMode = Literal["loop", "cuda-graph", "step"]
 Run = Callable[..., Sequence[Tensor]]
 
+
+class _Compiled(NamedTuple):
+    """A body, what runs it, how, and why not better."""
+
+    body: Body
+    run: Run
+    mode: LoopMode
+    reason: str | None
+
+
 # Programs by what they were made for. They hold no data: these are inputs.
-_PROGRAMS: OrderedDict[tuple[Any, ...], tuple[Body, Run, LoopMode]] = OrderedDict()
+_PROGRAMS: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
 _CAPACITY = 32
 # Numbers of noise held at once: 32 MB in float64.
 _NOISE_LIMIT = 2**22
@@ -60,16 +70,18 @@ class LoopedDensity:
 
     Args:
         density: The captured density.
+        problem: Why chunks must be run step by step from the start.
 
     Attributes:
-        mode: How chunks ran so far, or None.
-        reason: Why chunks ran step by step, or None.
+        loop_mode: How chunks ran so far, or None: ``"loop"``, ``"cuda-graph"``, or ``"step"``, one
+            call per step.
+        loop_reason: Why nothing better was possible, or None.
     """
 
-    def __init__(self, density: CapturedDensity) -> None:
+    def __init__(self, density: CapturedDensity, problem: str | None = None) -> None:
         self.density = density
-        self.mode: LoopMode | None = None
-        self.reason: str | None = None
+        self.loop_mode: LoopMode | None = None
+        self.loop_reason = problem
 
     def __call__(self, position: Tensor) -> State:
         """Evaluates K chains."""
@@ -106,17 +118,16 @@ class LoopedDensity:
         Returns:
             Everything after the last step, and the statistics of each.
         """
-        if self.reason is not None:
+        if self.loop_reason is not None and self.loop_mode is None:
             return None
         before = generator.get_state()
         try:
-            outcome = self._run(
-                kernel, state, log_weights, integral, table, generator, rows
-            )
-        except Exception as error:  # noqa: BLE001 - kernels, vmap, inductor, the C++ compiler
+            outcome = self._run(kernel, state, log_weights, integral, table, generator, rows)
+        except Exception as error:  # of kernels, vmap, inductor, the C++ compiler
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            self.reason = _first_line(error)
+            self.loop_mode, self.loop_reason = None, _first_line(error)
+            self.density.compile()
             generator.set_state(before)
             return None
         self.density.num_evaluations += kernel.num_gradients * len(table.beta)
@@ -166,23 +177,22 @@ class LoopedDensity:
         if found is None:
             body = build_body(graphs, kernel, state, noise, table, size)
             shared = graphs.one_chain[1] if body.layout.last else graphs.all_chains[1]
-            run, mode = _compile(body, state, noise, table, shared)
-            found = (body, run, mode)
+            found = _compile(body, state, noise, table, shared)
             _check(_Program(found, shared), kernel, self.density, state, noise, table)
             _PROGRAMS[key] = found
             if len(_PROGRAMS) > _CAPACITY:
                 _PROGRAMS.popitem(last=False)
         _PROGRAMS.move_to_end(key)
-        self.mode = found[2]
-        shared = graphs.one_chain[1] if found[0].layout.last else graphs.all_chains[1]
+        self.loop_mode, self.loop_reason = found[2:]
+        shared = graphs.one_chain[1] if found.body.layout.last else graphs.all_chains[1]
         return _Program(found, shared)
 
 
 class _Program:
     """A compiled body with one density's data."""
 
-    def __init__(self, found: tuple[Body, Run, LoopMode], shared: Sequence[Tensor]) -> None:
-        self.body, self.run, self.mode = found
+    def __init__(self, compiled: _Compiled, shared: Sequence[Tensor]) -> None:
+        self.body, self.run = compiled.body, compiled.run
         self.shared = self.body.layout.store_shared(shared)
 
     def __call__(
@@ -244,7 +254,7 @@ def _compile(
     noise: Sequence[Tensor],
     table: StepTable,
     shared: Sequence[Tensor],
-) -> tuple[Run, LoopMode]:
+) -> _Compiled:
     """Compiles a body: as a loop where that works, else as one step per call."""
     num_operations = len(body.graph.graph.nodes)
     if num_operations > _MAX_OPERATIONS:
@@ -253,18 +263,21 @@ def _compile(
             "compile in reasonable time: use fewer leapfrogs"
         )
     # Two tensors: inputs that are one object would be compiled into one.
-    zeros = [torch.zeros_like(state.log_target, dtype=torch.float64) for _ in range(2)]
+    weights, integral = torch.zeros(2, *state.log_target.shape, dtype=torch.float64).to(
+        state.position.device
+    )
     stored = body.layout.store_shared(shared)
     first = StepTable(*(column[:1] for column in table))
-    example = _arguments(body, state, *zeros, first, [noise], stored)
+    example = _arguments(body, state, weights, integral, first, [noise], stored)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
         if state.position.device.type == "cuda":
-            return _as_cuda_graph(body, example), "cuda-graph"
+            return _Compiled(body, _as_cuda_graph(body, example), "cuda-graph", None)
         try:
-            return _as_loop(body, example), "loop"
-        except Exception:  # noqa: BLE001 - older inductors lack the loop, or an operation in it
-            return _step_by_step(body, example), "step"
+            return _Compiled(body, _as_loop(body, example), "loop", None)
+        except Exception as error:  # noqa: BLE001 - no such loop, or an operation not in loops
+            reason = f"one call per step: {_first_line(error)}"
+            return _Compiled(body, _step_by_step(body, example), "step", reason)
 
 
 def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
@@ -293,8 +306,8 @@ def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
     items = [graph.call_function(operator.getitem, (loop, k)) for k in range(carried)]
     graph.output(tuple(items))
     # Inductor gives the loop's index a symbol, for which it needs a mode with a shape environment.
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_fallback_kernels=True)  # type: ignore[no-untyped-call]
-    fakes = [mode.from_tensor(x, static_shapes=True) for x in inputs]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_fallback_kernels=True)
+    fakes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in inputs]
     with tracing(TracingContext(mode)):
         compiled = torch._inductor.compile(
             fx.GraphModule(root, graph), fakes, options={"cpp_wrapper": True}
@@ -428,7 +441,7 @@ def repays_compilation(density: CapturedDensity, kernel: Kernel, num_moves: int)
     per_gradient = sum(node.op == "call_function" for node in graph.graph.nodes)
     per_step = kernel.num_gradients * per_gradient + _KERNEL_OPERATIONS
     saved = num_moves * per_step * _DISPATCH_SECONDS
-    return saved > _COMPILE_SECONDS + per_step * _COMPILE_SECONDS_PER_OPERATION
+    return bool(saved > _COMPILE_SECONDS + per_step * _COMPILE_SECONDS_PER_OPERATION)
 
 
 def _first_line(error: Exception) -> str:

@@ -283,7 +283,7 @@ def _build(
         torch.zeros((), dtype=torch.long, device=state.position.device),
         *layout.store([*state, *weights]),
         weights[0].new_zeros(size, NUM_STATISTICS),
-        *store_table(table, size),
+        *store_table(StepTable(*(column[:1] for column in table)), size),
         *layout.store_noise([noise], size),
         *layout.store_shared(shared),
         *constants,

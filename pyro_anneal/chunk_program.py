@@ -262,10 +262,9 @@ def _compile(
             f"a step has {num_operations} operations, more than the {_MAX_OPERATIONS} that "
             "compile in reasonable time: use fewer leapfrogs"
         )
-    # Two tensors: inputs that are one object would be compiled into one.
-    weights, integral = torch.zeros(2, *state.log_target.shape, dtype=torch.float64).to(
-        state.position.device
-    )
+    # Two tensors: inputs that share storage would be compiled into one.
+    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    integral = weights.clone()
     stored = body.layout.store_shared(shared)
     first = StepTable(*(column[:1] for column in table))
     example = _arguments(body, state, weights, integral, first, [noise], stored)

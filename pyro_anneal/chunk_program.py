@@ -418,11 +418,11 @@ def loop_problem(density: Any, kernel: Kernel) -> str | None:
 
 
 # One operation dispatched from Python takes about 5 microseconds, a step of HMC about 60 besides
-# those of the density; compiling takes about 8 seconds and 25 milliseconds per operation.
+# those of the density; compiling takes about 5 seconds and 20 milliseconds per operation.
 _DISPATCH_SECONDS = 5e-6
 _KERNEL_OPERATIONS = 60
-_COMPILE_SECONDS = 8.0
-_COMPILE_SECONDS_PER_OPERATION = 0.025
+_COMPILE_SECONDS = 5.0
+_COMPILE_SECONDS_PER_OPERATION = 0.02
 
 
 def repays_compilation(density: CapturedDensity, kernel: Kernel, num_moves: int) -> bool:

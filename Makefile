@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow notebooks tutorials docs clean
 
 # The CPU build of torch is small; set TORCH=torch for a GPU build.
 TORCH ?= torch==2.13.0
@@ -28,5 +28,21 @@ test: lint
 slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
+# The notebooks from their text, formatted: after every edit of tutorials/*.md.
+notebooks: .venv/installed
+	$(BIN)/python tutorials/build.py
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+# All tutorials in full, into tutorials/_executed, where `make docs` finds them.
+tutorials: .venv/installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/build.py --execute
+
+docs: .venv/installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info docs/_build docs/tutorials tutorials/_executed

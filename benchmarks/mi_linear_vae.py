@@ -140,9 +140,7 @@ def table(args: argparse.Namespace) -> None:
         axes.figure.savefig(args.plot, dpi=150)
 
 
-def report(
-    estimates: dict[str, mi.MutualInformationEstimate], exact: Tensor, truth: float
-) -> None:
+def report(estimates: dict[str, mi.MutualInformation], exact: Tensor, truth: float) -> None:
     """Prints deficits from the analytic value beside the paper's."""
     print(f"\nanalytic {truth:.3f} nats; on these {len(exact)} pairs {exact.mean():.3f}")
     header = f"{'bound':<27}{'value':>9}{'+-':>7}{'deficit':>10}{'+-':>7}{'paper value':>13}"
@@ -169,7 +167,7 @@ def figure_5(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     x, z = joint.sample(10 if args.quick else 100)
     steps = [1, 10, 100] if args.quick else [1, 10, 100, 1000, 5000]
-    series: dict[str, dict[float, mi.MutualInformationEstimate]] = {}
+    series: dict[str, dict[float, mi.MutualInformation]] = {}
     kernel = HMC(num_leapfrog=args.num_leapfrog)
     print(f"analytic {truth:.3f}; HMC with {args.num_leapfrog} leapfrogs, from the prior")
     for num_chains in (1, 100):

@@ -106,7 +106,7 @@ def theirs(design: Tensor, args: argparse.Namespace) -> dict[str, float | tuple[
     return {name: float(value.detach()) for name, value in results.items()}
 
 
-def ours(design: Tensor, args: argparse.Namespace) -> dict[str, mi.MutualInformationEstimate]:
+def ours(design: Tensor, args: argparse.Namespace) -> dict[str, mi.MutualInformation]:
     """Runs the bounds of pyro_anneal.mi on the same model."""
     joint = mi.PyroJoint(lambda: oed_model(design), observed=["y"])
     guide, critic = Guide(), Critic()

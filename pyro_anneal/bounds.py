@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .arguments import as_real
 from .weights import log_mean_exp
 
 __all__ = [
@@ -265,7 +266,7 @@ def interval(lower: Tensor, upper: Tensor, level: float = 0.95) -> tuple[Tensor,
         >>> (low + 3.0).exp(), (high + 2.0).exp()
         (tensor(0.2500), tensor(4.))
     """
-    if not 0.0 < level < 1.0:
+    if not 0.0 < as_real("level", level) < 1.0:
         raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
     margin = math.log(2.0 / (1.0 - level))
     return lower - margin, upper + margin
@@ -295,6 +296,11 @@ def bennett(forward: Tensor, reverse: Tensor, *, num_iterations: int = 60) -> Te
         >>> bennett(torch.tensor([-2.0, -2.0]), torch.tensor([-2.0]))
         tensor(-2.)
     """
+    if 0 in (forward.shape[:1].numel(), reverse.shape[:1].numel()):
+        raise ValueError(
+            "bennett needs at least one chain of each direction, got log-weights of shapes "
+            f"{list(forward.shape)} and {list(reverse.shape)}"
+        )
     shift = math.log(forward.shape[0] / reverse.shape[0])
     both = torch.cat([forward, reverse], dim=0)
     finite = both.isfinite()

@@ -119,6 +119,11 @@ class CapturedDensity:
         """The live tensors that the density reads: parameters, data, buffers."""
         return tuple(self._constants)
 
+    @property
+    def code(self) -> str | None:
+        """The operations recorded for one chain, or None without a graph."""
+        return None if self._trace is None else str(self._trace.graph.code)
+
     def __call__(self, position: Tensor) -> State:
         """Evaluates K chains.
 
@@ -384,8 +389,10 @@ def capture(
 
 def _probes(example: Tensor) -> Tensor:
     """Moves the example by a little and by a unit, without the global random state."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(example.shape, generator=generator, dtype=torch.float64).to(example)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(example.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        example
+    )
     return torch.stack([example, example + 0.1 * noise, example - noise])
 
 

@@ -16,7 +16,7 @@ import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +29,16 @@ from .compilation import compiler_problem
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 
-__all__ = ["ChunkOutcome", "LoopMode", "LoopedDensity", "loop_problem", "repays_compilation"]
+__all__ = [
+    "ChunkOutcome",
+    "LoopMode",
+    "LoopedDensity",
+    "describe_mode",
+    "loop_notes",
+    "loop_problem",
+    "repays_compilation",
+    "with_loop",
+]
 
 LoopMode = Literal["loop", "cuda-graph", "step"]
 Run = Callable[..., Sequence[Tensor]]
@@ -441,6 +450,52 @@ def repays_compilation(density: CapturedDensity, kernel: Kernel, num_moves: int)
     per_step = kernel.num_gradients * per_gradient + _KERNEL_OPERATIONS
     saved = num_moves * per_step * _DISPATCH_SECONDS
     return bool(saved > _COMPILE_SECONDS + per_step * _COMPILE_SECONDS_PER_OPERATION)
+
+
+class _Path(Protocol):
+    @property
+    def kernel(self) -> Kernel: ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+
+def with_loop(density: Any, path: _Path, compile: bool | str) -> Any:
+    """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
+
+    Args:
+        density: The captured density.
+        path: The kernel and the number of steps to come.
+        compile: As of :class:`~pyro_anneal.AnnealedImportance`.
+
+    Returns:
+        The density, or a :class:`LoopedDensity` of it.
+    """
+    if compile in (False, "density") or path.num_steps == 1:
+        return density
+    if compile == "auto" and (
+        density.mode in ("eager", "graph-loop")
+        or not repays_compilation(density, path.kernel, path.num_steps - 1)
+    ):
+        return density
+    problem = loop_problem(density, path.kernel)
+    if problem is not None and isinstance(density, CapturedDensity):
+        density.compile()
+    return LoopedDensity(density, problem)
+
+
+def describe_mode(density: Any) -> str:
+    """Says how a density is evaluated: ``"graph"``, ``"compiled loop"``, ..."""
+    if isinstance(density, LoopedDensity) and density.loop_mode is not None:
+        return f"compiled {density.loop_mode}"
+    return str(density.mode)
+
+
+def loop_notes(density: Any) -> tuple[str, ...]:
+    """Says why a loop that was wanted could not be compiled."""
+    if isinstance(density, LoopedDensity) and density.loop_reason is not None:
+        return (f"the annealing loop could not be compiled ({density.loop_reason})",)
+    return ()
 
 
 def _first_line(error: Exception) -> str:

@@ -39,7 +39,8 @@ class Comparison:
         """Standard errors of ``log_bayes_factors``, zero on the diagonal, ``[M, M]``."""
         variance = self.std_error.square()
         total = (variance.unsqueeze(1) + variance.unsqueeze(0)).sqrt()
-        return torch.where(torch.eye(len(self.names), dtype=torch.bool), 0.0, total)
+        diagonal = torch.eye(len(self.names), dtype=torch.bool, device=total.device)
+        return torch.where(diagonal, 0.0, total)
 
     @property
     def probabilities(self) -> Tensor:
@@ -85,7 +86,7 @@ class Comparison:
         _check_level(level)
         margin = 2.0 * math.log(4.0 / (1.0 - level))
         low = self.lower.unsqueeze(1) - self.upper.unsqueeze(0) - margin
-        low = low.masked_fill(torch.eye(len(self.names), dtype=torch.bool), 0.0)
+        low = low.masked_fill(torch.eye(len(self.names), dtype=torch.bool, device=low.device), 0.0)
         return low, -low.T
 
     def summary(self) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .weights import log_normalized_weights
+from .budget import weight_variance
 
 if TYPE_CHECKING:
     from .results import AnnealedRun, Sandwich
@@ -30,7 +30,9 @@ __all__ = [
     "check_agreement",
     "check_certified",
     "check_divergences",
+    "check_dominance",
     "check_gap",
+    "check_lag",
     "check_pilot",
     "check_weights",
     "check_zero_weights",
@@ -39,6 +41,10 @@ __all__ = [
     "diagnose_starts",
     "warn",
 ]
+
+
+# Transitions over which an acceptance is averaged before it is compared with another.
+_ENOUGH_TRANSITIONS = 100
 
 
 class AnnealingWarning(UserWarning):
@@ -56,35 +62,60 @@ class Diagnostic:
 
 
 def check_weights(run: AnnealedRun, *, min_fraction: float = 0.1) -> Diagnostic | None:
-    """Looks for bounds that rest on a few chains.
+    r"""Looks for a collapse of the effective sample size.
+
+    Fewer than 8 chains say little by their effective sample size, so for them the variance of the
+    log-weights counts as well: of log-normal weights :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`.
 
     Args:
         run: A run of either direction.
-        min_fraction: Least effective sample size over K. From 8 chains on, one chain with more
-            than half of the weight counts as well.
+        min_fraction: Least effective sample size over K.
 
     Returns:
         A finding whose value is the share of batch elements concerned, or ``None``.
     """
-    num_chains = run.num_chains
-    sign = 1.0 if run.direction == "forward" else -1.0
-    largest = log_normalized_weights(sign * run.log_weights).amax(dim=0).exp()
-    collapsed = run.ess < min_fraction * num_chains
-    if num_chains >= 8:  # below, a chain holds half of the weight by chance
-        collapsed = collapsed | (largest > 0.5)
+    collapsed = run.ess < min_fraction * run.num_chains
+    if 1 < run.num_chains < 8:
+        collapsed |= run.log_weights.var(dim=0) > -math.log(min_fraction)
     share = _share(collapsed)
     if share == 0.0:
         return None
-    of_batch = f" for {share:.0%} of the batch" if collapsed.numel() > 1 else ""
     return Diagnostic(
         name="ess",
         severity="warning",
         message=(
-            f"a few chains carry the weight{of_batch}: effective sample size down to "
-            f"{run.ess.min().item():.1f} of {num_chains}; raise num_steps, or start closer to the "
-            "posterior (another guide)"
+            f"the weights differ too much{_of_batch(collapsed)}: effective sample size down to "
+            f"{run.ess.min().item():.1f} of {run.num_chains}; raise num_steps, or start closer to "
+            "the posterior (another guide)"
         ),
         value=share,
+    )
+
+
+def check_dominance(run: AnnealedRun, *, max_weight: float = 0.5) -> Diagnostic | None:
+    """Looks for bounds that rest on one chain.
+
+    Args:
+        run: A run of either direction. Fewer than 8 chains pass: one of them holds half of the
+            weight by chance.
+        max_weight: Largest share of the weight that one chain may hold.
+
+    Returns:
+        A finding whose value is the largest share of a chain, or ``None``.
+    """
+    dominated = run.largest_weight > max_weight
+    if run.num_chains < 8 or not bool(dominated.any()):
+        return None
+    largest = run.largest_weight.max().item()
+    return Diagnostic(
+        name="dominance",
+        severity="warning",
+        message=(
+            f"one of {run.num_chains} chains holds up to {largest:.0%} of the weight"
+            f"{_of_batch(dominated)}: the bound and its standard error rest on that chain; raise "
+            "num_steps, or start closer to the posterior (another guide)"
+        ),
+        value=largest,
     )
 
 
@@ -125,30 +156,38 @@ def check_zero_weights(run: AnnealedRun, *, max_share: float = 0.1) -> Diagnosti
 def check_acceptance(
     run: AnnealedRun, *, low: float = 0.15, max_share: float = 0.1
 ) -> Diagnostic | None:
-    """Looks for betas at which the chains hardly move.
+    r"""Looks for betas at which the chains hardly move, because they reject or take tiny steps.
+
+    An acceptance of nearly one means steps far too small, where the kernel's step size can be
+    tuned: for a target a, those above :math:`1 - (1 - a) / 20`.
 
     Args:
         run: A run of either direction.
         low: Least acceptance probability.
-        max_share: Share of the betas that may lie below it.
+        max_share: Share of the betas that may lie outside the range.
 
     Returns:
         A finding whose value is the share of such betas, or ``None``.
     """
     if run.accept_prob.numel() == 0:
         return None
-    stuck = ~(run.accept_prob >= low)  # NaN counts as stuck
-    if _share(stuck) <= max_share:
-        return None
-    where = run.betas[1:-1][stuck]
-    return Diagnostic(
-        name="acceptance",
-        severity="warning",
-        message=f"acceptance is below {low:g} at {_share(stuck):.0%} of the betas, between "
-        f"{where.min().item():.2g} and {where.max().item():.2g}; give the pilot more gradients, or "
-        "use more leapfrogs or another kernel",
-        value=_share(stuck),
-    )
+    high = 1.0 if run.target_accept is None else 1.0 - 0.05 * (1.0 - run.target_accept)
+    stuck, timid = ~(run.accept_prob >= low), run.accept_prob > high  # NaN counts as stuck
+    for outside, what, advice in (
+        (stuck, f"below {low:g}", "give the pilot more gradients, use more leapfrogs"),
+        (timid, f"above {high:.3g}", "take larger steps (leave step_size to the pilot)"),
+    ):
+        if _share(outside) > max_share:
+            where = run.betas[1:-1][outside.to(run.betas.device)]
+            return Diagnostic(
+                name="acceptance",
+                severity="warning",
+                message=f"acceptance is {what} at {_share(outside):.0%} of the betas, between "
+                f"{where.min().item():.2g} and {where.max().item():.2g}: the chains hardly move; "
+                f"{advice} or another kernel",
+                value=_share(outside),
+            )
+    return None
 
 
 def check_divergences(run: AnnealedRun, *, max_share: float = 0.01) -> Diagnostic | None:
@@ -179,6 +218,8 @@ def check_pilot(
 ) -> Diagnostic | None:
     """Compares the acceptance of a run with that of the pilot which tuned it.
 
+    Passes where the user gave the step size, and where there are too few transitions to tell.
+
     Args:
         run: A run of either direction.
         tolerance: Largest difference of acceptance that counts as agreement.
@@ -187,10 +228,17 @@ def check_pilot(
     Returns:
         A finding whose value is the share of betas that disagree, or ``None``.
     """
-    if run.pilot is None or run.accept_prob.numel() == 0:
+    pilot, betas = run.pilot, run.betas[1:-1]
+    count = run.log_weights.numel()  # transitions per beta
+    if pilot is None or count * len(betas) < _ENOUGH_TRANSITIONS:
         return None
-    expected = _interpolate(run.betas[1:-1], run.pilot.betas, run.pilot.accept_prob)
-    share = _share(~((_smoothed(run.accept_prob).to(expected) - expected).abs() <= tolerance))
+    log_step = _interpolate(betas, pilot.betas, pilot.step_size.log())
+    if not torch.allclose(log_step, run.step_size.double().cpu().log(), atol=0.1):
+        return None
+    expected = _interpolate(betas, pilot.betas, pilot.accept_prob)
+    share = _share(
+        ~((_smoothed(run.accept_prob, count).to(expected) - expected).abs() <= tolerance)
+    )
     if share <= max_share:
         return None
     return Diagnostic(
@@ -202,24 +250,55 @@ def check_pilot(
     )
 
 
-def _smoothed(accept_prob: Tensor, *, share: float = 0.05) -> Tensor:
+def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.05) -> Tensor:
     """Averages over neighbouring betas: one step of a few chains is a noisy measurement."""
-    reach = int(0.5 * share * len(accept_prob))
+    reach = max(int(0.5 * share * len(accept_prob)), math.ceil(0.5 * _ENOUGH_TRANSITIONS / count))
     pooled: Tensor = torch.nn.functional.avg_pool1d(
         accept_prob.view(1, 1, -1), 2 * reach + 1, 1, reach, count_include_pad=False
     )
     return pooled.flatten()
 
 
+def check_lag(
+    run: AnnealedRun, *, min_variance: float = 0.5, factor: float = 4.0
+) -> Diagnostic | None:
+    r"""Compares the variance of weights with what chains that keep up with the path would have.
+
+    Args:
+        run: A forward run.
+        min_variance: Relative variance of the weights, :math:`K / \mathrm{ESS} - 1`, below which
+            the bound is good whatever the pilot expected.
+        factor: Ratio to the expected variance above which chains lag behind.
+
+    Returns:
+        A finding whose value is that ratio, or ``None``.
+    """
+    if run.pilot is None or run.direction == "reverse" or math.isnan(run.pilot.correlation):
+        return None
+    pilot, steps = run.pilot, run.num_steps
+    expected = math.expm1(min(weight_variance(pilot.length, pilot.correlation, steps), 30.0))
+    relative = float((run.num_chains / run.ess - 1.0).mean())
+    if relative <= min_variance or relative <= factor * expected:
+        return None
+    return Diagnostic(
+        name="lag",
+        severity="warning",
+        message=f"the weights vary {relative / expected:.2g} times as much as those of chains that "
+        "keep up with the path would: some chains lag behind and the bound may be far below the "
+        "truth; start closer to the posterior, reparameterize, or raise num_steps",
+        value=relative / expected,
+    )
+
+
 def check_certified(run: AnnealedRun) -> Diagnostic | None:
-    """Notes a run whose posterior samples are approximate, so that its bound is none."""
+    """Looks for a run whose posterior samples are approximate, so that its bound is none."""
     if run.certified:
         return None
     return Diagnostic(
         name="uncertified",
-        severity="info",
+        severity="warning",
         message="certified=False: a reverse run from approximate posterior samples is an estimate, "
-        "not a bound",
+        "not a bound; pass exact=True if they are exact, or use sandwich() on simulated data",
         value=0.0,
     )
 
@@ -282,9 +361,11 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
     checks = (
         check_zero_weights,
         check_weights,
+        check_dominance,
         check_acceptance,
         check_divergences,
         check_pilot,
+        check_lag,
         check_certified,
     )
     return tuple(found for check in checks if (found := check(run)) is not None)
@@ -371,6 +452,10 @@ def _outside_level() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _of_batch(condition: Tensor) -> str:
+    return f" for {_share(condition):.0%} of the batch" if condition.numel() > 1 else ""
 
 
 def _share(condition: Tensor) -> float:

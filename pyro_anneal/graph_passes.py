@@ -248,8 +248,8 @@ def _unstride(node: fx.Node, device: torch.device) -> Tensor:
     meta = base.meta["tensor_meta"]
     # Where each element of the storage lies in the base, then which of them the view sees.
     extent = 1 + sum((n - 1) * s for n, s in zip(meta.shape, meta.stride, strict=True))
-    where = torch.zeros(extent, dtype=torch.long)
-    order = torch.arange(meta.shape.numel()).view(meta.shape)
+    where = torch.zeros(extent, dtype=torch.long, device="cpu")
+    order = torch.arange(meta.shape.numel(), device="cpu").view(meta.shape)
     where.as_strided(meta.shape, meta.stride).copy_(order)
     seen = where.as_strided(size, stride, rest[0] if rest and rest[0] else 0).flatten()
 

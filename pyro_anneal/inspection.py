@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -28,13 +27,17 @@ from .sites import (
 )
 from .trace_checks import (
     check_latents,
+    check_log_probs,
     check_plates,
     check_shape,
     check_structure,
     check_value_shapes,
+    explained,
+    outside_support,
     plate_frames,
     support_of,
 )
+from .validation import validation_disabled
 
 __all__ = ["inspect_model"]
 
@@ -58,14 +61,17 @@ def _find_batch(
         guide_dims = guide_dims or dims
         if len(dims) == 1 and len(guide_dims) == 1:
             common[name] = BatchPlate(name, frame.size, frame.dim, guide_dims.pop())
+    named = isinstance(requested, Sequence) and all(isinstance(n, str) for n in requested)
+    if requested != "auto" and (isinstance(requested, str) or not named):
+        raise ValueError(
+            f'batch_plates must be "auto" or a list of plate names, got {requested!r}'
+        )
     if isinstance(requested, str):
-        if requested != "auto":
-            raise ValueError(
-                f'batch_plates must be "auto" or a list of plate names, got {requested!r}'
-            )
         chosen = list(common.values())
     else:
         for plate in requested:
+            if list(requested).count(plate) > 1:
+                raise ValueError(f'plate "{plate}" stands twice in batch_plates')
             if plate not in common:
                 outside = [
                     n for n, site in model_sites + guide_sites if plate not in plate_frames(site)
@@ -185,8 +191,44 @@ class _StartImproper(Messenger):  # type: ignore[misc]
 
 def _trace(function: Callable[..., Any], arguments: Arguments) -> Any:
     args, kwargs = arguments
-    with _StartImproper():
+    with explained(), _StartImproper():
         return poutine.trace(function).get_trace(*args, **kwargs)
+
+
+def _check_observed(
+    model: Callable[..., Any], arguments: Arguments, trace: Any, guarded: Sequence[str]
+) -> None:
+    """Refuses observed values outside their support, unless the user switched validation off."""
+    found = {name: text for name, text in outside_support(trace).items() if name not in guarded}
+    if not found:
+        return
+    # the trace at hand has validation switched off everywhere: look at the user's own setting
+    with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=()):
+        validated = _trace(model, arguments)
+    for name, text in found.items():
+        if base_distribution(validated.nodes[name]["fn"])._validate_args:
+            raise ValueError(text)
+
+
+def _moving_supports(first: Any, second: Any) -> tuple[str, ...]:
+    """Names observed sites whose support depends on latents.
+
+    There a value may be impossible for some latents only, where torch, with validation off, may
+    give a finite density (``Pareto`` does).
+    """
+    moving = []
+    for name, site in observed_sites(first).items():
+        images = []
+        for fn in (site["fn"], second.nodes[name]["fn"]):
+            try:
+                transform = biject_to(fn.support)
+                shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+                images.append(transform(torch.zeros(shape, device=site["value"].device)))
+            except (AttributeError, NotImplementedError, RuntimeError):  # none, or discrete
+                continue
+        if len(images) == 2 and not torch.equal(*images):
+            moving.append(name)
+    return tuple(moving)
 
 
 def _trace_pair(
@@ -233,7 +275,7 @@ def inspect_model(
         ValueError: If model and guide disagree, a latent is discrete and not enumerated, a plate
             is subsampled, a site's shape is not covered by plates, nothing is latent or observed.
     """
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+    with torch.no_grad(), poutine.block(), validation_disabled():
         first, second = _draw_two(model, guide, model_args, guide_args, num_tries)
         trace, guide_trace = first
         check_plates(trace)
@@ -241,7 +283,7 @@ def inspect_model(
             check_plates(guide_trace)
         enumerated = check_latents(trace, guide_trace)
         check_structure(trace, second[0])
-        trace.compute_log_prob()
+        check_log_probs(trace)
         for name, site in density_sites(trace):
             check_shape(name, site)
         batch = _find_batch(trace, guide_trace, batch_plates)
@@ -249,7 +291,14 @@ def inspect_model(
         for name, site in latent_sites(trace).items():
             if name not in enumerated:
                 sites.append(_make_site(name, site, batch, sites[-1].stop if sites else 0))
+        if sites[-1].stop == 0:
+            raise ValueError(
+                f"the latent sites {[site.name for site in sites]} have no elements, so there is "
+                "nothing to anneal: the log evidence is the log density itself"
+            )
         is_static = _supports_are_static(model, model_args, trace, second[0], sites)
+        guarded = _moving_supports(trace, second[0])
+    _check_observed(model, model_args, trace, guarded)
     scale, notes = _find_scale(trace)
     if enumerated:
         notes += (f"discrete sites {enumerated} are summed out: latents are the other sites",)
@@ -266,17 +315,19 @@ def inspect_model(
         if site["type"] == "sample"
         for frame in plate_frames(site).values()
     ]
+    device = trace.nodes[sites[0].name]["value"].device
     return Layout(
         sites=tuple(sites),
         batch=batch,
         dtype=functools.reduce(torch.promote_types, [site.dtype for site in sites]),
-        device=trace.nodes[sites[0].name]["value"].device,
+        device=device,
         enumerated=tuple(enumerated),
         max_plate_nesting=-min(dims, default=0),
         scale=scale,
         is_static=is_static,
+        guarded=guarded,
         observed={
-            name: site["value"].detach()
+            name: torch.as_tensor(site["value"], device=device).detach()
             for name, site in observed_sites(trace).items()
             if not is_factor(site)
         },

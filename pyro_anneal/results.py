@@ -14,13 +14,36 @@ import torch
 from torch import Tensor
 
 from . import bounds
+from .arguments import as_real
 from .tables import format_fields, format_value
-from .weights import effective_sample_size, log_mean_exp, resample_indices
+from .weights import (
+    effective_sample_size,
+    log_mean_exp,
+    log_normalized_weights,
+    resample_indices,
+)
 
 if TYPE_CHECKING:
     from .diagnostics import Diagnostic
 
 __all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich"]
+
+
+_LOWER = ("IM lower", "CR lower", "single lower")
+_UPPER = ("IM upper", "CR upper", "single upper")
+
+
+def check_names(names: Any) -> None:
+    """Checks the names of the two bounds that a sandwich shall report.
+
+    Raises:
+        ValueError: If they are not one of a lower and one of an upper bound, in this order.
+    """
+    is_pair = isinstance(names, tuple | list) and len(names) == 2
+    if not is_pair or names[0] not in _LOWER or names[1] not in _UPPER:
+        raise ValueError(
+            f"bounds must be a pair of one of {list(_LOWER)} and one of {list(_UPPER)}, got {names!r}"
+        )
 
 
 class Estimate(NamedTuple):
@@ -42,6 +65,8 @@ class PilotSummary:
     ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
     length: float  # thermodynamic length of the path
     seconds: float
+    correlation: float = math.nan  # of log p/q over one transition
+    expected_gap: float = math.nan  # of a sandwich at this K and T, nats per datum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -80,6 +105,7 @@ class AnnealedRun:
     independent_starts: bool = (
         False  # reverse only: one posterior sample per chain, not one in all
     )
+    target_accept: float | None = None  # of the kernel; None if it has no step size to tune
     observed: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
 
@@ -107,6 +133,10 @@ class AnnealedRun:
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the plates that enclose the whole model."""
         return tuple(self.log_weights.shape[1:])
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.direction == "forward" else -1.0
 
     @property
     def lower(self) -> Tensor:
@@ -148,8 +178,12 @@ class AnnealedRun:
     @property
     def ess(self) -> Tensor:
         """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K]."""
-        sign = 1.0 if self.direction == "forward" else -1.0
-        return effective_sample_size(sign * self.log_weights)
+        return effective_sample_size(self._sign * self.log_weights)
+
+    @property
+    def largest_weight(self) -> Tensor:
+        """Largest share of the weight (of ``1 / w`` in reverse) that one chain holds, ``batch``."""
+        return log_normalized_weights(self._sign * self.log_weights).amax(dim=0).exp()
 
     @property
     def std_error(self) -> Tensor:
@@ -160,8 +194,7 @@ class AnnealedRun:
         An asymptotic figure: a mode that no chain visited does not show. NaN for one chain, and
         for reverse chains that share their start (theirs comes from independent pairs only).
         """
-        sign = 1.0 if self.direction == "forward" else -1.0
-        log_weights = sign * self.log_weights
+        log_weights = self._sign * self.log_weights
         relative = torch.exp(log_weights - log_mean_exp(log_weights))
         return self.scale * self._std_error_of_mean(relative)
 
@@ -199,7 +232,7 @@ class AnnealedRun:
         Raises:
             ValueError: If ``level`` is not in (0, 1), or the run is not certified.
         """
-        if not 0.0 < level < 1.0:
+        if not 0.0 < as_real("level", level) < 1.0:
             raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
         if not self.certified:
             raise ValueError(
@@ -273,6 +306,8 @@ class AnnealedRun:
         extra = []
         if self.pilot is not None:
             extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
+            if not math.isnan(self.pilot.expected_gap):
+                fields.append(("expected gap per datum (pilot)", f"{self.pilot.expected_gap:.2g}"))
         if self.fit_gradients:
             extra.append(f"automatic guide: {self.fit_gradients} in all")
         if extra:

@@ -18,6 +18,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .arguments import as_count, as_real, check_function
+
 __all__ = ["Linear", "LogUniform", "Power", "Schedule", "Sigmoid", "as_betas"]
 
 
@@ -74,7 +76,7 @@ class Power:
     partitions: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.exponent < math.inf:
+        if not 0.0 < as_real("Power.exponent", self.exponent) < math.inf:
             raise ValueError(f"Power needs a positive, finite exponent, got {self.exponent}")
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
@@ -109,7 +111,7 @@ class Sigmoid:
     partitions: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.delta < math.inf:
+        if not 0.0 < as_real("Sigmoid.delta", self.delta) < math.inf:
             raise ValueError(f"Sigmoid needs a positive, finite delta, got {self.delta}")
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
@@ -148,7 +150,7 @@ class LogUniform:
     partitions: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta_1 < 1.0:
+        if not 0.0 < as_real("LogUniform.beta_1", self.beta_1) < 1.0:
             raise ValueError(f"LogUniform needs 0 < beta_1 < 1, got {self.beta_1}")
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
@@ -183,10 +185,17 @@ def as_betas(schedule: Callable[..., Tensor] | Tensor, num_steps: int | None = N
         >>> as_betas(Linear(), 2).tolist()
         [0.0, 0.5, 1.0]
     """
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if num_steps is not None:
+        num_steps = as_count("num_steps", num_steps)
+    if not isinstance(schedule, Tensor):
+        check_function(
+            "schedule", schedule, what="a schedule such as Linear(), or a tensor of betas"
+        )
     betas = schedule if isinstance(schedule, Tensor) else schedule(num_steps)
-    betas = betas.detach().double()
+    if not isinstance(betas, Tensor) or betas.is_complex():
+        kind = betas.dtype if isinstance(betas, Tensor) else type(betas).__name__
+        raise ValueError(f"betas must be a real tensor of shape [T + 1], got {kind}")
+    betas = betas.detach().double().cpu()
     if betas.dim() != 1 or betas.shape[0] < 2:
         raise ValueError(
             f"betas must be one-dimensional with at least two entries, got {list(betas.shape)}"
@@ -216,13 +225,11 @@ def _num_steps(schedule: object, partitions: int | None, num_steps: int | None) 
         raise ValueError(f"{name} needs a number of steps: pass {name}(..., partitions=...)")
     if partitions is not None and steps != partitions:
         raise ValueError(f"{name} has partitions={partitions}, but num_steps={num_steps} is asked")
-    if steps < 1:
-        raise ValueError(f"{name} needs at least one step, got {steps}")
-    return steps
+    return as_count(f"{name} num_steps", steps)
 
 
 def _unit_grid(num_steps: int) -> Tensor:
-    return torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
 
 
 def _pin_ends(betas: Tensor) -> Tensor:

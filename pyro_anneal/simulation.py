@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -22,6 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .sites import base_distribution, density_sites, is_deterministic, is_factor, unmasked
+from .trace_checks import explained
+from .validation import validation_disabled
 
 __all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
 
@@ -125,14 +126,15 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
             the model's arguments hold the simulated data.
     """
     args, kwargs = arguments
-    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        with _CheckExact():
+    with torch.no_grad(), validation_disabled(), poutine.block():
+        with explained(), _CheckExact():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         latents, observed, original, hidden = {}, {}, {}, {}
         for name, site in density_sites(trace):
             if site["infer"].get("was_observed"):
                 observed[name] = site["value"]
-                original[name] = torch.as_tensor(site["infer"]["obs"])
+                obs = site["infer"]["obs"]
+                original[name] = torch.as_tensor(obs, device=site["value"].device)
                 if site["mask"] is not None or unmasked(site["fn"]) is not site["fn"]:
                     hidden[name] = _redraw_masked(site)
             else:
@@ -184,9 +186,9 @@ def _redraw_masked(site: Mapping[str, Any]) -> Tensor:
 
 def _addresses(value: Tensor) -> Tensor:
     """Computes the address of each element in memory, in the order of ``flatten``."""
-    address = torch.zeros((), dtype=torch.long)
+    address = torch.zeros((), dtype=torch.long, device="cpu")
     for size, stride in zip(value.shape, value.stride(), strict=True):
-        address = address.unsqueeze(-1) + stride * torch.arange(size)
+        address = address.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
     return value.data_ptr() + value.element_size() * address.flatten()
 
 
@@ -195,7 +197,7 @@ def _as_tensor(leaf: Any) -> Tensor | None:
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of read-only arrays: this one is read
-            leaf = torch.as_tensor(leaf)
+            leaf = torch.as_tensor(leaf, device="cpu")
     is_dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
     return leaf if is_dense else None
 

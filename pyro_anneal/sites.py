@@ -151,10 +151,12 @@ class Layout:
     max_plate_nesting: int
     scale: float  # common poutine.scale of all sites, taken outside the weights
     is_static: bool  # no support depends on another latent
+    guarded: tuple[str, ...]  # observed sites whose support depends on latents
     observed: dict[str, Tensor]  # values of observed sites, factors left out
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
     loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
+    noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
 
     @property
     def batch_shape(self) -> torch.Size:

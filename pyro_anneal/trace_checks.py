@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
-from .sites import latent_sites, observed_sites
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .sites import (
+    base_distribution,
+    density_sites,
+    is_factor,
+    latent_sites,
+    observed_sites,
+    unmasked,
+)
 
 __all__ = [
     "check_latents",
+    "check_log_probs",
     "check_plates",
     "check_shape",
     "check_structure",
     "check_value_shapes",
+    "explained",
+    "outside_support",
     "plate_frames",
     "support_of",
 ]
@@ -21,6 +38,110 @@ __all__ = [
 def plate_frames(site: Mapping[str, Any]) -> dict[str, Any]:
     """Collects the vectorized plates around a site, by name."""
     return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a value of type {type(value).__name__} (pass a tensor)"
+    kind = str(value.dtype).removeprefix("torch.")
+    layout = "" if value.layout == torch.strided else f" {value.layout}"
+    return f"a value of shape {list(value.shape)}, {kind}, on {value.device}{layout}"
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Names the plate or the site at which Pyro fails inside, where torch's error does not."""
+    try:
+        yield
+    except (ZeroDivisionError, RuntimeError, NotImplementedError, TypeError) as error:
+        message = _explain(error.__traceback__)
+        if message is None:
+            raise
+        raise ValueError(f"{message} ({str(error).splitlines()[0]})") from error
+
+
+def _explain(traceback: TracebackType | None) -> str | None:
+    """Reads from the frames of a failure which plate or improper site it was."""
+    while traceback is not None:
+        local = traceback.tb_frame.f_locals
+        owner, size = local.get("self"), local.get("size")
+        if isinstance(owner, Messenger) and isinstance(size, int) and size <= 0:
+            return (
+                f'plate "{local.get("name")}" has size {size}: without a row there is no evidence; '
+                "pass at least one row of data, or leave the plate out"
+            )
+        msg = local.get("msg")
+        if isinstance(msg, dict) and isinstance(msg.get("fn"), dist.ImproperUniform):
+            return (
+                f'site "{msg["name"]}" is an ImproperUniform, which has no normalized density and '
+                "cannot be sampled; use a proper distribution here"
+            )
+        traceback = traceback.tb_next
+    return None
+
+
+def check_log_probs(trace: Any) -> None:
+    """Computes all log densities, and checks that they are real numbers on one device."""
+    device = next(iter(latent_sites(trace).values()))["value"].device
+    for name, site in density_sites(trace):
+        kind, value = type(base_distribution(site["fn"])).__name__, site["value"]
+        if device.type == "meta" or (isinstance(value, Tensor) and value.is_meta):
+            raise ValueError(f'at site "{name}": a value on the meta device holds no numbers')
+        try:
+            log_prob = site["fn"].log_prob(value)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            shape = [*site["fn"].batch_shape, *site["fn"].event_shape]
+            raise ValueError(
+                f'at site "{name}": {kind} of shape {shape} has no log density at '
+                f"{_describe(value)}: {str(error).splitlines()[0]}"
+            ) from error
+        if log_prob.is_complex():
+            raise ValueError(
+                f'at site "{name}": the log density is complex; pass real data and parameters'
+            )
+        if log_prob.device != device:
+            raise ValueError(
+                f'at site "{name}": the log density is on {log_prob.device}, but the latents are '
+                f"on {device}; move the model's parameters and the data to one device"
+            )
+    trace.compute_log_prob()
+
+
+def outside_support(trace: Any) -> dict[str, str]:
+    """Finds observed values outside their support at which torch gives a finite density.
+
+    Returns:
+        What is wrong, by site. Masked values do not count.
+    """
+    found = {}
+    for name, site in observed_sites(trace).items():
+        fn, value = site["fn"], site["value"]
+        if is_factor(site) or unmasked(fn) is not fn:
+            continue
+        try:
+            inside = fn.support.check(value)
+        except (
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+        ):  # no support, or none of this shape
+            continue
+        mask = True if site["mask"] is None else site["mask"]
+        wrong = ~inside & site["unscaled_log_prob"].isfinite()
+        wrong &= torch.as_tensor(mask, device=wrong.device)
+        if bool(wrong.any()):
+            first = tuple(int(i) for i in wrong.nonzero()[0])
+            example = value.expand(wrong.shape + fn.event_shape)[first]
+            where = f"at index {list(first)}" if first else "there"
+            found[name] = (
+                f'at site "{name}": {int(wrong.sum())} observed value(s) lie outside the support '
+                f"{fn.support} of {type(base_distribution(fn)).__name__} ({where}: "
+                f"{example.tolist()}), yet have a finite log density; correct the data, or pass "
+                "validate_args=False to the distribution if this density is meant"
+            )
+    return found
 
 
 def check_plates(trace: Any) -> None:

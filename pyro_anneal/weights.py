@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import as_count
+
 __all__ = [
     "effective_sample_size",
     "log_mean_exp",
@@ -24,6 +26,10 @@ __all__ = [
 
 
 def _check_particles(log_weights: Tensor) -> None:
+    if not isinstance(log_weights, Tensor):
+        raise ValueError(
+            f"log_weights must be a tensor of shape [K, *batch], got {type(log_weights).__name__}"
+        )
     if log_weights.dim() == 0 or log_weights.shape[0] == 0:
         raise ValueError(
             "log_weights needs a leading particle dimension of size K >= 1: expected shape "
@@ -126,14 +132,16 @@ def resample_indices(
         Indices into dimension 0, shape ``[num_samples, *batch]``.
 
     Raises:
-        ValueError: If ``log_weights`` has no particle dimension, or ``num_samples`` is below 1.
+        ValueError: If ``log_weights`` has no particle dimension or holds NaN, or ``num_samples`` is
+            below 1.
 
     Example:
         >>> resample_indices(torch.tensor([0.5, 0.0, 0.5]).log(), 4)
         tensor([0, 0, 2, 2])
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    num_samples = as_count("num_samples", num_samples)
+    if bool(log_weights.isnan().any()):
+        raise ValueError("log_weights hold NaN: particles without a weight cannot be resampled")
     cumulative = log_normalized_weights(log_weights.double()).exp().cumsum(dim=0)
     cumulative = (cumulative / cumulative[-1:]).movedim(0, -1).contiguous()
     batch = cumulative.shape[:-1]

@@ -2,10 +2,13 @@ import dataclasses
 import math
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from perfect_chains import LinearGaussian, make_run, make_sandwich, simulate
 
+from pyro_anneal import HMC, AnnealedImportance, Linear, Pilot
 from pyro_anneal.diagnostics import (
     AnnealingWarning,
     Diagnostic,
@@ -13,6 +16,7 @@ from pyro_anneal.diagnostics import (
     check_agreement,
     check_certified,
     check_divergences,
+    check_dominance,
     check_gap,
     check_pilot,
     check_weights,
@@ -22,6 +26,7 @@ from pyro_anneal.diagnostics import (
     diagnose_starts,
     warn,
 )
+from pyro_anneal.kernels import Info
 
 S = [1.8, 0.6]
 
@@ -78,6 +83,38 @@ def test_many_chains_can_collapse_without_one_in_front():
     assert check_weights(run, min_fraction=0.04) is None
 
 
+def test_one_chain_that_dominates(problem):
+    run = make_run(problem, num_chains=16, num_steps=200)
+    log_weights = run.log_weights.clone()
+    log_weights[3, :10] += 20.0
+    finding = check_dominance(_replaced(run, log_weights=log_weights))
+    assert finding.name == "dominance"
+    assert finding.value > 0.99
+    assert (
+        "one of 16 chains holds up to 100% of the weight for 25% of the batch" in finding.message
+    )
+    assert check_dominance(run) is None
+
+
+def test_dominance_without_a_collapse():
+    # one weight of 60%, the rest equal: ESS 2.75 of 20, above a tenth
+    weights = torch.cat([torch.tensor([0.6]), torch.full((19,), 0.4 / 19)])
+    run = make_run(simulate(S)[0], log_weights=weights.log())
+    assert float(run.largest_weight) == pytest.approx(0.6)
+    assert check_dominance(run).value == pytest.approx(0.6)
+    assert check_weights(run) is None
+    assert check_dominance(run, max_weight=0.61) is None
+
+
+def test_two_chains_that_differ_by_nats(problem):
+    """Two chains cannot fall below a tenth of two; their spread tells."""
+    run = make_run(LinearGaussian(problem.s, problem.x[0]), num_chains=2, num_steps=200)
+    assert check_weights(run) is None
+    log_weights = torch.tensor([-4.0, -7.0])  # variance 4.5, above log 10
+    finding = check_weights(_replaced(run, log_weights=log_weights))
+    assert "the weights differ too much: effective sample size" in finding.message
+
+
 @pytest.mark.parametrize(("dead", "severity"), [(1, "info"), (100, "warning")])
 def test_chains_of_zero_weight(run, dead, severity):
     log_weights = run.log_weights.clone()
@@ -115,6 +152,15 @@ def test_chains_that_do_not_move(run, low):
     assert "between 0.01 and 0.2" in finding.message
 
 
+def test_chains_that_take_tiny_steps(run):
+    accept_prob = torch.full((99,), 0.999)
+    assert check_acceptance(_replaced(run, accept_prob=accept_prob)) is None  # a Gibbs kernel
+    finding = check_acceptance(_replaced(run, accept_prob=accept_prob, target_accept=0.8))
+    assert finding.name == "acceptance"
+    assert "above 0.99 at 100% of the betas" in finding.message
+    assert check_acceptance(_replaced(run, target_accept=0.8)) is None
+
+
 def test_divergences(run):
     num_diverging = torch.zeros(99, dtype=torch.long)
     num_diverging[5] = 600  # of 16 * 40 * 99 = 63360 transitions
@@ -128,13 +174,30 @@ def test_pilot_that_saw_other_regions(run):
     # a pilot whose acceptance ramps from 0.75 to 0.15, seen by a run at 0.75 throughout:
     # the ramp leaves the tolerance of 0.25 at beta = 0.25 / 0.6
     pilot = dataclasses.replace(
-        run.pilot, betas=torch.tensor([0.0, 1.0]), accept_prob=torch.tensor([0.75, 0.15])
+        run.pilot,
+        betas=torch.tensor([0.0, 1.0]),
+        accept_prob=torch.tensor([0.75, 0.15]),
+        step_size=run.pilot.step_size[[0, -1]],
     )
     finding = check_pilot(_replaced(run, pilot=pilot))
     betas = run.betas[1:-1]
     assert finding.value == pytest.approx((betas > 0.25 / 0.6).double().mean().item())
     assert check_pilot(_replaced(run, pilot=pilot), tolerance=0.6) is None
     assert check_pilot(_replaced(run, pilot=None)) is None
+    # the user's own step size: the pilot's acceptance speaks of another kernel
+    assert check_pilot(_replaced(run, pilot=pilot, step_size=0.5 * run.step_size)) is None
+
+
+def test_a_few_transitions_are_no_evidence_against_the_pilot(problem):
+    x = problem.x[0]
+    run = make_run(LinearGaussian(problem.s, x), num_chains=2, num_steps=40)
+    noise = 0.75 + torch.where(torch.rand(39) < 0.5, -0.6, 0.25)  # single transitions
+    assert check_pilot(_replaced(run, accept_prob=noise)) is None
+    long = make_run(LinearGaussian(problem.s, x), num_chains=2, num_steps=400)
+    noise = 0.75 + torch.where(torch.rand(399) < 0.3, -0.6, 0.25)  # 0.75 on average
+    assert check_pilot(_replaced(long, accept_prob=noise)) is None
+    finding = check_pilot(_replaced(long, accept_prob=torch.full((399,), 0.3)))
+    assert finding.value == 1.0
 
 
 def test_one_step_has_no_transitions_to_judge(problem):
@@ -146,7 +209,7 @@ def test_uncertified_reverse_run(problem):
     run = make_run(problem, start=problem.draw(1.0, 1)[0])
     assert check_certified(run) is None
     finding = check_certified(_replaced(run, certified=False))
-    assert finding.severity == "info"
+    assert finding.severity == "warning"
     assert "certified=False" in finding.message
 
 
@@ -234,3 +297,82 @@ def test_a_sandwich_names_each_kind_once():
     )
     names = [d.name for d in diagnose_sandwich(both)]
     assert sorted(names) == ["acceptance", "pilot", "uncertified"]
+
+
+# --- the same through AnnealedImportance: what provokes each warning, and an easy problem ---
+
+
+def _located(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def _rows(x):
+    with pyro.plate("data", len(x)):
+        _located(x)
+
+
+def _narrow(x):  # the posterior is a thousandth of the prior
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 1e-3).to_event(1), obs=x)
+
+
+def _ais(model=_located, **options):
+    options = {"num_chains": 16, "num_steps": 100, "progress_bar": False, "seed": 0} | options
+    return AnnealedImportance(model, **options)
+
+
+X = torch.tensor(0.8)
+
+
+def test_an_easy_run_and_an_easy_sandwich_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _ais().run(X).diagnostics == ()
+        assert _ais().sandwich(X).diagnostics == ()
+        exact = 0.64 + math.sqrt(0.2) * torch.randn(16)
+        assert _ais().run_reverse({"z": exact}, X, exact=True).diagnostics == ()
+
+
+PROVOKED = {
+    "ess": lambda: _ais(_narrow, num_steps=2, schedule=Linear()).run(torch.ones(4)),
+    "dominance": lambda: _ais(_narrow, num_steps=2, schedule=Linear()).run(torch.ones(4)),
+    "acceptance": lambda: _ais(step_size=50.0).run(X),
+    "divergences": lambda: _ais(_narrow, step_size=1.0).run(torch.ones(4)),
+    "gap": lambda: _ais(_narrow, num_steps=2).sandwich(torch.ones(4)),
+    "uncertified": lambda: _ais().run_reverse({"z": torch.randn(16)}, X),
+    # a pilot of one stage: it never saw the way from the prior to the posterior
+    "pilot": lambda: _ais(_narrow, pilot=Pilot(num_chains=4, num_moves=1, max_stages=1)).run(
+        torch.ones(4)
+    ),
+    # a move that keeps no density, with a reversal that does
+    "agreement": lambda: _ais(
+        _rows, kernel=_ToTheMode(), num_steps=40, schedule=Linear(), step_size=0.5
+    ).sandwich(torch.ones(40)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToTheMode:
+    target_accept: float | None = None
+    num_gradients: int = 1
+
+    def noise(self, state, generator):
+        return (torch.zeros_like(state.log_base),)
+
+    def step(self, state, density, beta, tuning, noise):
+        new = density(state.position + 0.2 * state.grad_target)  # of _rows: to the mode
+        accepted = torch.ones_like(state.log_base)
+        return new, Info(accept_prob=accepted, diverging=accepted == 0.0)
+
+    def reversal(self):
+        return HMC()
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_each_failure_gives_its_warning(name):
+    with pytest.warns(AnnealingWarning) as caught:
+        result = PROVOKED[name]()
+    (finding,) = [d for d in result.diagnostics if d.name == name]
+    assert finding.severity == "warning"
+    assert [str(w.message) for w in caught].count(finding.message) == 1

@@ -265,6 +265,6 @@ def test_normalizers_say_so():
         with pyro.plate("data", len(x)), poutine.scale(scale=0.5):
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    run = AnnealedImportance(model, num_chains=4, num_steps=2, progress_bar=False, seed=0).run(X)
+    run = AnnealedImportance(model, num_chains=4, num_steps=50, progress_bar=False, seed=0).run(X)
     assert any('the model has pyro.factor("penalty")' in note for note in run.notes)
     assert any("poutine.scale acts on ['x']" in note for note in run.notes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import as_count, as_real
 from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
 
 __all__ = ["HMC", "accept", "leapfrog"]
@@ -109,12 +110,10 @@ class HMC:
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.num_leapfrog < 1:
-            raise ValueError(f"num_leapfrog must be at least 1, got {self.num_leapfrog}")
-        if not 0.0 < self.target_accept < 1.0:
+        as_count("num_leapfrog", self.num_leapfrog)
+        if not 0.0 < as_real("target_accept", self.target_accept) < 1.0:
             raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
-
-        if not 0.0 <= self.jitter < 1.0:
+        if not 0.0 <= as_real("jitter", self.jitter) < 1.0:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
 
     @property

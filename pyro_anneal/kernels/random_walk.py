@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import as_real
 from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
 from .hmc import accept
 
@@ -35,7 +36,7 @@ class RandomWalk:
     target_accept: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.target_accept < 1.0:
+        if not 0.0 < as_real("target_accept", self.target_accept) < 1.0:
             raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
 
     @property

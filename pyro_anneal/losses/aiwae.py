@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..arguments import as_count, as_real
 from ..chains import Path, TuningTable, run_chains, seeded_generator
 from ..kernels import HMC, State, Tuning
 from ..schedules import Linear, as_betas
@@ -93,9 +94,8 @@ class AIWAE(ParticleELBO):
         jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
     ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        if not 0.0 < step_size < math.inf:
+        num_steps = as_count("num_steps", num_steps)
+        if not 0.0 < as_real("step_size", step_size) < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
         super().__init__(
             num_particles,
@@ -108,8 +108,10 @@ class AIWAE(ParticleELBO):
         )
         self.kernel = HMC(num_leapfrog, target_accept)
         self.betas = as_betas(Linear() if schedule is None else schedule, num_steps)
-        self.log_step_size = torch.full((num_steps,), math.log(step_size), dtype=torch.float64)
-        self.accept_prob = torch.full((num_steps,), torch.nan, dtype=torch.float64)
+        self.log_step_size = torch.full(
+            (num_steps,), math.log(step_size), dtype=torch.float64, device="cpu"
+        )
+        self.accept_prob = torch.full((num_steps,), torch.nan, dtype=torch.float64, device="cpu")
         self.num_adaptations = 0
         self._cache = ProblemCache(num_particles, compile=compile)
 
@@ -183,7 +185,7 @@ class AIWAE(ParticleELBO):
     ) -> tuple[State, Tensor]:
         """Runs K chains; returns their states after the move at beta = 1, and their weights."""
         device = prepared.layout.device
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, (), device="cpu").item())
         draws = self._draws(guide, arguments, subsamples)
         state = density(pack_draws(prepared, draws, self.num_particles))
         example = state.position[0]

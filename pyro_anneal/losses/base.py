@@ -15,6 +15,7 @@ from pyro.infer.elbo import ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from ..arguments import as_count
 from .particles import PARTICLE_PLATE, Particles, Sampling, collect
 from .traces import Arguments, EnumerationNeeded, Gates, Run, run_guide
 
@@ -67,8 +68,9 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        num_particles = as_count("num_particles", num_particles)
+        if max_plate_nesting != math.inf:
+            max_plate_nesting = as_count("max_plate_nesting", max_plate_nesting, least=0)
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..arguments import as_count, as_real
 from ..densities import PathDensity
 from ..weights import log_mean_exp
 from .annealing import ProblemCache, pack_draws
@@ -90,11 +91,10 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
     ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        if not 0.0 < step_size < math.inf:
+        num_steps = as_count("num_steps", num_steps)
+        if not 0.0 < as_real("step_size", step_size) < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
-        if not 0.0 < damping < 1.0:
+        if not 0.0 < as_real("damping", damping) < 1.0:
             raise ValueError(f"damping must lie strictly between 0 and 1, got {damping}")
         torch.nn.Module.__init__(self)
         ParticleELBO.__init__(

@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..arguments import as_count
 from ..autoguides import auxiliary_values, check_guide, derived_sites, is_autoguide
 from ..simulation import MakeArgs, Simulation, guide_arguments, simulate
 from ..weights import log_mean_exp, log_normalized_weights
@@ -134,6 +135,7 @@ class EUBO(ParticleELBO):
     ) -> None:
         if posterior not in ("importance", "simulated"):
             raise ValueError(f'posterior must be "importance" or "simulated", got {posterior!r}')
+        num_particles = as_count("num_particles", num_particles, least=-(2**63))
         if posterior == "importance" and num_particles < 2:
             raise ValueError(
                 'posterior="importance" weighs particles against each other and needs '

@@ -10,6 +10,7 @@ import torch
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from torch import Tensor
 
+from ..arguments import as_count
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
     Evaluation,
@@ -126,6 +127,7 @@ class IWAE(ParticleELBO):
     ) -> None:
         if gradient not in _SAMPLING:
             raise ValueError(f"gradient must be one of {list(_SAMPLING)}, got {gradient!r}")
+        num_particles = as_count("num_particles", num_particles)
         if gradient == "vimco" and num_particles < 2:
             raise ValueError(
                 f'gradient="vimco" compares particles and needs num_particles >= 2, got '

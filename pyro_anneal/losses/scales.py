@@ -88,7 +88,8 @@ def same_scale(a: Tensor | float, b: Tensor | float) -> bool:
     """Tells whether two scales are the same, up to rounding."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            a, b = torch.as_tensor(a), torch.as_tensor(b)
+            device = a.device if isinstance(a, Tensor) else b.device  # type: ignore[union-attr]
+            a, b = torch.as_tensor(a, device=device), torch.as_tensor(b, device=device)
         return a is b or (a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-6))
     return math.isclose(a, b, rel_tol=1e-6)
 

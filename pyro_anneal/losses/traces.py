@@ -15,7 +15,9 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from ..arguments import check_function
 from ..sites import base_distribution, is_deterministic, latent_sites
+from ..trace_checks import explained
 
 __all__ = ["Arguments", "EnumerationNeeded", "Gates", "Run", "Site", "density_sites", "run_guide"]
 
@@ -112,8 +114,11 @@ def run_guide(
             does not allow for gates.
     """
     args, kwargs = guide_arguments
+    check_function("model", model)
+    check_function("guide", guide, what="a Pyro guide")
     messenger = poutine.unwrap(guide)
-    with contextlib.nullcontext() if shared is None else poutine.replay(trace=shared):
+    sharing = contextlib.nullcontext() if shared is None else poutine.replay(trace=shared)
+    with explained(), sharing:
         if isinstance(messenger, Messenger):
             if gates is not None:
                 raise NotImplementedError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import as_count
 from ..schedules import LogUniform, as_betas
 from .base import (
     Evaluation,
@@ -256,6 +257,7 @@ class TVO(ParticleELBO):
         jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
     ) -> None:
+        num_particles = as_count("num_particles", num_particles, least=-(2**63))
         if num_particles < 2:
             raise ValueError(
                 "TVO estimates a covariance over particles and needs num_particles >= 2, got "

@@ -10,6 +10,7 @@ Source: Brekelmans et al. (2022), *Improving Mutual Information Estimation with 
 Energy-Based Bounds*.
 """
 
+from ..information import MutualInformation
 from .annealed import AIS
 from .base import Bound
 from .critics import ConcatCritic, Critic, RelativeCritic, SeparableCritic, pairwise_scores
@@ -17,7 +18,6 @@ from .importance import IWAE, RIWAE, StructuredInfoNCE
 from .joints import DistributionJoint, Joint, PyroJoint
 from .mine_ais import MINEAIS
 from .plotting import plot_bounds, plot_bounds_against_time, plot_decomposition
-from .result import MutualInformationEstimate
 from .samples import MINE_DV, MINE_F, InfoNCE
 from .variational import GIWAE, BarberAgakov
 
@@ -36,7 +36,7 @@ __all__ = [
     "DistributionJoint",
     "InfoNCE",
     "Joint",
-    "MutualInformationEstimate",
+    "MutualInformation",
     "PyroJoint",
     "RelativeCritic",
     "SeparableCritic",

@@ -111,7 +111,8 @@ class AIS(Bound):
         """Chains of a pair that run together."""
         return max(self.annealer.num_chains, self.annealer.pilot.chains_for(1))
 
-    def _anneal(self, x: Tensor, z: Tensor) -> AnnealedWeights:
+    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
+        """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""
         joint = self.joint
         assert joint is not None
         q = None if self.guide is None else self._condition(x)
@@ -128,7 +129,7 @@ class AIS(Bound):
         if "IR" in (self.lower_kind, self.upper_kind):
             assert self.posterior is not None
             posterior = self.posterior(x, self.annealer.num_chains - 1)
-        return self.annealer.run(
+        weights = self.annealer.run(
             log_densities,
             joint.bijection(x),
             draw,
@@ -136,23 +137,28 @@ class AIS(Bound):
             posterior=posterior,
             coupled_lower=self.upper_kind == "CR",
         )
+        log_base, log_joint = log_densities(z.unsqueeze(0))
+        return weights, (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
         if for_loss:
             raise ValueError("AIS has nothing to learn: it measures; use estimate")
         assert self.joint is not None
-        weights = self._anneal(x, z)
+        weights, variational = self._anneal(x, z)
         log_likelihood = self.joint.log_likelihood(x, z)
         uppers = {"CR", "IM", "single", self.lower_kind}
         lowers = {"IM", "single", self.upper_kind}
         statistics = {f"{k} lower": log_likelihood - weights.upper(k) for k in sorted(uppers)}
         statistics |= {f"{k} upper": log_likelihood - weights.lower(k) for k in sorted(lowers)}
+        statistics["variational"] = variational
         statistics["accept_prob"] = torch.full_like(log_likelihood, float(weights.accept_prob))
         return statistics
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:
+        lower, variational = statistics[f"{self.lower_kind} lower"], statistics["variational"]
         return Values(
-            lower=statistics[f"{self.lower_kind} lower"],
+            lower=lower,
             upper=statistics[f"{self.upper_kind} upper"],
+            terms={"variational": variational, "contrastive": lower - variational},
             diagnostics={name: value.mean() for name, value in statistics.items()},
         )

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
 from .. import bounds
+from ..arguments import as_count, as_flag, check_kernel, check_step_size
 from ..capture import capture
 from ..chains import Path, TuningTable, run_chains, seeded_generator
 from ..kernels import Density, Kernel, State
 from ..pilot import Pilot, adaptive_betas, run_pilot
 from ..schedules import Schedule, as_betas
+from ..validation import validation_disabled
 from .bijections import Bijection
 
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
@@ -48,7 +49,7 @@ class PairDensity:
 
     def __call__(self, position: Tensor) -> State:
         """Evaluates ``u [K, N, D]``."""
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        with torch.enable_grad(), validation_disabled():
             u = position.detach().requires_grad_()
             z, log_det = self.bijection.constrain(u)
             log_base, log_target = (value + log_det for value in self.log_densities(z))
@@ -58,7 +59,7 @@ class PairDensity:
 
     def one_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates base and target of one chain, ``u [N, D]`` to ``[N]`` each."""
-        with pyro.validation_enabled(False):
+        with validation_disabled():
             z, log_det = self.bijection.constrain(position.unsqueeze(0))
             log_base, log_target = self.log_densities(z)
             return (log_base + log_det)[0], (log_target + log_det)[0]
@@ -121,16 +122,16 @@ class Annealer:
     compile: bool | str
 
     def __post_init__(self) -> None:
-        if self.num_chains < 1:
-            raise ValueError(f"num_chains (K) must be at least 1, got {self.num_chains}")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps (T) must be at least 1, got {self.num_steps}")
+        as_count("num_chains (K)", self.num_chains)
+        as_count("num_steps (T)", self.num_steps)
+        check_kernel(self.kernel)
+        if self.step_size is not None:
+            check_step_size(self.step_size)
         if isinstance(self.schedule, str) and self.schedule != "adaptive":
             raise ValueError(
                 f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
             )
-        if self.compile not in ("auto", True, False):
-            raise ValueError(f'compile must be "auto", True or False, got {self.compile!r}')
+        as_flag("compile", self.compile)
 
     def _faster(self, density: PairDensity, example: Tensor) -> Density:
         """Records the density as a graph where that pays; keeps it where that fails."""

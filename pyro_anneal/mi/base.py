@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_count, check_function
+from ..information import MutualInformation
 from .guides import Conditional, condition_on
 from .joints import Joint, Knowledge, as_joint
-from .result import MutualInformationEstimate
 
 __all__ = ["Bound", "Values", "flatten"]
 
@@ -36,7 +37,7 @@ class Values:
     plug_in: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
     ceiling: float | None = None
-    caveats: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -64,6 +65,12 @@ class Bound(nn.Module, ABC):
         critic: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if guide is not None:
+            check_function(
+                "guide", guide, what="a Pyro guide, or a function of x to a distribution"
+            )
+        if critic is not None:
+            check_function("critic", critic, what="a function of x and z to scores")
         self.model = model  # registers the parameters of a module, which the joint would hide
         self.guide = guide
         self.critic = critic
@@ -126,7 +133,7 @@ class Bound(nn.Module, ABC):
         num_pairs: int | None = None,
         batch_size: int | None = None,
         progress_bar: bool = False,
-    ) -> MutualInformationEstimate:
+    ) -> MutualInformation:
         """Measures the bound on pairs: given, from a data loader, or simulated from the model.
 
         Memory is bounded by one batch; what is kept per pair is a few numbers. No gradients.
@@ -178,13 +185,13 @@ class Bound(nn.Module, ABC):
                 raise ValueError(
                     f"{type(self).__name__} has no model to simulate pairs from; pass x and z"
                 )
-            if num_pairs < 1:
-                raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
+            num_pairs = as_count("num_pairs", num_pairs)
             size = size or num_pairs
             sizes = [min(size, num_pairs - i) for i in range(0, num_pairs, size)]
             return (self.joint.sample(n) for n in sizes), len(sizes)
-        if isinstance(x, Tensor) and z is not None:
+        if x is not None and z is not None:
             self._check_pairs(x, z)
+            assert isinstance(x, Tensor)
             size = size or x.shape[0]
             return zip(x.split(size), z.split(size), strict=True), math.ceil(x.shape[0] / size)
         if x is not None and z is None and not isinstance(x, Tensor):
@@ -192,14 +199,22 @@ class Bound(nn.Module, ABC):
         raise ValueError("pass x and z, an iterable of (x, z) batches, or num_pairs=")
 
     @staticmethod
-    def _check_pairs(x: Tensor, z: Tensor) -> None:
+    def _check_pairs(x: Any, z: Any) -> None:
+        for name, value in (("x", x), ("z", z)):
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} must be a tensor with pairs along dimension 0, got "
+                    f"{type(value).__name__}; torch.as_tensor makes one of an array"
+                )
+            if bool(value.isnan().any()):
+                raise ValueError(f"{name} holds {int(value.isnan().sum())} NaN")
         if x.dim() == 0 or z.dim() == 0 or x.shape[0] != z.shape[0] or x.shape[0] == 0:
             raise ValueError(
                 "x and z must hold the same number N >= 1 of pairs along dimension 0, got shapes "
                 f"{list(x.shape)} and {list(z.shape)}"
             )
 
-    def _report(self, values: Values) -> MutualInformationEstimate:
+    def _report(self, values: Values) -> MutualInformation:
         terms = {name: term.mean() for name, term in values.terms.items()}
         ceiling = values.ceiling
         saturated = ceiling is not None and bool(terms["contrastive"] >= 0.9 * ceiling > 0.0)
@@ -211,7 +226,7 @@ class Bound(nn.Module, ABC):
                 f"nats: {self._advice(values)}",
                 stacklevel=3,
             )
-        return MutualInformationEstimate(
+        return MutualInformation(
             method=type(self).__name__,
             pair_lower=values.lower,
             pair_upper=values.upper,
@@ -220,7 +235,7 @@ class Bound(nn.Module, ABC):
             ceiling=ceiling,
             saturated=saturated,
             missing=self._missing(),
-            caveats=values.caveats,
+            notes=values.notes,
             diagnostics=values.diagnostics,
         )
 

@@ -84,6 +84,8 @@ class ConcatCritic(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
+        _check_width("x", x, self.first_x.in_features)
+        _check_width("z", z, self.first_z.in_features)
         return self.rest(self.first_x(x) + self.first_z(z)).squeeze(-1)  # type: ignore[no-any-return]
 
 
@@ -169,6 +171,39 @@ class RelativeCritic(nn.Module):
         return self.critic(x, (z - q.mean) / q.stddev)
 
 
+def score(critic: Critic, x: Tensor, z: Tensor) -> Tensor:
+    """Scores pairs and checks the shape of the scores.
+
+    Args:
+        critic: Any critic.
+        x: Flattened x, shape ``[*batch, Dx]``.
+        z: Flattened z, of a batch that broadcasts with that of x.
+
+    Returns:
+        Scores in nats, shape ``batch``.
+
+    Raises:
+        ValueError: If the critic returns another shape.
+    """
+    scores = critic(x, z)
+    expected = torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+    if scores.shape != expected:
+        raise ValueError(
+            f"the critic returned shape {list(scores.shape)} for x of shape {list(x.shape)} and z "
+            f"of shape {list(z.shape)}: expected one score per pair, {list(expected)}; sum over "
+            "the last dimension, or .squeeze(-1) a network that ends in one unit"
+        )
+    return scores
+
+
+def _check_width(name: str, value: Tensor, expected: int) -> None:
+    if value.shape[-1] != expected:
+        raise ValueError(
+            f"the critic was made for {name}_dim={expected}, got {name} of shape "
+            f"{list(value.shape)} after flattening"
+        )
+
+
 def pairwise_scores(critic: Critic, x: Tensor, z: Tensor) -> Tensor:
     """Scores all pairs of N x's and M z's, by the critic's own ``pairwise`` where it has one.
 
@@ -191,7 +226,7 @@ def pairwise_scores(critic: Critic, x: Tensor, z: Tensor) -> Tensor:
         return fast(x, z)  # type: ignore[no-any-return]
     # Chunks bound the memory of the hidden layers when no graph is kept.
     rows = max(1, _MAX_ROWS // z.shape[0])
-    return torch.cat([critic(part.unsqueeze(1), z) for part in x.split(rows)])
+    return torch.cat([score(critic, part.unsqueeze(1), z) for part in x.split(rows)])
 
 
 def indexed_scores(critic: Critic, x: Tensor, z: Tensor, index: Tensor) -> Tensor:
@@ -217,4 +252,4 @@ def indexed_scores(critic: Critic, x: Tensor, z: Tensor, index: Tensor) -> Tenso
         return pairwise_scores(critic, x, z).gather(1, index)
     rows = max(1, _MAX_ROWS // index.shape[1])
     parts = zip(x.split(rows), index.split(rows), strict=True)
-    return torch.cat([critic(part.unsqueeze(1), z[chosen]) for part, chosen in parts])
+    return torch.cat([score(critic, part.unsqueeze(1), z[chosen]) for part, chosen in parts])

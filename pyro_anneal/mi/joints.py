@@ -113,6 +113,13 @@ class DistributionJoint(Joint):
         )
 
     def log_prior(self, z: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+        event = self.prior.event_shape
+        batch = z.shape[: z.dim() - len(event)]
+        if batch + event != z.shape or len(batch) not in (1, 2) or batch[-1] != x.shape[0]:
+            raise ValueError(
+                f"z has shape {list(z.shape)}, but the prior is over values of shape {list(event)}: "
+                "expected [N, *z_event]; use .to_event() for the dimensions of z"
+            )
         return self.prior.log_prob(z)  # type: ignore[no-any-return]
 
     def sample_prior(self, num_particles: int, x: Tensor) -> Tensor:  # noqa: D102

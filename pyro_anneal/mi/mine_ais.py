@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import as_count
 from ..kernels import HMC, Kernel, Tuning
 from ..pilot import Pilot
 from ..schedules import Schedule
@@ -118,8 +119,7 @@ class MINEAIS(VariationalBound):
         data_entropy: float | None = None,
     ) -> None:
         super().__init__(model=model, guide=guide, critic=critic, data_entropy=data_entropy)
-        if num_moves < 1:
-            raise ValueError(f"num_moves must be at least 1, got {num_moves}")
+        num_moves = as_count("num_moves", num_moves)
         if bound not in ("CR", "IM", "single"):
             raise ValueError(f'bound must be "CR", "IM" or "single", got {bound!r}')
         self.annealer = Annealer(
@@ -239,6 +239,6 @@ class MINEAIS(VariationalBound):
         return Values(
             lower=variational + contrastive,
             terms={"variational": variational, "contrastive": contrastive},
-            caveats=(_CONDITIONAL,),
+            notes=(_CONDITIONAL,),
             diagnostics={**diagnostics, "ibal_upper": ibal_upper.mean()},
         )

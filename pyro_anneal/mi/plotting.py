@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .result import MutualInformationEstimate
+from ..information import MutualInformation
 
 __all__ = ["plot_bounds", "plot_bounds_against_time", "plot_decomposition"]
 
-Series = Mapping[str, Mapping[float, MutualInformationEstimate]]
+Series = Mapping[str, Mapping[float, MutualInformation]]
 
 
 def _axes(axes: Any) -> Any:
@@ -123,7 +123,7 @@ def plot_bounds_against_time(
 
 
 def plot_decomposition(
-    estimates: Mapping[str, MutualInformationEstimate] | Sequence[MutualInformationEstimate],
+    estimates: Mapping[str, MutualInformation] | Sequence[MutualInformation],
     *,
     truth: float | None = None,
     axes: Any = None,

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import as_count
 from ..weights import log_mean_exp
 from .base import Bound, Direction, Values, flatten
-from .critics import indexed_scores
+from .critics import indexed_scores, score
 from .joints import Knowledge
 
 __all__ = ["MINE_DV", "MINE_F", "InfoNCE", "contrastive_term"]
@@ -65,7 +66,7 @@ def _in_batch(
     shifts = torch.arange(1, count + 1, device=x.device)
     index = order[(place.unsqueeze(1) + shifts) % num_pairs]
     scores = indexed_scores(critic, flat_x, flat_z, index)
-    return critic(flat_x, flat_z), scores, index
+    return score(critic, flat_x, flat_z), scores, index
 
 
 def _column_log_mean(scores: Tensor, index: Tensor) -> Tensor:
@@ -305,5 +306,5 @@ class MINE_F(_Mine):
 def _check_count(name: str, count: int | None, *, least: int, fresh: bool) -> None:
     if count is None and fresh:
         raise ValueError(f"{name} must be given where negatives are drawn from a model or guide")
-    if count is not None and count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
+    if count is not None:
+        as_count(name, count, least=least)

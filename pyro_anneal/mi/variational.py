@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import as_count
 from .base import Bound, Direction, Values
 from .joints import Knowledge
 from .samples import contrastive_term
@@ -205,5 +206,4 @@ class GIWAE(VariationalBound):
 
 def check_particles(num_particles: int) -> None:
     """Raises unless there is at least one particle."""
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    as_count("num_particles", num_particles)

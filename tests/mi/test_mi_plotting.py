@@ -4,7 +4,7 @@ import matplotlib as mpl
 import pytest
 import torch
 
-from pyro_anneal.mi import MutualInformationEstimate
+from pyro_anneal.mi import MutualInformation
 from pyro_anneal.mi.plotting import plot_bounds, plot_bounds_against_time, plot_decomposition
 
 mpl.use("Agg")
@@ -12,7 +12,7 @@ mpl.use("Agg")
 
 def estimate(lower, upper=None, **kwargs):
     spread = torch.tensor([-1.0, 1.0])
-    return MutualInformationEstimate(
+    return MutualInformation(
         method="IWAE",
         pair_lower=lower + spread,
         pair_upper=None if upper is None else upper + spread,
@@ -56,6 +56,6 @@ def test_nothing_to_plot_raises():
         plot_bounds({})
     with pytest.raises(ValueError, match="level must lie"):
         plot_bounds({"IWAE": {1: estimate(1.0)}}, level=95)
-    only_upper = MutualInformationEstimate(method="AIS", pair_upper=torch.ones(2))
+    only_upper = MutualInformation(method="AIS", pair_upper=torch.ones(2))
     with pytest.raises(ValueError, match='"AIS" has no lower bound'):
         plot_decomposition([only_upper])

@@ -1,0 +1,111 @@
+"""Sphinx configuration: `make docs` builds with warnings as errors, with or without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from pyro_anneal import __version__
+
+project = "pyro_anneal"
+author = "the pyro_anneal authors"
+copyright = f"2026, {author}"
+version = release = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "figures", "jupyter_execute"]
+html_theme = "furo"
+html_title = f"pyro_anneal {version}"
+html_static_path: list[str] = []
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_default_options = {"show-inheritance": False}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+# Comments that mathematics renders in tables need `\vert`; a bare `|` would end the cell.
+
+# The notebooks lie beside the package, not in its documentation. An executed one in
+# `tutorials/_executed`, made by `make tutorials`, is shown as it is; else the text runs here, small.
+tutorials = HERE / "tutorials"
+shutil.rmtree(tutorials, ignore_errors=True)
+tutorials.mkdir()
+for text in sorted((ROOT / "tutorials").glob("*.md")):
+    executed = ROOT / "tutorials" / "_executed" / f"{text.stem}.ipynb"
+    chosen = executed if executed.exists() else text
+    shutil.copy(chosen, tutorials / chosen.name)
+os.environ.setdefault("PYRO_ANNEAL_TUTORIAL_SIZE", "small")
+nb_execution_mode = "cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}objects.inv", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+# Links into other projects, where they can be reached: a build without a network has none.
+_PROJECTS = {
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "pyro": "https://docs.pyro.ai/en/stable/",
+    "arviz": "https://python.arviz.org/en/stable/",
+    "python": "https://docs.python.org/3/",
+}
+intersphinx_mapping = {name: (url, None) for name, url in _PROJECTS.items() if _reachable(url)}
+
+
+def _describe_fields(cls: type, lines: list[str]) -> None:
+    """Adds the fields of a result class, whose shapes and units are trailing comments."""
+    source = inspect.getsource(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        found = re.search(rf"^    {field.name}: (.+?)(?:\s+# (.+))?$", source, re.MULTILINE)
+        if found is None:
+            continue
+        kind = re.sub(r"\s+=\s+.*|\s+\($", "", found[1])
+        comment = re.sub(r"(\[[^\]]*\])", r"``\1``", f": {found[2]}") if found[2] else ""
+        rows.append(f"* ``{field.name}`` (``{kind}``){comment}")
+    if rows:
+        lines += ["", "**Fields**", "", *rows, ""]
+
+
+def _process_docstring(
+    app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    documented = any(line.startswith((":param", ":ivar")) for line in lines)
+    if kind == "class" and dataclasses.is_dataclass(value) and not documented:
+        _describe_fields(value, lines)
+
+
+def setup(app: Any) -> None:
+    """Registers what is computed from the sources."""
+    app.connect("autodoc-process-docstring", _process_docstring)

@@ -343,7 +343,7 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
     monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
     x = torch.tensor(2.0)
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
-    options |= {"step_size": 0.5, "schedule": Power(1.5)}
+    options |= {"step_size": 2.0, "schedule": Power(1.5)}
     monkeypatch.setattr("pyro_anneal.capture.compile_graph", lambda graph, inputs: graph)
     expected = AnnealedImportance(cases.conjugate, compile=False, **options).run(x)
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(x)

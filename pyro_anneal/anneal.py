@@ -29,8 +29,9 @@ from .pairs import simulate_pairs
 from .pilot import Pilot
 from .problem import Guide
 from .results import AnnealedRun, Sandwich, check_names
-from .runs import Settings, forward, freeze, pack_samples, reverse
+from .runs import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .schedules import Schedule, as_betas
+from .scout import scout_run
 from .simulation import Arguments, MakeArgs
 from .streaming import EvidenceOfBatches, as_arguments, run_batches
 
@@ -53,7 +54,10 @@ class AnnealedImportance:
         model: Pyro model with its observations.
         guide: Pyro guide, ``"auto"`` to fit a Gaussian first, or None to start from the prior.
         num_chains: Number K of chains.
-        num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE).
+        num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE). The default
+            is 1000.
+        target_gap: Gap of a sandwich in nats per datum to aim at, instead of ``num_steps``: the
+            pilot then chooses T, and the number of leapfrogs where ``kernel`` is None.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -62,9 +66,13 @@ class AnnealedImportance:
         pilot: Settings of the pilot.
         prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
             modes that a fitted guide may miss.
-        cross_check: Whether :meth:`run` also starts as many chains from the prior, and says so if
-            they find more evidence. Doubles the cost; nothing to do where ``guide`` is None.
-        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
+        cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
+            particles down from the prior where the guide was fitted, and warns if they end in
+            modes that it misses; True starts as many chains from the prior, and says so if they
+            find more evidence (double the cost); False compares with nothing.
+        compile: ``"auto"`` compiles the annealing loop where counts of steps and operations say that
+            this repays its ten seconds; True compiles the loop, or the density where the loop
+            cannot be; ``"density"`` the density alone; False nothing.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.
@@ -98,14 +106,15 @@ class AnnealedImportance:
         guide: Guide = None,
         *,
         num_chains: int = 16,
-        num_steps: int = 1000,
+        num_steps: int | None = None,
+        target_gap: float | None = None,
         schedule: str | Schedule | Tensor = "adaptive",
         kernel: Kernel | None = None,
         batch_plates: str | Sequence[str] = "auto",
         step_size: float | Tensor | None = None,
         pilot: Pilot | None = None,
         prior_weight: float = 0.0,
-        cross_check: bool = False,
+        cross_check: bool | str = "auto",
         compile: bool | str = "auto",
         progress_bar: bool = True,
         seed: int | None = None,
@@ -120,7 +129,13 @@ class AnnealedImportance:
         if make_args is not None:
             check_function("make_args", make_args, what="a function of the simulated values")
         num_chains = as_count("num_chains (K)", num_chains)
-        num_steps = as_count("num_steps (T)", num_steps)
+        if target_gap is not None:
+            if not as_real("target_gap", target_gap) > 0.0:
+                raise ValueError(f"target_gap must be positive, in nats per datum: {target_gap}")
+            if num_steps is not None or not isinstance(schedule, str):
+                raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
+        num_steps = 1000 if num_steps is None else as_count("num_steps (T)", num_steps)
+        free_leapfrogs = kernel is None
         kernel = HMC() if kernel is None else kernel
         check_kernel(kernel)
         if step_size is not None:
@@ -145,13 +160,15 @@ class AnnealedImportance:
         self.guide = guide
         self.num_chains = num_chains
         self.num_steps = num_steps
+        self.target_gap = target_gap
+        self._free_leapfrogs = free_leapfrogs
         self.kernel = kernel
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
-        self.cross_check = cross_check
-        self.compile = as_flag("compile", compile)
+        self.cross_check = as_flag("cross_check", cross_check)
+        self.compile = compile if compile == "density" else as_flag("compile", compile)
         self.progress_bar = progress_bar
         self.seed = as_seed(seed)
         self.make_args = make_args
@@ -179,7 +196,9 @@ class AnnealedImportance:
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             run, _ = forward(settings, frozen, journal)
             found = diagnostics.diagnose(run)
-            if self.cross_check and self.guide is not None:
+            if self.cross_check == "auto":
+                found = (*found, *self._scout(frozen, run, journal))
+            elif self.cross_check and self.guide is not None:
                 found = (*found, *self._compare_with_prior(run, arguments, journal))
         diagnostics.warn(found)
         return replace(run, diagnostics=found)
@@ -347,6 +366,15 @@ class AnnealedImportance:
         run = self.run(*args, **kwargs)
         return run.betas[:-1], run.mean_log_ratio
 
+    def _scout(
+        self, frozen: Frozen, run: AnnealedRun, journal: Journal
+    ) -> tuple[diagnostics.Diagnostic, ...]:
+        """Sends particles down from the prior where the guide was fitted."""
+        if frozen.problem.from_prior is None:
+            return ()
+        found = scout_run(frozen.problem, run, self.kernel, frozen.seed, journal)
+        return () if found is None else (found,)
+
     def _compare_with_prior(
         self, run: AnnealedRun, arguments: Arguments, journal: Journal
     ) -> tuple[diagnostics.Diagnostic, ...]:
@@ -404,6 +432,8 @@ class AnnealedImportance:
             progress_bar=self.progress_bar and (journal is None or journal.world.rank == 0),
             make_args=self.make_args,
             chain_batch_size=self.chain_batch_size,
+            target_gap=self.target_gap,
+            free_leapfrogs=self._free_leapfrogs,
         )
 
     def _journal(
@@ -428,7 +458,7 @@ class AnnealedImportance:
 def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AnnealedRun:
     """Bounds the log evidence of a model in one call.
 
-    A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 16
+    A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
     chains are annealed from it to the model over T = 1000 steps.
 
     Args:
@@ -450,4 +480,4 @@ def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Anneal
         >>> bool((evidence.lower + 2.265512).abs() < 1e-3)  # the fit is exact here
         True
     """
-    return AnnealedImportance(model, guide="auto").run(*args, **kwargs)
+    return AnnealedImportance(model, guide="auto", num_chains=32).run(*args, **kwargs)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .budget import weight_variance
+
 if TYPE_CHECKING:
     from .results import AnnealedRun, Sandwich
 
@@ -30,6 +32,7 @@ __all__ = [
     "check_divergences",
     "check_dominance",
     "check_gap",
+    "check_lag",
     "check_pilot",
     "check_weights",
     "check_zero_weights",
@@ -169,7 +172,11 @@ def check_acceptance(
     if run.accept_prob.numel() == 0:
         return None
     high = 1.0 if run.target_accept is None else 1.0 - 0.05 * (1.0 - run.target_accept)
-    stuck, timid = ~(run.accept_prob >= low), run.accept_prob > high  # NaN counts as stuck
+    count = run.log_weights.numel()  # transitions per beta
+    accept_prob = _smoothed(run.accept_prob, count)
+    stuck, timid = ~(accept_prob >= low), accept_prob > high  # NaN counts as stuck
+    if count * len(accept_prob) < _ENOUGH_TRANSITIONS:  # a few may well be accepted all
+        timid = torch.zeros_like(timid)
     for outside, what, advice in (
         (stuck, f"below {low:g}", "give the pilot more gradients, use more leapfrogs"),
         (timid, f"above {high:.3g}", "take larger steps (leave step_size to the pilot)"),
@@ -234,7 +241,10 @@ def check_pilot(
         return None
     expected = _interpolate(betas, pilot.betas, pilot.accept_prob)
     share = _share(
-        ~((_smoothed(run.accept_prob, count).to(expected) - expected).abs() <= tolerance)
+        ~(
+            (_smoothed(run.accept_prob, count, share=0.05).to(expected) - expected).abs()
+            <= tolerance
+        )
     )
     if share <= max_share:
         return None
@@ -247,13 +257,45 @@ def check_pilot(
     )
 
 
-def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.05) -> Tensor:
+def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.0) -> Tensor:
     """Averages over neighbouring betas: one step of a few chains is a noisy measurement."""
-    reach = max(int(0.5 * share * len(accept_prob)), math.ceil(0.5 * _ENOUGH_TRANSITIONS / count))
+    needed = max(share * len(accept_prob), _ENOUGH_TRANSITIONS / count)  # betas to average
+    reach = math.ceil(0.5 * (needed - 1.0)) if needed > 1.0 else 0
     pooled: Tensor = torch.nn.functional.avg_pool1d(
         accept_prob.view(1, 1, -1), 2 * reach + 1, 1, reach, count_include_pad=False
     )
     return pooled.flatten()
+
+
+def check_lag(
+    run: AnnealedRun, *, min_variance: float = 0.5, factor: float = 4.0
+) -> Diagnostic | None:
+    r"""Compares the variance of weights with what chains that keep up with the path would have.
+
+    Args:
+        run: A forward run.
+        min_variance: Relative variance of the weights, :math:`K / \mathrm{ESS} - 1`, below which
+            the bound is good whatever the pilot expected.
+        factor: Ratio to the expected variance above which chains lag behind.
+
+    Returns:
+        A finding whose value is that ratio, or ``None``.
+    """
+    if run.pilot is None or run.direction == "reverse" or math.isnan(run.pilot.correlation):
+        return None
+    pilot, steps = run.pilot, run.num_steps
+    expected = math.expm1(min(weight_variance(pilot.length, pilot.correlation, steps), 30.0))
+    relative = float((run.num_chains / run.ess - 1.0).mean())
+    if relative <= min_variance or relative <= factor * expected:
+        return None
+    return Diagnostic(
+        name="lag",
+        severity="warning",
+        message=f"the weights vary {relative / expected:.2g} times as much as those of chains that "
+        "keep up with the path would: some chains lag behind and the bound may be far below the "
+        "truth; start closer to the posterior, reparameterize, or raise num_steps",
+        value=relative / expected,
+    )
 
 
 def check_certified(run: AnnealedRun) -> Diagnostic | None:
@@ -331,6 +373,7 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_acceptance,
         check_divergences,
         check_pilot,
+        check_lag,
         check_certified,
     )
     return tuple(found for check in checks if (found := check(run)) is not None)

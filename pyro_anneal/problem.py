@@ -11,12 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from .autoguides import check_guide
-from .blocks import Blockwise
 from .capture import capture
 from .densities import (
     Arguments,
     Base,
-    GaussianBase,
     GuideBase,
     MixtureBase,
     ModelDensity,
@@ -24,7 +22,7 @@ from .densities import (
     PriorBase,
     StandardNormalBase,
 )
-from .gaussian_fit import GaussianFit, fit_gaussian
+from .fitted_start import Once, fit_start
 from .inspection import inspect_model
 from .kernels import State
 from .sites import Layout, latent_sites, observed_sites
@@ -33,7 +31,6 @@ from .validation import validation_disabled
 __all__ = ["Problem", "prepare"]
 
 Guide = Callable[..., Any] | Literal["auto"] | None
-Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +43,7 @@ class Problem:
     function: PathDensity  # one chain, through Pyro
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
+    from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
 
     def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
@@ -55,12 +53,18 @@ class Problem:
         normalizer nobody knows, and overstate the evidence.
         """
         with torch.no_grad():
-            return torch.stack([self._draw_one() for _ in range(num_chains)])
+            return torch.stack([self._draw_one(self.base) for _ in range(num_chains)])
 
-    def _draw_one(self) -> Tensor:
+    def draw_prior(self, num_chains: int) -> Tensor:
+        """Draws positions ``[K, *batch, D]`` from the model's prior, likewise."""
+        base = PriorBase(self.model)
+        with torch.no_grad():
+            return torch.stack([self._draw_one(base) for _ in range(num_chains)])
+
+    def _draw_one(self, base: Base) -> Tensor:
         layout = self.layout
         try:
-            position = self.base.draw().to(layout.dtype)
+            position = base.draw().to(layout.dtype)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             shape = (*layout.batch_shape, layout.dim)
             position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
@@ -72,11 +76,11 @@ class Problem:
         Batch elements are filled from several draws; zeros where none was finite.
         """
         with torch.no_grad():
-            position = self._draw_one()
+            position = self._draw_one(self.base)
             for _ in range(num_tries):
                 if bool(position.isfinite().all()):
                     break
-                position = torch.where(position.isfinite(), position, self._draw_one())
+                position = torch.where(position.isfinite(), position, self._draw_one(self.base))
         return position.nan_to_num()
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
@@ -268,18 +272,25 @@ def _fit(
     max_rows: int | None,
     once: Once,
 ) -> Problem:
-    """Replaces the prior by a fitted Gaussian."""
-
-    def compute() -> dict[str, Any]:
-        target = capture(problem.function, example, num_chains=num_chains)
-        density = target if max_rows is None else Blockwise(target, max_rows)
-        fit = fit_gaussian(density, torch.zeros_like(example), seed=seed, progress=progress)
-        return vars(fit)
-
-    fit = GaussianFit(**once(compute))
-    base = GaussianBase(fit.loc.to(example), fit.scale_tril.to(example))
-    function = PathDensity(problem.model, base)
-    return replace(problem, base=base, function=function, fit_gradients=fit.num_gradients)
+    """Replaces the prior by a fitted Gaussian, in the coordinates that suit it."""
+    start = fit_start(
+        problem.model,
+        example,
+        num_chains=num_chains,
+        seed=seed,
+        progress=progress,
+        max_rows=max_rows,
+        once=once,
+    )
+    return replace(
+        problem,
+        layout=start.model.layout,
+        model=start.model,
+        base=start.base,
+        function=PathDensity(start.model, start.base),
+        fit_gradients=start.num_gradients,
+        from_prior=start.from_prior,
+    )
 
 
 def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:

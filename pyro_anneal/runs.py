@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .blocks import Blockwise, Ends, anneal_blocks, split
+from .budget import expected_gap, steps_for_gap, weight_variance
 from .chains import Direction, Path, StepStatistics, TuningTable
+from .chunk_program import LoopedDensity, describe_mode, loop_notes, with_loop
 from .fingerprints import describe, describe_problem, versions
 from .journal import Journal
-from .kernels import Kernel, State
+from .kernels import HMC, Kernel, State
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from .problem import Guide, Problem, prepare
 from .randomness import seeded_generator
@@ -33,8 +35,7 @@ __all__ = [
     "reverse",
 ]
 
-# Gradients of a run (K chains at once) above which compiling them repays its ten seconds.
-_COMPILE_ABOVE = 20_000
+_LEAPFROGS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +56,9 @@ class Settings:
     progress_bar: bool
     make_args: MakeArgs | None
     chain_batch_size: int | None
+    target_gap: float | None = None  # nats per datum; then T, and L if it is free, are chosen
+    free_leapfrogs: bool = False
+    chosen: dict[str, Any] = field(default_factory=dict)  # by the first problem, for all others
 
     def describe(self) -> dict[str, str]:
         """Describes what a checkpoint must share with a run that continues it."""
@@ -71,6 +75,7 @@ class Settings:
             "prior_weight": describe(self.prior_weight),
             "compile": describe(self.compile),
             "chain_batch_size": describe(self.chain_batch_size),
+            "target_gap": describe(self.target_gap),
         }
 
 
@@ -139,14 +144,16 @@ def freeze(
         seed: Seed of the run.
     """
     began = time.perf_counter()
-    steps = settings.num_steps * settings.kernel.num_gradients
-    compile = steps >= _COMPILE_ABOVE if settings.compile == "auto" else bool(settings.compile)
+    compile = settings.compile == "density"
     problem = make_problem(
         settings, model, model_args, guide_args, journal, prefix, seed=seed, compile=compile
     )
-    journal.identify(f"{prefix}mode", {"density evaluated as": problem.density.mode})
     setup_seconds = time.perf_counter() - began
     path, summary = _path(settings, problem, journal, f"{prefix}pilot", seed)
+    problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
+    how = {"density evaluated as": problem.density.mode}
+    how["steps run by"] = "a loop" if isinstance(problem.density, LoopedDensity) else "steps"
+    journal.identify(f"{prefix}mode", how)
     return Frozen(problem, path, summary, seed, setup_seconds)
 
 
@@ -166,15 +173,51 @@ def _path(
     if betas is not None and (fixed is not None or settings.num_steps == 1):
         fixed = fixed or TuningTable.constant(1.0, example)
         return Path(betas, settings.kernel, fixed), None
+    spent = 0
+    if settings.target_gap is not None:
+        if not settings.chosen:
+            settings.chosen.update(
+                journal.once("budget", lambda: _choose_budget(settings, problem, seed))
+            )
+            spent = settings.chosen["num_gradients"]
+        settings = _with_budget(settings)
     kept = journal.once(name, lambda: _pilot(settings, problem, seed))
     tables = {key: kept[key].to(example) for key in ("log_step_size", "log_scale")}
     tuning = TuningTable(tuple(kept["betas"]), **tables)
     found = {key: kept[key] for key in ("lengths", "accept_prob", "ess_fraction")}
-    found |= {key: kept[key] for key in ("num_gradients", "num_chains")}
+    found |= {key: kept[key] for key in ("num_chains", "length", "correlation")}
+    found["num_gradients"] = kept["num_gradients"] + spent
     outcome = PilotOutcome(tuning=tuning, position=example[None, ..., :0], **found)
     betas = adaptive_betas(outcome, settings.num_steps) if betas is None else betas
     path = Path(betas, settings.kernel, fixed or tuning)
-    return path, _summarize(outcome, kept["seconds"])
+    variance = weight_variance(outcome.length, outcome.correlation, path.num_steps)
+    gap = expected_gap(variance, settings.num_chains)
+    return path, _summarize(outcome, kept["seconds"], gap)
+
+
+def _choose_budget(settings: Settings, problem: Problem, seed: int) -> dict[str, Any]:
+    """Chooses the fewest gradients, T times L, whose expected gap is the target."""
+    assert settings.target_gap is not None
+    kernels = [settings.kernel]
+    if settings.free_leapfrogs and isinstance(settings.kernel, HMC):
+        kernels = [replace(settings.kernel, num_leapfrog=count) for count in _LEAPFROGS]
+    options, spent = [], 0
+    for kernel in kernels:
+        found = _pilot(replace(settings, kernel=kernel), problem, seed)
+        spent += found["num_gradients"]
+        steps = steps_for_gap(
+            settings.target_gap, found["length"], found["correlation"], settings.num_chains
+        )
+        options.append((steps * kernel.num_gradients, steps, kernel.num_gradients))
+    _, steps, leapfrogs = min(options)
+    return {"num_steps": steps, "num_leapfrog": leapfrogs, "num_gradients": spent}
+
+
+def _with_budget(settings: Settings) -> Settings:
+    kernel = settings.kernel
+    if settings.free_leapfrogs and isinstance(kernel, HMC):
+        kernel = replace(kernel, num_leapfrog=settings.chosen["num_leapfrog"])
+    return replace(settings, num_steps=settings.chosen["num_steps"], kernel=kernel)
 
 
 def _pilot(settings: Settings, problem: Problem, seed: int) -> dict[str, Any]:
@@ -203,11 +246,13 @@ def _pilot(settings: Settings, problem: Problem, seed: int) -> dict[str, Any]:
         "ess_fraction": outcome.ess_fraction,
         "num_gradients": outcome.num_gradients,
         "num_chains": outcome.num_chains,
+        "length": outcome.length,
+        "correlation": outcome.correlation,
         "seconds": time.perf_counter() - began,
     }
 
 
-def _summarize(outcome: PilotOutcome, seconds: float) -> PilotSummary:
+def _summarize(outcome: PilotOutcome, seconds: float, gap: float) -> PilotSummary:
     steps = outcome.tuning.log_step_size
     return PilotSummary(
         num_chains=outcome.num_chains,
@@ -216,7 +261,9 @@ def _summarize(outcome: PilotOutcome, seconds: float) -> PilotSummary:
         step_size=steps.reshape(len(steps), -1).mean(1).exp(),
         accept_prob=_on_host(outcome.accept_prob),
         ess_fraction=_on_host(outcome.ess_fraction),
-        length=outcome.lengths[-1],
+        length=outcome.length,
+        correlation=outcome.correlation,
+        expected_gap=gap,
         seconds=seconds,
     )
 
@@ -366,11 +413,11 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         seed=frozen.seed,
         kernel=repr(path.kernel),
         target_accept=path.kernel.target_accept,
-        density_mode=problem.density.mode,
+        density_mode=describe_mode(problem.density),
         pilot=frozen.pilot,
         setup_seconds=frozen.setup_seconds,
         fit_gradients=problem.fit_gradients,
-        notes=layout.notes,
+        notes=(*layout.notes, *loop_notes(problem.density)),
         scale=layout.scale,
         observed=layout.observed if keep_samples else {},
     )

@@ -335,6 +335,7 @@ def test_a_kernel_that_changes_between_calls_is_found_out(monkeypatch):
         assert ("differs" in (looped.loop_reason or "")) is found
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
 def test_a_failed_compilation_changes_no_number(monkeypatch):
     def broken(*args):
         raise RuntimeError("the compiler\nfell over")

@@ -104,7 +104,13 @@ def table(args: argparse.Namespace) -> None:
         return guide_copy
 
     first, second = copy(), copy()
-    energy = {"num_chains": 8, "num_steps": 200, "num_moves": 4, "num_leapfrog": 5}
+    energy = {
+        "num_chains": 8,
+        "num_steps": 200,
+        "num_moves": 4,
+        "num_leapfrog": 5,
+        "num_negatives": 8,
+    }
     giwae = mi.GIWAE(joint, first, critic(first), 100)
     bounds: dict[str, mi.Bound] = {
         "BA": ba,

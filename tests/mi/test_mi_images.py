@@ -138,7 +138,14 @@ def test_the_papers_picture(load, train):
     first, second = copy(), copy()
     giwae = fit(mi.GIWAE(prior, first, critic(first), 32), joint, 1500)
     mine = mi.MINEAIS(
-        prior, second, critic(second), num_moves=5, num_leapfrog=4, num_chains=4, num_steps=200
+        prior,
+        second,
+        critic(second),
+        num_moves=5,
+        num_leapfrog=4,
+        num_negatives=8,
+        num_chains=4,
+        num_steps=200,
     )
     fit(mine, joint, 1500)
     x, z = joint.sample(60)
@@ -162,7 +169,8 @@ def test_the_papers_picture(load, train):
     for name in ("GIWAE", "MINEAIS"):
         gain = results[name].pair_lower - results["BA"].pair_lower
         assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
-    # Level where GIWAE comes close to IBAL already, above it where the guide is far off.
+    # Not behind GIWAE beyond the noise of 60 pairs. Measured on digits: 0.3 nats ahead (VAE); with
+    # one negative chain per pair, whose gradients are noisier, level (VAE and GAN).
     lead = results["MINEAIS"].pair_lower - results["GIWAE"].pair_lower
     assert lead.mean() > -5 * lead.std() / len(lead) ** 0.5
     for name in ("BA", "GIWAE", "MINEAIS", "IWAE"):

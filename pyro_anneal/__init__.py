@@ -9,6 +9,7 @@ from .kernels import HMC, Kernel, RandomWalk
 from .pilot import Pilot
 from .results import AnnealedRun, Estimate, Sandwich
 from .schedules import Linear, LogUniform, Power, Schedule, Sigmoid
+from .streaming import EvidenceOfBatches
 
 __all__ = [
     "HMC",
@@ -18,6 +19,7 @@ __all__ = [
     "Comparison",
     "Diagnostic",
     "Estimate",
+    "EvidenceOfBatches",
     "Kernel",
     "Linear",
     "LogUniform",

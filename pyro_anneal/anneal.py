@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from pyro import poutine
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from . import diagnostics
 from .arguments import (
@@ -24,40 +21,21 @@ from .arguments import (
     check_kernel,
     check_step_size,
 )
-from .autoguides import sees_arguments
-from .chains import (
-    Carry,
-    Direction,
-    Path,
-    StepStatistics,
-    TuningTable,
-    run_chains,
-    seeded_generator,
-)
+from .fingerprints import describe, describe_arguments
 from .information import MutualInformation
-from .kernels import HMC, Kernel, State
-from .pairs import Pair, merge_pairs
-from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
-from .problem import Guide, Problem, prepare
-from .results import AnnealedRun, PilotSummary, Sandwich, check_names
+from .journal import Journal, keep_journal
+from .kernels import HMC, Kernel
+from .pairs import simulate_pairs
+from .pilot import Pilot
+from .problem import Guide
+from .results import AnnealedRun, Sandwich, check_names
+from .runs import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .schedules import Schedule, as_betas
-from .simulation import Arguments, MakeArgs, guide_arguments, simulate
+from .scout import scout_run
+from .simulation import Arguments, MakeArgs
+from .streaming import EvidenceOfBatches, as_arguments, run_batches
 
 __all__ = ["AnnealedImportance", "log_evidence"]
-
-# Gradients of a run (K chains at once) above which compiling them repays its ten seconds.
-_COMPILE_ABOVE = 20_000
-
-
-@dataclass(frozen=True, eq=False)
-class _Frozen:
-    """A problem and the path that its pilot froze."""
-
-    problem: Problem
-    path: Path
-    pilot: PilotSummary | None
-    seed: int
-    setup_seconds: float
 
 
 class AnnealedImportance:
@@ -76,7 +54,10 @@ class AnnealedImportance:
         model: Pyro model with its observations.
         guide: Pyro guide, ``"auto"`` to fit a Gaussian first, or None to start from the prior.
         num_chains: Number K of chains.
-        num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE).
+        num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE). The default
+            is 1000.
+        target_gap: Gap of a sandwich in nats per datum to aim at, instead of ``num_steps``: the
+            pilot then chooses T, and the number of leapfrogs where ``kernel`` is None.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -85,14 +66,24 @@ class AnnealedImportance:
         pilot: Settings of the pilot.
         prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
             modes that a fitted guide may miss.
-        cross_check: Whether :meth:`run` also starts as many chains from the prior, and says so if
-            they find more evidence. Doubles the cost; nothing to do where ``guide`` is None.
+        cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
+            particles down from the prior where the guide was fitted, and warns if they end in
+            modes that it misses; True starts as many chains from the prior, and says so if they
+            find more evidence (double the cost); False compares with nothing.
         compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.
         make_args: Rule ``observed -> (args, kwargs)`` for the guide on simulated data, where the
             argument that holds the data is ambiguous.
+        chain_batch_size: Chains that run at once, so that any K fits in memory: chains run in
+            blocks of this size, each with random streams of its own, one after another or on
+            several processes of torch.distributed. None for blocks of 4096.
+        checkpoint: File to keep progress in. A call that was killed goes on where the file ends,
+            to bitwise the same numbers; one that finished returns them again. Each method has a
+            place of its own in the file.
+        checkpoint_every: Steps of a process's chains between writes, counted in whole chunks of
+            100; None writes every 30 seconds. It does not change any number.
 
     Raises:
         ValueError: If a number is out of range or an option unknown.
@@ -113,18 +104,22 @@ class AnnealedImportance:
         guide: Guide = None,
         *,
         num_chains: int = 16,
-        num_steps: int = 1000,
+        num_steps: int | None = None,
+        target_gap: float | None = None,
         schedule: str | Schedule | Tensor = "adaptive",
         kernel: Kernel | None = None,
         batch_plates: str | Sequence[str] = "auto",
         step_size: float | Tensor | None = None,
         pilot: Pilot | None = None,
         prior_weight: float = 0.0,
-        cross_check: bool = False,
+        cross_check: bool | str = "auto",
         compile: bool | str = "auto",
         progress_bar: bool = True,
         seed: int | None = None,
         make_args: MakeArgs | None = None,
+        chain_batch_size: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         check_function("model", model)
         if guide is not None and guide != "auto":
@@ -132,7 +127,13 @@ class AnnealedImportance:
         if make_args is not None:
             check_function("make_args", make_args, what="a function of the simulated values")
         num_chains = as_count("num_chains (K)", num_chains)
-        num_steps = as_count("num_steps (T)", num_steps)
+        if target_gap is not None:
+            if not as_real("target_gap", target_gap) > 0.0:
+                raise ValueError(f"target_gap must be positive, in nats per datum: {target_gap}")
+            if num_steps is not None or not isinstance(schedule, str):
+                raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
+        num_steps = 1000 if num_steps is None else as_count("num_steps (T)", num_steps)
+        free_leapfrogs = kernel is None
         kernel = HMC() if kernel is None else kernel
         check_kernel(kernel)
         if step_size is not None:
@@ -143,6 +144,12 @@ class AnnealedImportance:
             raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
         if not 0.0 <= as_real("prior_weight", prior_weight) < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
+        if chain_batch_size is not None:
+            chain_batch_size = as_count("chain_batch_size", chain_batch_size)
+        if checkpoint_every is not None:
+            checkpoint_every = as_count("checkpoint_every", checkpoint_every)
+            if checkpoint is None:
+                raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
         betas = None
         if not isinstance(schedule, str):
             betas = as_betas(schedule, None if isinstance(schedule, Tensor) else num_steps)
@@ -151,16 +158,21 @@ class AnnealedImportance:
         self.guide = guide
         self.num_chains = num_chains
         self.num_steps = num_steps
+        self.target_gap = target_gap
+        self._free_leapfrogs = free_leapfrogs
         self.kernel = kernel
         self.batch_plates = batch_plates
         self.step_size = step_size
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
-        self.cross_check = cross_check
+        self.cross_check = as_flag("cross_check", cross_check)
         self.compile = as_flag("compile", compile)
         self.progress_bar = progress_bar
         self.seed = as_seed(seed)
         self.make_args = make_args
+        self.chain_batch_size = chain_batch_size
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every = checkpoint_every
         self._betas = betas
 
     def run(self, *args: Any, **kwargs: Any) -> AnnealedRun:
@@ -177,12 +189,15 @@ class AnnealedImportance:
             ValueError: If model, guide or data do not allow it; the message names the site.
         """
         arguments = (args, kwargs)
-        with _own_randomness(self.seed) as seed:
-            frozen = self._freeze(self.model, arguments, arguments, seed)
-            run, _ = self._forward(frozen)
+        with self._journal("run", arguments, cross_check=self.cross_check) as journal:
+            settings = self._settings(journal)
+            frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
+            run, _ = forward(settings, frozen, journal)
             found = diagnostics.diagnose(run)
-            if self.cross_check and self.guide is not None:
-                found = (*found, *self._compare_with_prior(run, arguments, seed))
+            if self.cross_check == "auto":
+                found = (*found, *self._scout(frozen, run, journal))
+            elif self.cross_check and self.guide is not None:
+                found = (*found, *self._compare_with_prior(run, arguments, journal))
         diagnostics.warn(found)
         return replace(run, diagnostics=found)
 
@@ -209,17 +224,22 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments = (args, kwargs)
-        with _own_randomness(self.seed) as seed:
-            frozen = self._freeze(self.model, arguments, arguments, seed)
-            position = _pack_samples(frozen.problem, posterior_samples)
-            run, _ = self._reverse(frozen, position, "reverse", certified=exact)
-        return _diagnosed(run)
+        options = {"exact": exact, "posterior_samples": posterior_samples}
+        with self._journal("run_reverse", arguments, **options) as journal:
+            settings = self._settings(journal)
+            frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
+            position = pack_samples(frozen.problem, posterior_samples)
+            run = reverse(settings, frozen, position, journal, certified=exact)
+        found = diagnostics.diagnose(run)
+        diagnostics.warn(found)
+        return replace(run, diagnostics=found)
 
     def sandwich(
         self,
         *args: Any,
         num_simulations: int = 1,
         bounds: tuple[str, str] = ("IM lower", "CR upper"),
+        keep_samples: bool | None = None,
         **kwargs: Any,
     ) -> Sandwich:
         """Bounds log p(x) from both sides, on data SIMULATED from the model in x's shape.
@@ -235,6 +255,9 @@ class AnnealedImportance:
                 upper one (``"IM upper"``, ``"CR upper"``, ``"single upper"``) to report as
                 ``lower`` and ``upper``. The CR lower bound costs K - 1 more reverse chains; all
                 others are always among the result's ``bounds``.
+            keep_samples: Whether to keep posterior samples and simulated data. By default only of
+                a single data set: of several, K log-weights per pair and direction remain, so that
+                memory does not grow with the size of latents and data times S.
             **kwargs: Arguments of model and guide.
 
         Returns:
@@ -244,18 +267,7 @@ class AnnealedImportance:
             ValueError: If pairs simulated from the model are not exact, or the guide's data
                 argument is ambiguous.
         """
-        num_simulations = as_count("num_simulations", num_simulations)
-        check_names(bounds)
-        coupled = "CR lower" in bounds
-        with _own_randomness(self.seed) as seed:
-            parts = [
-                self._simulate_once((args, kwargs), seed + index, coupled)
-                for index in range(num_simulations)
-            ]
-        result = Sandwich(**merge_pairs(parts), lower_bound=bounds[0], upper_bound=bounds[1])
-        found = diagnostics.diagnose_sandwich(result)
-        diagnostics.warn(found)
-        return replace(result, diagnostics=found)
+        return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)
 
     def mutual_information(
         self,
@@ -268,8 +280,10 @@ class AnnealedImportance:
 
         .. math:: I = E[\log p(x | z)] - E[\log p(x)]
 
-        over pairs simulated from the model: one per batch element and simulation. Discrete sites
-        that are enumerated are summed out; latents are the other sites.
+        over pairs simulated from the model: one per batch element and simulation. Data sets are
+        simulated and annealed one after another, and only log-weights of each are kept, so any
+        number of them fits in memory. Discrete sites that are enumerated are summed out; latents
+        are the other sites.
 
         Source: Brekelmans et al. (2022), section 3.
 
@@ -285,8 +299,57 @@ class AnnealedImportance:
         Raises:
             ValueError: As :meth:`sandwich`.
         """
-        result = self.sandwich(*args, num_simulations=num_simulations, bounds=bounds, **kwargs)
+        result = self._sandwich(
+            "mutual_information", (args, kwargs), num_simulations, bounds, keep_samples=False
+        )
         return MutualInformation.from_sandwich(result, notes=result.forward.notes)
+
+    def run_batches(
+        self,
+        batches: Iterable[Any],
+        *,
+        arguments: Callable[[Any], Arguments] = as_arguments,
+        on_batch: Callable[[int, AnnealedRun], object] | None = None,
+    ) -> EvidenceOfBatches:
+        """Runs forward chains on one batch of data after another, and keeps numbers per datum.
+
+        Each batch is a run of its own, with its own pilot. A few numbers per datum are kept of it,
+        so a DataLoader of any length will do. With a checkpoint, finished batches are not run
+        again. Under torch.distributed ranks take turns with whole batches, so pass the same loader
+        to each: results do not depend on their number.
+
+        Args:
+            batches: A DataLoader, or any iterable that gives the same batches at every start.
+            arguments: Turns a batch into ``(args, kwargs)`` of model and guide. By default a tuple
+                or list holds positional arguments, a mapping those by name, all else is the only
+                argument.
+            on_batch: Called with the index of a batch and its run, posterior samples included, on
+                the rank that ran it, once.
+
+        Returns:
+            Lower bounds per datum, and on the evidence of all data, in nats.
+
+        Raises:
+            ValueError: As :meth:`run`; or if there is no batch, or batches are not those of the
+                checkpoint or of the other ranks.
+
+        Example:
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> ais = AnnealedImportance(model, num_steps=50, progress_bar=False, seed=0)
+            >>> loader = torch.utils.data.DataLoader(torch.zeros(6), batch_size=4)
+            >>> evidence = ais.run_batches(loader)
+            >>> evidence.batch_sizes
+            (4, 2)
+            >>> bool((evidence.total / 6 + 1.2655).abs() < 0.1)  # log N(0; 0, sqrt 2) = -1.2655
+            True
+        """
+        with self._journal("run_batches") as journal:
+            result = run_batches(self._settings(journal), batches, journal, arguments, on_batch)
+        diagnostics.warn(result.diagnostics)
+        return result
 
     def thermodynamic_curve(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Estimates E_beta[log p/q] along the path, whose integral is the log evidence.
@@ -301,187 +364,92 @@ class AnnealedImportance:
         run = self.run(*args, **kwargs)
         return run.betas[:-1], run.mean_log_ratio
 
+    def _scout(
+        self, frozen: Frozen, run: AnnealedRun, journal: Journal
+    ) -> tuple[diagnostics.Diagnostic, ...]:
+        """Sends particles down from the prior where the guide was fitted."""
+        if frozen.problem.from_prior is None:
+            return ()
+        found = scout_run(frozen.problem, run, self.kernel, frozen.seed, journal)
+        return () if found is None else (found,)
+
     def _compare_with_prior(
-        self, run: AnnealedRun, arguments: Arguments, seed: int
+        self, run: AnnealedRun, arguments: Arguments, journal: Journal
     ) -> tuple[diagnostics.Diagnostic, ...]:
         """Runs the same chains from the prior and compares what both starts found."""
-        from_prior = copy.copy(self)
-        from_prior.guide = None
-        frozen = from_prior._freeze(self.model, arguments, arguments, seed)
-        other, _ = from_prior._forward(frozen, "forward from the prior")
+        settings, prefix = replace(self._settings(journal), guide=None), "from the prior/"
+        frozen = freeze(
+            settings, self.model, arguments, arguments, journal, prefix, seed=journal.seed
+        )
+        stream = "forward from the prior"
+        other, _ = forward(settings, frozen, journal, prefix, stream=stream, keep_samples=False)
         found = diagnostics.diagnose_starts(run, other)
         return () if found is None else (found,)
 
-    def _freeze(
+    def _sandwich(
         self,
-        model: Callable[..., Any],
-        model_args: Arguments,
-        guide_args: Arguments,
-        seed: int,
-    ) -> _Frozen:
-        """Prepares the problem and runs the pilot."""
-        began = time.perf_counter()
-        steps = self.num_steps * self.kernel.num_gradients
-        with _bar(self.progress_bar and self.guide == "auto", "fit", 340) as bar:
-            problem = prepare(
-                model,
-                self.guide,
-                model_args,
-                guide_args,
-                num_chains=self.num_chains,
-                batch_plates=self.batch_plates,
-                compile=steps >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile),
-                seed=seed,
-                prior_weight=self.prior_weight,
-                progress=bar.update,
+        task: str,
+        arguments: Arguments,
+        num_simulations: int,
+        bounds: tuple[str, str],
+        keep_samples: bool | None,
+    ) -> Sandwich:
+        num_simulations = as_count("num_simulations", num_simulations)
+        check_names(bounds)
+        coupled = "CR lower" in bounds
+        keep_samples = num_simulations == 1 if keep_samples is None else keep_samples
+        options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
+        with self._journal(task, arguments, **options, coupled=coupled) as journal:
+            pairs = simulate_pairs(
+                self._settings(journal),
+                arguments,
+                journal,
+                num_simulations=num_simulations,
+                coupled=coupled,
+                keep_samples=keep_samples,
             )
-        setup_seconds = time.perf_counter() - began
-        path, summary = self._run_pilot(problem, seed)
-        return _Frozen(problem, path, summary, seed, setup_seconds)
+        result = pairs.sandwich(bounds)
+        found = diagnostics.diagnose_sandwich(result)
+        diagnostics.warn(found)
+        return replace(result, diagnostics=found)
 
-    def _run_pilot(self, problem: Problem, seed: int) -> tuple[Path, PilotSummary | None]:
-        betas = self._betas
-        layout = problem.layout
-        example = torch.zeros(
-            *layout.batch_shape, layout.dim, dtype=layout.dtype, device=layout.device
+    def _settings(self, journal: Journal | None = None) -> Settings:
+        """Collects what this object was told; only rank 0 shows progress."""
+        return Settings(
+            model=self.model,
+            guide=self.guide,
+            num_chains=self.num_chains,
+            num_steps=self.num_steps,
+            betas=self._betas,
+            kernel=self.kernel,
+            batch_plates=self.batch_plates,
+            step_size=self.step_size,
+            pilot=self.pilot,
+            prior_weight=self.prior_weight,
+            compile=self.compile,
+            progress_bar=self.progress_bar and (journal is None or journal.world.rank == 0),
+            make_args=self.make_args,
+            chain_batch_size=self.chain_batch_size,
+            target_gap=self.target_gap,
+            free_leapfrogs=self._free_leapfrogs,
         )
-        fixed = None if self.step_size is None else TuningTable.constant(self.step_size, example)
-        if betas is None and self.num_steps == 1:
-            betas = _on_host([0.0, 1.0])
-        if betas is not None and (fixed is not None or self.num_steps == 1):
-            fixed = fixed or TuningTable.constant(1.0, example)
-            return Path(betas, self.kernel, fixed), None
-        began = time.perf_counter()
-        count = self.pilot.chains_for(self.num_chains)
-        with torch.no_grad(), _bar(self.progress_bar, "pilot", 1.0) as bar:
-            state = problem.density(problem.draw(count))
-            problem.check_start(state)
-            outcome = run_pilot(
-                problem.density,
-                self.kernel,
-                state,
-                seeded_generator(layout.device, seed, "pilot"),
-                settings=self.pilot,
-                progress=lambda beta: bar.update(beta - bar.n),
-            )
-        betas = adaptive_betas(outcome, self.num_steps) if betas is None else betas
-        path = Path(betas, self.kernel, fixed or outcome.tuning)
-        return path, _summarize(outcome, time.perf_counter() - began)
 
-    def _forward(self, frozen: _Frozen, stream: str = "forward") -> tuple[AnnealedRun, State]:
-        began = time.perf_counter()
-        problem = frozen.problem
-        with torch.no_grad():
-            position = problem.draw(self.num_chains)
-            before = problem.density.num_evaluations
-            state = problem.density(position)
-            problem.check_start(state)
-            problem.density.check(position[:1].nan_to_num())
-        carry, statistics = self._anneal(frozen, state, "forward", stream)
-        # A density that froze something, or changed under way, shows at one end or the other.
-        ends = torch.cat([position[:1], carry.state.position[:1]]).nan_to_num()
-        problem.density.check(ends)
-        run = self._result(
-            frozen, carry, statistics, "forward", time.perf_counter() - began, before
-        )
-        return run, carry.state
+    def _journal(
+        self, task: str, arguments: Arguments = ((), {}), **options: Any
+    ) -> contextlib.AbstractContextManager[Journal]:
+        """Opens the journal of a call, which depends on settings, arguments and options."""
 
-    def _reverse(
-        self, frozen: _Frozen, position: Tensor, stream: str, *, certified: bool = True
-    ) -> tuple[AnnealedRun, State]:
-        began = time.perf_counter()
-        with torch.no_grad():
-            before = frozen.problem.density.num_evaluations
-            state = frozen.problem.density(position)
-        if bool((~state.log_ratio().isfinite()).any()):
-            frozen.problem.check_start(state)
-            raise ValueError(
-                "some posterior samples have no density under the model or the base: check that "
-                "they lie inside the supports, and that the guide covers the posterior"
-            )
-        carry, statistics = self._anneal(frozen, state, "reverse", stream)
-        run = self._result(
-            frozen, carry, statistics, "reverse", time.perf_counter() - began, before
-        )
-        starts = stream == "reverse" and not bool((position == position[:1]).all())
-        return replace(run, certified=certified, independent_starts=starts), carry.state
+        def identity() -> dict[str, str]:
+            given: dict[str, str] = {}
+            for name, value in options.items():
+                by_site = value if isinstance(value, Mapping) else {}
+                given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}
+                if not by_site:
+                    given[name] = describe(value)
+            return self._settings().describe() | describe_arguments(arguments) | given
 
-    def _anneal(
-        self, frozen: _Frozen, state: State, direction: Direction, stream: str
-    ) -> tuple[Carry, StepStatistics]:
-        total = frozen.path.num_steps
-        with torch.no_grad(), _bar(self.progress_bar, stream, total) as bar:
-            return run_chains(
-                frozen.problem.density,
-                frozen.path,
-                state,
-                direction=direction,
-                seed=frozen.seed,
-                stream=stream,
-                progress=bar.update,
-            )
-
-    def _simulate_once(self, arguments: Arguments, seed: int, coupled: bool) -> Pair:
-        torch.manual_seed(seed)
-        simulation = simulate(self.model, arguments)
-        conditioned = poutine.condition(self.model, data=simulation.observed)
-        guide_args = arguments
-        if sees_arguments(self.guide) or self.make_args is not None:
-            guide_args = guide_arguments(arguments, simulation, self.make_args)
-        frozen = self._freeze(conditioned, arguments, guide_args, seed)
-        forward, end = self._forward(frozen)
-        exact = frozen.problem.pack(simulation.latents)
-        starts = exact.expand(self.num_chains, *exact.shape).clone()
-        reverse, _ = self._reverse(frozen, starts, "reverse")
-        extra = None
-        if coupled and self.num_chains > 1:
-            first = end.position[:1].expand(self.num_chains - 1, *exact.shape).clone()
-            extra = self._reverse(frozen, first, "coupled reverse")[0].log_weights
-        log_likelihood = frozen.problem.log_likelihood(exact)
-        return Pair(forward, reverse, extra, simulation.observed, log_likelihood)
-
-    def _result(
-        self,
-        frozen: _Frozen,
-        carry: Carry,
-        statistics: StepStatistics,
-        direction: Direction,
-        seconds: float,
-        evaluations_before: int,
-    ) -> AnnealedRun:
-        problem, path = frozen.problem, frozen.path
-        layout = problem.layout
-        if direction == "reverse":
-            statistics = StepStatistics(*(value.flip(0) for value in statistics))
-        moves = path.betas[1:-1].tolist()
-        step_size = [float(path.tuning.at(beta).step_size.log().mean().exp()) for beta in moves]
-        kernel = path.kernel
-        return AnnealedRun(
-            direction=direction,
-            log_weights=carry.log_weights,
-            betas=path.betas,
-            accept_prob=statistics.accept_prob,
-            num_diverging=statistics.num_diverging,
-            step_size=_on_host(step_size),
-            mean_log_ratio=statistics.mean_log_ratio,
-            var_log_ratio=statistics.var_log_ratio,
-            log_evidence_ti=carry.integral,
-            posterior=problem.unpack(carry.state.position),
-            plates={plate.name: plate.size for plate in layout.batch},
-            site_plates={site.name: site.plates for site in layout.sites},
-            num_gradients=1 + kernel.num_gradients * (path.num_steps - 1),
-            num_evaluations=problem.density.num_evaluations - evaluations_before,
-            seconds=seconds,
-            seed=frozen.seed,
-            kernel=repr(kernel),
-            target_accept=kernel.target_accept,
-            density_mode=problem.density.mode,
-            pilot=frozen.pilot,
-            setup_seconds=frozen.setup_seconds,
-            fit_gradients=problem.fit_gradients,
-            notes=layout.notes,
-            scale=layout.scale,
-            observed=layout.observed,
+        return keep_journal(
+            task, identity, path=self.checkpoint, every=self.checkpoint_every, seed=self.seed
         )
 
 
@@ -511,82 +479,3 @@ def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Anneal
         True
     """
     return AnnealedImportance(model, guide="auto").run(*args, **kwargs)
-
-
-def _summarize(outcome: PilotOutcome, seconds: float) -> PilotSummary:
-    steps = outcome.tuning.log_step_size
-    return PilotSummary(
-        num_chains=outcome.num_chains,
-        num_gradients=outcome.num_gradients,
-        betas=_on_host(outcome.tuning.betas),
-        step_size=steps.reshape(len(steps), -1).mean(1).exp(),
-        accept_prob=_on_host(outcome.accept_prob),
-        ess_fraction=_on_host(outcome.ess_fraction),
-        length=outcome.lengths[-1],
-        seconds=seconds,
-    )
-
-
-def _on_host(numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
-
-
-def _diagnosed(run: AnnealedRun) -> AnnealedRun:
-    found = diagnostics.diagnose(run)
-    diagnostics.warn(found)
-    return replace(run, diagnostics=found)
-
-
-def _pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
-    """Packs K posterior samples and checks that there is one of every site, inside its support."""
-    if not isinstance(samples, Mapping):
-        raise ValueError(
-            "posterior samples must be a mapping from site names to tensors [K, *value_shape], got "
-            f"{type(samples).__name__}"
-        )
-    device = problem.layout.device
-    samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
-    missing = [site.name for site in problem.layout.sites if site.name not in samples]
-    if missing:
-        raise ValueError(
-            f"a reverse run needs posterior samples of every latent site, missing: {missing}"
-        )
-    counts = set()
-    for site in problem.layout.sites:
-        shape = samples[site.name].shape
-        if shape[1:] != site.value_shape or not shape:
-            raise ValueError(
-                f'posterior samples of site "{site.name}" have shape {list(shape)}, expected '
-                f"[K, {', '.join(map(str, site.value_shape))}]"
-            )
-        counts.add(shape[0])
-    if counts == {0}:
-        raise ValueError("a reverse run needs K >= 1 posterior samples, got 0")
-    if len(counts) != 1:
-        raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
-    names = [site.name for site in problem.layout.sites]
-    chains = []
-    for k in range(counts.pop()):
-        values = {name: samples[name][k] for name in names}
-        problem.check_supports(values)
-        chains.append(problem.pack(values))
-    return torch.stack(chains)
-
-
-@contextlib.contextmanager
-def _own_randomness(seed: int | None) -> Iterator[int]:
-    """Seeds torch inside, and leaves the global generators as they were.
-
-    Without a seed one is drawn from torch's global generator, which moves on by that draw.
-    """
-    if seed is None:
-        seed = int(torch.randint(2**31, (), device="cpu").item())
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    # gradients inside torch.inference_mode() would fail
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        torch.manual_seed(seed)
-        yield seed
-
-
-def _bar(visible: bool, label: str, total: float) -> Any:
-    return tqdm(total=total, desc=label, disable=not visible, leave=False)

@@ -110,6 +110,11 @@ class CapturedDensity:
         """The live tensors that the density reads: parameters, data, buffers."""
         return tuple(self._constants)
 
+    @property
+    def code(self) -> str | None:
+        """The operations recorded for one chain, or None without a graph."""
+        return None if self._trace is None else str(self._trace.graph.code)
+
     def __call__(self, position: Tensor) -> State:
         """Evaluates K chains.
 

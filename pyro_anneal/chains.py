@@ -13,7 +13,6 @@ the device.
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -22,12 +21,14 @@ import torch
 from torch import Tensor
 
 from .kernels import Density, Kernel, State, Tuning
+from .randomness import seeded_generator
 
 __all__ = [
     "CHUNK_SIZE",
     "Carry",
     "Direction",
     "Path",
+    "Progress",
     "StepStatistics",
     "TuningTable",
     "final_move",
@@ -110,10 +111,24 @@ class StepStatistics(NamedTuple):
     num_diverging: Tensor  # [T - 1], over chains and batch
 
 
-def seeded_generator(device: torch.device, *keys: object) -> torch.Generator:
-    """Makes a generator whose stream is a function of the keys alone."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+class Progress(NamedTuple):
+    """Where chains stand between two chunks: all that the rest of a run depends on."""
+
+    num_chunks: int  # done
+    carry: Carry
+    statistics: StepStatistics  # of the steps done; later entries mean nothing yet
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done."""
+        return min(self.num_chunks * CHUNK_SIZE, len(self.statistics.mean_log_ratio))
+
+    @staticmethod
+    def beginning(state: State, num_steps: int) -> Progress:
+        """Places chains at ``state`` before the first of ``num_steps`` steps."""
+        weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+        statistics = _empty_statistics(num_steps, state.position.device)
+        return Progress(0, Carry(state, weights, weights), statistics)
 
 
 def _trapezoid_weights(betas: Tensor, direction: Direction) -> Tensor:
@@ -144,34 +159,42 @@ def _log_ratio(state: State) -> Tensor:
 def run_chains(
     density: Density,
     path: Path,
-    state: State,
+    start: State | Progress,
     *,
     direction: Direction,
     seed: int,
     stream: str,
     progress: Callable[[int], object] = lambda count: None,
+    record: Callable[[Progress], object] = lambda progress: None,
 ) -> tuple[Carry, StepStatistics]:
-    """Anneals K chains from ``state`` and returns their log-weights.
+    """Anneals K chains from ``start`` and returns their log-weights.
 
     Args:
         density: Evaluates base and target of K chains.
         path: Frozen betas, kernel and tuning.
-        state: Forward: draws from the base. Reverse: exact posterior samples. ``[K, *batch]``.
+        start: Forward: draws from the base. Reverse: exact posterior samples. ``[K, *batch]``. Or
+            what ``record`` was given in an earlier call with the same other arguments: the rest of
+            that run then follows bit by bit.
         direction: ``"forward"`` or ``"reverse"``.
         seed: Seed of the noise.
         stream: Name of the stream of noise, so that the runs of a sandwich are independent.
         progress: Called with the number of steps done since the last call.
+        record: Called after each chunk with all that the rest of the run depends on.
 
     Returns:
         The carry whose state is the one at which the last weight was taken, and the statistics.
     """
-    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
-    carry = Carry(state, weights, weights)
-    statistics = _empty_statistics(path.num_steps, state.position.device)
+    if isinstance(start, State):
+        start = Progress.beginning(start, path.num_steps)
+    done, carry, statistics = start
+    device = carry.state.position.device
     for chunk, steps in enumerate(_chunks(path.num_steps)):
-        generator = seeded_generator(state.position.device, seed, stream, chunk)
+        if chunk < done:
+            continue
+        generator = seeded_generator(device, seed, stream, chunk)
         carry = _run_chunk(density, path, carry, statistics, steps, direction, generator)
         progress(len(steps))
+        record(Progress(chunk + 1, carry, statistics))
     return carry, statistics
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .budget import weight_variance
+
 if TYPE_CHECKING:
     from .results import AnnealedRun, Sandwich
 
@@ -30,6 +32,7 @@ __all__ = [
     "check_divergences",
     "check_dominance",
     "check_gap",
+    "check_lag",
     "check_pilot",
     "check_weights",
     "check_zero_weights",
@@ -256,6 +259,37 @@ def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.05) -> Tensor
     return pooled.flatten()
 
 
+def check_lag(
+    run: AnnealedRun, *, min_variance: float = 0.5, factor: float = 4.0
+) -> Diagnostic | None:
+    r"""Compares the variance of weights with what chains that keep up with the path would have.
+
+    Args:
+        run: A forward run.
+        min_variance: Relative variance of the weights, :math:`K / \mathrm{ESS} - 1`, below which
+            the bound is good whatever the pilot expected.
+        factor: Ratio to the expected variance above which chains lag behind.
+
+    Returns:
+        A finding whose value is that ratio, or ``None``.
+    """
+    if run.pilot is None or run.direction == "reverse" or math.isnan(run.pilot.correlation):
+        return None
+    pilot, steps = run.pilot, run.num_steps
+    expected = math.expm1(min(weight_variance(pilot.length, pilot.correlation, steps), 30.0))
+    relative = float((run.num_chains / run.ess - 1.0).mean())
+    if relative <= min_variance or relative <= factor * expected:
+        return None
+    return Diagnostic(
+        name="lag",
+        severity="warning",
+        message=f"the weights vary {relative / expected:.2g} times as much as those of chains that "
+        "keep up with the path would: some chains lag behind and the bound may be far below the "
+        "truth; start closer to the posterior, reparameterize, or raise num_steps",
+        value=relative / expected,
+    )
+
+
 def check_certified(run: AnnealedRun) -> Diagnostic | None:
     """Looks for a run whose posterior samples are approximate, so that its bound is none."""
     if run.certified:
@@ -331,6 +365,7 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_acceptance,
         check_divergences,
         check_pilot,
+        check_lag,
         check_certified,
     )
     return tuple(found for check in checks if (found := check(run)) is not None)

@@ -3,11 +3,12 @@ r"""``guide="auto"``: a Gaussian in unconstrained space, fitted in seconds on th
 Two phases, both invariant to affine changes of coordinates, so that a parameter near 3000 and one
 near 0.001 cost the same:
 
-1. Saddle-free Newton steps from the unconstrained origin, with Hessians by central differences of
-   the gradient. Every iterate proposes the Gaussian of its curvature, and the one of largest
-   evidence lower bound is kept, as in Pathfinder: a mode at infinity (a funnel) does no harm.
+1. Saddle-free Newton steps from the unconstrained origin and points around it, with Hessians by
+   central differences of the gradient. Every iterate proposes the Gaussian of its curvature, and
+   the one of largest evidence lower bound is kept, as in Pathfinder: a mode at infinity (a funnel)
+   does no harm.
 2. Natural-gradient ascent of that bound with the path derivative only, whose variance vanishes at
-   a Gaussian target.
+   a Gaussian target; repeated while the bound still rises.
 
 The fit sees the data, never a posterior sample, so it may serve as the base of a sandwich. All
 batch elements are fitted at once.
@@ -67,21 +68,24 @@ class _Counter:
 
 def fit_gaussian(
     density: Density,
-    origin: Tensor,
+    origins: Tensor,
     *,
     seed: int,
     num_newton: int = 40,
     num_ascent: int = 300,
+    max_rounds: int = 4,
     progress: Callable[[int], object] = lambda count: None,
 ) -> GaussianFit:
     """Fits a Gaussian to the target of each batch element.
 
     Args:
         density: Evaluates positions ``[K, *batch, D]``; only the target side is used.
-        origin: Starting point, ``[*batch, D]``.
+        origins: Starting points of the Newton steps, ``[S, *batch, D]``.
         seed: Seed of the fit's own randomness.
-        num_newton: Newton steps.
-        num_ascent: Natural-gradient steps.
+        num_newton: Newton steps from each.
+        num_ascent: Natural-gradient steps of one round.
+        max_rounds: Rounds of ascent; there is another one only if the last raised the bound of
+            some batch element by over 0.1 nats.
         progress: Called with the number of steps done since the last call.
 
     Returns:
@@ -90,6 +94,7 @@ def fit_gaussian(
     Raises:
         ValueError: If the target has no density around the origin.
     """
+    origin = origins[0]
     dim = origin.shape[-1]
     batch = math.prod(origin.shape[:-1])
     full_rank = 2 * dim * dim * batch <= _FULL_RANK_LIMIT
@@ -100,11 +105,15 @@ def fit_gaussian(
     eye = torch.eye(dim, dtype=origin.dtype, device=origin.device).expand(*origin.shape, dim)
     loc, scale = origin, 0.1 * eye
     elbo = _elbo(evaluate, loc, scale, noise)
-    if full_rank:
-        loc, scale, elbo = _newton(evaluate, loc, scale, elbo, noise, num_newton, progress)
-    loc, scale, elbo = _ascend(
-        evaluate, loc, scale, elbo, noise, num_ascent, full_rank, generator, progress
-    )
+    for start in origins if full_rank else ():
+        loc, scale, elbo = _newton(evaluate, start, loc, scale, elbo, noise, num_newton, progress)
+    for _ in range(max_rounds):
+        before = elbo
+        loc, scale, elbo = _ascend(
+            evaluate, loc, scale, elbo, noise, num_ascent, full_rank, generator, progress
+        )
+        if not bool((elbo > before + 0.1).any()):
+            break
     if not bool(elbo.isfinite().all()):
         raise ValueError(
             'guide="auto" found no density around the unconstrained origin for '
@@ -167,6 +176,7 @@ def _hessian(evaluate: _Counter, loc: Tensor) -> Tensor:
 
 def _newton(
     evaluate: _Counter,
+    point: Tensor,
     loc: Tensor,
     scale: Tensor,
     elbo: Tensor,
@@ -175,7 +185,6 @@ def _newton(
     progress: Callable[[int], object],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Follows damped saddle-free Newton steps and keeps the Gaussian of largest bound."""
-    point = loc
     value, grad = evaluate(point.unsqueeze(0))
     value, grad = value[0], grad[0]
     damping = torch.ones_like(value)

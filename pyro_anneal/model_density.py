@@ -21,8 +21,8 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
+from .coordinates import bijection
 from .sites import Layout, latent_sites, observed_sites, sum_to_batch, unmasked
 from .validation import validation_disabled
 
@@ -46,11 +46,13 @@ class Substitute(Messenger):  # type: ignore[misc]
         constrained: Mapping[str, Tensor] | None = None,
         record: frozenset[str] = frozenset(),
         loops: Mapping[str, list[int]] | None = None,
+        noncentred: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
         self.record = record  # sites whose unconstrained value is wanted, sampled if not given
+        self.noncentred = noncentred  # sites whose coordinate leaves location and scale out
         self.loops = loops or {}  # indices as numbers: a capture could not read them from a tensor
         self.unconstrained: dict[str, Tensor] = {}
         self.log_det: dict[str, Tensor] = {}
@@ -76,7 +78,7 @@ class Substitute(Messenger):  # type: ignore[misc]
         """Maps u to the site's support, as it is at this value of the latents before it."""
         name, fn = msg["name"], msg["fn"]
         u = self.given[name]
-        transform = biject_to(fn.support)
+        transform = bijection(fn, noncentred=name in self.noncentred)
         value: Tensor = transform(u)
         batch_shape = u.shape[: u.dim() - transform.domain.event_dim]
         if value.shape[: value.dim() - transform.codomain.event_dim] != batch_shape:
@@ -94,7 +96,8 @@ class Substitute(Messenger):  # type: ignore[misc]
         name = msg["name"]
         if name in self.record and name not in self.given:
             self.values[name] = msg["value"]
-            self.unconstrained[name] = biject_to(msg["fn"].support).inv(msg["value"])
+            transform = bijection(msg["fn"], noncentred=name in self.noncentred)
+            self.unconstrained[name] = transform.inv(msg["value"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +142,9 @@ class ModelDensity:
         """
         layout = self.layout
         unconstrained = layout.split(position)
-        substitute = Substitute(unconstrained=unconstrained, loops=layout.loops)
+        substitute = Substitute(
+            unconstrained=unconstrained, loops=layout.loops, noncentred=layout.noncentred
+        )
         trace = self._trace(substitute, enumerate_sites=bool(layout.enumerated))
         latents = latent_sites(trace)
         unknown = [n for n in latents if n not in unconstrained and n not in layout.enumerated]
@@ -238,7 +243,7 @@ class ModelDensity:
             }
         else:
             names = frozenset(site.name for site in layout.sites)
-            substitute = Substitute(constrained=values, record=names)
+            substitute = Substitute(constrained=values, record=names, noncentred=layout.noncentred)
             self._trace(substitute, enumerate_sites=False)
             unconstrained = substitute.unconstrained
         return self._join(unconstrained)
@@ -252,7 +257,7 @@ class ModelDensity:
     def draw_prior(self) -> Tensor:
         """Draws ``u`` of shape ``[*batch, D]`` from the model's prior."""
         names = frozenset(site.name for site in self.layout.sites)
-        substitute = Substitute(record=names)
+        substitute = Substitute(record=names, noncentred=self.layout.noncentred)
         self._trace(substitute, enumerate_sites=False)
         return self._join(substitute.unconstrained)
 
@@ -261,6 +266,6 @@ class ModelDensity:
         unconstrained = self.layout.split(position)
         if self.layout.is_static:
             return {s.name: s.transform(unconstrained[s.name]) for s in self.layout.sites}
-        substitute = Substitute(unconstrained=unconstrained)
+        substitute = Substitute(unconstrained=unconstrained, noncentred=self.layout.noncentred)
         self._trace(substitute, enumerate_sites=False)
         return {site.name: substitute.values[site.name] for site in self.layout.sites}

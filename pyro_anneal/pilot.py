@@ -29,12 +29,15 @@ from torch import Tensor
 from .arguments import as_count, as_real
 from .chains import TuningTable
 from .kernels import Density, Kernel, State, Tuning
-from .weights import effective_sample_size, resample_indices
+from .weights import effective_sample_size, log_mean_exp, resample_indices
 
 __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
+# The first lag misses what decays slowly: variances of log-weights on eight real problems were 1.1
+# to 2 times what it predicts beyond those of perfect transitions.
+_SLOW_COMPONENTS = 1.5
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class PilotOutcome(NamedTuple):
     num_gradients: int  # per chain
     num_chains: int
     position: Tensor  # particles at the target, [M, *batch, D]
+    length: float = 0.0  # thermodynamic length of the path, from means at the knots
+    correlation: float = 0.0  # of log p/q over one transition, averaged along the path
+    log_evidence: Tensor | None = None  # of sequential Monte Carlo, nats, [*batch]
 
 
 def run_pilot(
@@ -107,17 +113,20 @@ def run_pilot(
     Returns:
         Tuning at the knots, their thermodynamic lengths, what it cost.
     """
+    alive = state.log_ratio() > -torch.inf
     state = _revive(state)
     beta, stage, length = 0.0, 0, 0.0
     log_scale = _log_scale(state.position, None)
     dim = state.position.shape[-1]
     log_step = torch.full_like(log_scale[..., 0], -0.25 * math.log(dim))
     knots, steps, scales, lengths, accepts, fractions = [], [], [], [], [], []
+    series = []
     num_moves = 0
     fraction = 1.0
+    log_evidence = alive.double().mean(0).log()
     while True:
         moves = settings.num_moves * (3 if stage == 0 else 1)
-        state, log_step, accept = _tune_and_move(
+        state, log_step, accept, ratios = _tune_and_move(
             density,
             kernel,
             state,
@@ -134,6 +143,7 @@ def run_pilot(
         lengths.append(length)
         accepts.append(accept)
         fractions.append(fraction)
+        series.append(ratios)
         progress(beta)
         if beta >= 1.0:
             break
@@ -141,6 +151,7 @@ def run_pilot(
         stage += 1
         beta = 1.0 if stage >= settings.max_stages or increment >= 1.0 - beta else beta + increment
         length += math.sqrt(max(-math.log(max(fraction, 1e-300)), 0.0))
+        log_evidence = log_evidence + _log_mean_weight(state, beta - knots[-1])
         state = _reweight(state, beta - knots[-1], generator)
         log_scale = _log_scale(state.position, log_scale)
     tuning = TuningTable(tuple(knots), _smooth(torch.stack(steps)), _smooth(torch.stack(scales)))
@@ -152,6 +163,9 @@ def run_pilot(
         num_gradients=1 + num_moves * kernel.num_gradients,
         num_chains=state.position.shape[0],
         position=state.position,
+        length=_length(knots, series),
+        correlation=_correlation(lengths, series),
+        log_evidence=log_evidence,
     )
 
 
@@ -211,6 +225,10 @@ def _reweight(state: State, increment: float, generator: torch.Generator) -> Sta
     return _gather(state, resample_indices(log_weights, count, generator=generator))
 
 
+def _log_mean_weight(state: State, increment: float) -> Tensor:
+    return log_mean_exp(_finite_ratio(state.log_ratio()) * increment)
+
+
 def _finite_ratio(log_ratio: Tensor) -> Tensor:
     """Converts to float64, NaN to weight zero."""
     ratio = log_ratio.double()
@@ -254,24 +272,66 @@ def _tune_and_move(
     generator: torch.Generator,
     *,
     first_gain: float,
-) -> tuple[State, Tensor, float]:
-    """Moves particles at ``beta``, steering the step size toward the kernel's acceptance."""
+) -> tuple[State, Tensor, float, Tensor]:
+    """Moves particles at ``beta``, steering the step size toward the kernel's acceptance.
+
+    Returns:
+        State, log step size, acceptance, and log p/q after each late move, ``[N, M, *batch]``.
+    """
     log_step, log_scale = log_tuning
     target = kernel.target_accept
     scale = log_scale.exp()
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
     late, late_accept = torch.zeros_like(log_step), torch.zeros_like(log_step)
+    ratios = [_finite_ratio(state.log_ratio())]
     for move in range(num_moves):
         tuning = Tuning(log_step.exp(), scale)
         noise = kernel.noise(state, generator)
         state, info = kernel.step(state, density, on_device, tuning, noise)
+        ratios.append(_finite_ratio(state.log_ratio()))
         accept_prob = info.accept_prob.mean(0)
         if target is not None:
             log_step = log_step + first_gain / (1.0 + move) ** 0.6 * (accept_prob - target)
         if move >= num_moves // 2:  # Polyak average: acceptance over few chains is noisy
             late = late + log_step / (num_moves - num_moves // 2)
             late_accept = late_accept + accept_prob / (num_moves - num_moves // 2)
-    return state, late, float(late_accept.mean())
+    return state, late, float(late_accept.mean()), torch.stack(ratios[num_moves // 2 :])
+
+
+def _length(knots: list[float], series: list[Tensor]) -> float:
+    r"""Computes the thermodynamic length from the means of log p/q at the knots.
+
+    Since :math:`dE_\beta[\log p/q] / d\beta = \mathrm{Var}_\beta`, the squared length between two
+    knots is the increment of beta times the increment of the mean; averaged over the batch.
+    """
+    means = [ratios[len(ratios) // 2 :].mean((0, 1)) for ratios in series]
+    total = 0.0
+    for index, width in enumerate(torch.tensor(knots, dtype=torch.float64).diff().tolist()):
+        square = width * (means[index + 1] - means[index])
+        total += math.sqrt(max(float(square.mean().nan_to_num(0.0, 0.0, 0.0)), 0.0))
+    return total
+
+
+def _correlation(lengths: list[float], series: list[Tensor]) -> float:
+    """Computes the correlation of log p/q over one transition, weighted by length.
+
+    It is raised to that of a chain without slow components and the same variance of sums.
+    """
+    total, weight = 0.0, 0.0
+    for index, ratios in enumerate(series):
+        centred = ratios - ratios.mean((0, 1))
+        variance = float(centred.square().mean())
+        ends = lengths[max(index - 1, 0)], lengths[min(index + 1, len(lengths) - 1)]
+        if not variance > 0.0 or not math.isfinite(variance):
+            continue
+        share = float((centred[1:] * centred[:-1]).mean()) / variance
+        total += (ends[1] - ends[0]) * share
+        weight += ends[1] - ends[0]
+    if not weight > 0.0:
+        return 0.0
+    share = min(max(total / weight, 0.0), 0.95)
+    excess = _SLOW_COMPONENTS * share / (1.0 - share)
+    return excess / (1.0 + excess)
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:

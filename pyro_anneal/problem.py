@@ -15,7 +15,6 @@ from .capture import capture
 from .densities import (
     Arguments,
     Base,
-    GaussianBase,
     GuideBase,
     MixtureBase,
     ModelDensity,
@@ -23,7 +22,7 @@ from .densities import (
     PriorBase,
     StandardNormalBase,
 )
-from .gaussian_fit import fit_gaussian
+from .fitted_start import Once, fit_start
 from .inspection import inspect_model
 from .kernels import State
 from .sites import Layout, latent_sites, observed_sites
@@ -44,6 +43,7 @@ class Problem:
     function: PathDensity  # one chain, through Pyro
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
+    from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
 
     def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
@@ -53,12 +53,18 @@ class Problem:
         normalizer nobody knows, and overstate the evidence.
         """
         with torch.no_grad():
-            return torch.stack([self._draw_one() for _ in range(num_chains)])
+            return torch.stack([self._draw_one(self.base) for _ in range(num_chains)])
 
-    def _draw_one(self) -> Tensor:
+    def draw_prior(self, num_chains: int) -> Tensor:
+        """Draws positions ``[K, *batch, D]`` from the model's prior, likewise."""
+        base = PriorBase(self.model)
+        with torch.no_grad():
+            return torch.stack([self._draw_one(base) for _ in range(num_chains)])
+
+    def _draw_one(self, base: Base) -> Tensor:
         layout = self.layout
         try:
-            position = self.base.draw().to(layout.dtype)
+            position = base.draw().to(layout.dtype)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             shape = (*layout.batch_shape, layout.dim)
             position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
@@ -70,11 +76,11 @@ class Problem:
         Batch elements are filled from several draws; zeros where none was finite.
         """
         with torch.no_grad():
-            position = self._draw_one()
+            position = self._draw_one(self.base)
             for _ in range(num_tries):
                 if bool(position.isfinite().all()):
                     break
-                position = torch.where(position.isfinite(), position, self._draw_one())
+                position = torch.where(position.isfinite(), position, self._draw_one(self.base))
         return position.nan_to_num()
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
@@ -112,8 +118,13 @@ class Problem:
             evaluation = self.model.evaluate(position)
         return evaluation.log_joint - evaluation.log_prior
 
-    def check_start(self, state: State) -> None:
+    def check_start(self, state: State, *, is_all: bool = True) -> None:
         """Checks the log densities at the start of forward chains.
+
+        Args:
+            state: The chains' state.
+            is_all: Whether these are all chains of the run, so that one of each batch element must
+                have a density.
 
         Raises:
             ValueError: If a log density is +inf, or no chain of a batch element has any.
@@ -125,7 +136,7 @@ class Problem:
         if bool(infinite.any()):
             chain = int(infinite.reshape(len(infinite), -1).any(1).nonzero()[0])
             self._raise(state.position[chain], "is infinite")
-        if bool(dead.any()):
+        if is_all and bool(dead.any()):
             element = [int(i) for i in dead.nonzero()[0]]
             where = f" (batch element {element})" if element else ""
             self._raise(
@@ -174,6 +185,8 @@ def prepare(
     seed: int,
     prior_weight: float = 0.0,
     progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute: compute(),
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -188,6 +201,8 @@ def prepare(
         seed: Seed of ``guide="auto"``.
         prior_weight: Weight of the prior mixed into the base.
         progress: Called with the steps of the automatic fit.
+        max_rows: Positions that the automatic fit may evaluate at once.
+        once: Calls the automatic fit, or returns what it gave before.
 
     Returns:
         The problem.
@@ -222,7 +237,7 @@ def prepare(
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
     if guide == "auto":
-        problem = _fit(problem, example, num_chains, seed, progress)
+        problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
     if prior_weight > 0.0 and guide is not None:
         base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
         problem = replace(problem, base=base, function=PathDensity(problem.model, base))
@@ -254,13 +269,28 @@ def _fit(
     num_chains: int,
     seed: int,
     progress: Callable[[int], object],
+    max_rows: int | None,
+    once: Once,
 ) -> Problem:
-    """Replaces the prior by a fitted Gaussian."""
-    target = capture(problem.function, example, num_chains=num_chains)
-    fit = fit_gaussian(target, torch.zeros_like(example), seed=seed, progress=progress)
-    base = GaussianBase(fit.loc, fit.scale_tril)
-    function = PathDensity(problem.model, base)
-    return replace(problem, base=base, function=function, fit_gradients=fit.num_gradients)
+    """Replaces the prior by a fitted Gaussian, in the coordinates that suit it."""
+    start = fit_start(
+        problem.model,
+        example,
+        num_chains=num_chains,
+        seed=seed,
+        progress=progress,
+        max_rows=max_rows,
+        once=once,
+    )
+    return replace(
+        problem,
+        layout=start.model.layout,
+        model=start.model,
+        base=start.base,
+        function=PathDensity(start.model, start.base),
+        fit_gradients=start.num_gradients,
+        from_prior=start.from_prior,
+    )
 
 
 def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:

@@ -26,7 +26,7 @@ from .weights import (
 if TYPE_CHECKING:
     from .diagnostics import Diagnostic
 
-__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich", "check_names"]
+__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "Sandwich"]
 
 
 _LOWER = ("IM lower", "CR lower", "single lower")
@@ -65,6 +65,8 @@ class PilotSummary:
     ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
     length: float  # thermodynamic length of the path
     seconds: float
+    correlation: float = math.nan  # of log p/q over one transition
+    expected_gap: float = math.nan  # of a sandwich at this K and T, nats per datum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -304,6 +306,8 @@ class AnnealedRun:
         extra = []
         if self.pilot is not None:
             extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
+            if not math.isnan(self.pilot.expected_gap):
+                fields.append(("expected gap per datum (pilot)", f"{self.pilot.expected_gap:.2g}"))
         if self.fit_gradients:
             extra.append(f"automatic guide: {self.fit_gradients} in all")
         if extra:

@@ -156,6 +156,7 @@ class Layout:
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
     loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
+    noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
 
     @property
     def batch_shape(self) -> torch.Size:

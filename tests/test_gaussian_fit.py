@@ -50,7 +50,7 @@ BADLY_SCALED = [
 @pytest.mark.parametrize(("scales", "locs"), BADLY_SCALED)
 def test_a_gaussian_posterior_is_recovered(scales, locs):
     target = lopsided_gaussian(scales, locs, log_normalizer=-7.5)
-    fit = fit_gaussian(target, torch.zeros(len(scales)), seed=0)
+    fit = fit_gaussian(target, torch.zeros(1, len(scales)), seed=0)
     scales = torch.tensor(scales)
     assert ((fit.loc - target.loc).abs() < 1e-3 * scales).all()
     outer = scales.unsqueeze(-1) * scales
@@ -65,7 +65,7 @@ def test_batch_elements_are_fitted_apart():
     scales = torch.tensor([[1.0, 0.1], [30.0, 5.0], [0.01, 100.0]])
     locs = torch.tensor([[0.0, 1.0], [-50.0, 7.0], [0.3, 900.0]])
     target = lopsided_gaussian(scales, locs)
-    fit = fit_gaussian(target, torch.zeros(3, 2), seed=0)
+    fit = fit_gaussian(target, torch.zeros(1, 3, 2), seed=0)
     assert ((fit.loc - locs).abs() < 1e-3 * scales).all()
     covariance = fit.scale_tril @ fit.scale_tril.mT
     outer = scales.unsqueeze(-1) * scales.unsqueeze(-2)
@@ -76,7 +76,7 @@ def test_batch_elements_are_fitted_apart():
 def test_float32():
     target = lopsided_gaussian([2.0, 0.5, 1.0], [3.0, -1.0, 0.2])
     target = Gaussian(target.loc.float(), target.cov.float(), 0.0)
-    fit = fit_gaussian(target, torch.zeros(3, dtype=torch.float32), seed=0)
+    fit = fit_gaussian(target, torch.zeros(1, 3, dtype=torch.float32), seed=0)
     assert fit.loc.dtype == fit.scale_tril.dtype == torch.float32
     covariance = fit.scale_tril @ fit.scale_tril.mT
     assert torch.allclose(covariance, target.cov, rtol=0.0, atol=0.02)
@@ -87,7 +87,7 @@ def test_a_diagonal_fit_has_the_variances_of_mean_field(monkeypatch):
     # the best diagonal Gaussian has the same mean, and 1 / diag(precision) as variances
     monkeypatch.setattr(pyro_anneal.gaussian_fit, "_FULL_RANK_LIMIT", 0)
     target = lopsided_gaussian([1.0, 0.5, 2.0], [0.3, -0.6, 1.1])
-    fit = fit_gaussian(target, torch.zeros(3), seed=0, num_ascent=600)
+    fit = fit_gaussian(target, torch.zeros(1, 3), seed=0, num_ascent=600)
     assert torch.equal(fit.scale_tril, fit.scale_tril.diagonal().diag())
     variances = fit.scale_tril.diagonal().square()
     truth = 1.0 / target.precision.diagonal()
@@ -113,7 +113,7 @@ def funnel(position):
 
 @pytest.mark.parametrize("origin", [0.0, 2.0])
 def test_a_funnel_does_no_harm(origin):
-    fit = fit_gaussian(funnel, torch.full((10,), origin), seed=0)
+    fit = fit_gaussian(funnel, torch.full((1, 10), origin), seed=0)
     assert fit.loc.abs().max() < 20.0
     assert fit.scale_tril.isfinite().all()
     samples = fit.loc + torch.randn(20_000, 10) @ fit.scale_tril.T
@@ -134,7 +134,7 @@ def test_regions_without_density_are_avoided():
             grad_target=torch.where(outside.unsqueeze(-1), math.nan, target.grad_target),
         )
 
-    fit = fit_gaussian(truncated, torch.zeros(1), seed=0)
+    fit = fit_gaussian(truncated, torch.zeros(1, 1), seed=0)
     assert fit.loc.isfinite().all()
     assert fit.elbo.isfinite()
     assert abs(float(fit.loc) - 2.0) < 0.5
@@ -146,7 +146,7 @@ def test_no_density_at_all_is_an_error():
         return state._replace(log_target=torch.full_like(state.log_target, math.nan))
 
     with pytest.raises(ValueError, match="no density around the unconstrained origin for 1 of 1"):
-        fit_gaussian(empty, torch.zeros(2), seed=0)
+        fit_gaussian(empty, torch.zeros(1, 2), seed=0)
 
 
 def test_the_fit_is_a_function_of_its_seed_and_counts_its_gradients():
@@ -154,10 +154,10 @@ def test_the_fit_is_a_function_of_its_seed_and_counts_its_gradients():
     counted = Counted(target)
     steps = []
     first = fit_gaussian(
-        counted, torch.zeros(2), seed=1, num_newton=5, num_ascent=9, progress=steps.append
+        counted, torch.zeros(1, 2), seed=1, num_newton=5, num_ascent=9, progress=steps.append
     )
     before = torch.get_rng_state()
-    again = fit_gaussian(target, torch.zeros(2), seed=1, num_newton=5, num_ascent=9)
+    again = fit_gaussian(target, torch.zeros(1, 2), seed=1, num_newton=5, num_ascent=9)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.loc, again.loc)
     assert torch.equal(first.scale_tril, again.scale_tril)

@@ -258,7 +258,7 @@ DATA = [0.3, -2.0, 5.0]
 
 def recorded_paths(monkeypatch):
     """Records the path object that each annealing loop is given."""
-    paths, original = {}, pyro_anneal.anneal.run_chains
+    paths, original = {}, pyro_anneal.blocks.run_chains
 
     def record(density, path, state, *, direction, seed, stream, **kwargs):
         paths[stream] = path
@@ -266,7 +266,7 @@ def recorded_paths(monkeypatch):
             density, path, state, direction=direction, seed=seed, stream=stream, **kwargs
         )
 
-    monkeypatch.setattr(pyro_anneal.anneal, "run_chains", record)
+    monkeypatch.setattr(pyro_anneal.blocks, "run_chains", record)
     return paths
 
 
@@ -286,7 +286,7 @@ def test_both_directions_use_the_same_frozen_path(monkeypatch):
 @pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
 def test_the_pilot_never_sees_the_posterior_sample(monkeypatch):
     # the same simulated x with another z*: pilot and forward chains must not notice
-    original = pyro_anneal.anneal.simulate
+    original = pyro_anneal.pairs.simulate
     results, tables = [], []
     for shift in (0.0, 0.7):
 
@@ -297,7 +297,7 @@ def test_the_pilot_never_sees_the_posterior_sample(monkeypatch):
             return simulation
 
         with monkeypatch.context() as patch:
-            patch.setattr(pyro_anneal.anneal, "simulate", simulate)
+            patch.setattr(pyro_anneal.pairs, "simulate", simulate)
             paths = recorded_paths(patch)
             ais = AnnealedImportance(
                 conjugate, num_chains=4, num_steps=20, progress_bar=False, seed=0

@@ -42,9 +42,22 @@ def engine(model, **options):
 
 def test_a_fitted_start_misses_a_mode_without_knowing():
     """The failure that the other tests guard against: a good effective sample size, wrong."""
-    run = engine(two_modes).run(X)
+    run = engine(two_modes, cross_check=False).run(X)
     assert run.ess > 60.0
+    assert run.diagnostics == ()
     assert run.lower < _truth() - 0.3
+
+
+def test_the_scout_sees_the_other_mode_by_default():
+    with pytest.warns(AnnealingWarning, match="from the prior disagree with this start"):
+        run = engine(two_modes).run(X)
+    (found,) = run.diagnostics
+    assert found.name == "modes"
+    assert 0.2 < found.value < 0.8  # about half of the mass lies in the other mode
+
+
+def test_the_scout_passes_an_easy_posterior():
+    assert engine(one_mode).run(X).diagnostics == ()
 
 
 def test_cross_check_says_that_starts_disagree():
@@ -80,6 +93,11 @@ def test_the_mixture_is_normalized():
     grid = torch.linspace(-25.0, 25.0, 4001)
     total = torch.trapezoid(problem.density(grid.unsqueeze(-1)).log_base.exp(), grid)
     assert float(total) == pytest.approx(1.0, abs=1e-8)
+
+
+def test_cross_check_is_checked():
+    with pytest.raises(ValueError, match='cross_check must be "auto", True or False'):
+        engine(one_mode, cross_check="always")
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.0])

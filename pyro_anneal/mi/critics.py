@@ -21,7 +21,6 @@ __all__ = [
     "SeparableCritic",
     "indexed_scores",
     "pairwise_scores",
-    "score",
 ]
 
 _MAX_ROWS = 2**17  # rows of one pass of a concatenated critic when many pairs are scored

@@ -18,6 +18,7 @@ Zhou, Johansen and Aston (2016) for adaptive tempering by (conditional) effectiv
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -306,7 +307,7 @@ def _length(knots: list[float], series: list[Tensor]) -> float:
     """
     means = [ratios[len(ratios) // 2 :].mean((0, 1)) for ratios in series]
     total = 0.0
-    for index, width in enumerate(torch.tensor(knots, dtype=torch.float64).diff().tolist()):
+    for index, width in enumerate(b - a for a, b in itertools.pairwise(knots)):
         square = width * (means[index + 1] - means[index])
         total += math.sqrt(max(float(square.mean().nan_to_num(0.0, 0.0, 0.0)), 0.0))
     return total

@@ -1,8 +1,8 @@
 """What the losses learn: a belief net by TVO, VIMCO and RWS, and the table of the AIWAE paper.
 
     python benchmarks/losses_training.py belief-net
-    python benchmarks/losses_training.py aiwae --seeds 3
-    python benchmarks/losses_training.py aiwae --mnist ../shared/data/mnist
+    python benchmarks/losses_training.py aiwae --seeds 0 1 2
+    python benchmarks/losses_training.py aiwae --mnist FOLDER    # MNIST's gzipped idx files
     python benchmarks/losses_training.py aiwae --quick    # everything, too short to mean anything
 
 Data: scikit-learn's digits, 8 x 8, binarized; or MNIST, averaged to 14 x 14 and binarized. Log evidence of test digits is measured by an
@@ -165,50 +165,56 @@ def belief_net(seed: int, steps: int, num_bits: int = 30) -> dict[str, dict[str,
     return result
 
 
+METHODS = ("VAE", "IWAE", "AIWAE T=5", "AIWAE T=11")
+
+
 def autoencoder(
-    data: Digits,
-    seed: int,
-    steps: int,
-    particles: int,
-    ais_steps: int,
-    num_test: int,
-    methods: tuple[str, ...] = ("VAE", "IWAE", "AIWAE T=5", "AIWAE T=11"),
-) -> dict[str, dict[str, float]]:
-    """Trains VAE, IWAE and AIWAE at equal K; returns test NLL, gap, active units."""
+    data: Digits, seed: int, method: str, args: argparse.Namespace
+) -> dict[str, float]:
+    """Trains one autoencoder at K particles; returns its test NLL, gap and active units."""
     options = {"vectorize_particles": True, "max_plate_nesting": 1}
-    losses = {
-        "VAE": Trace_ELBO(num_particles=particles, **options),
-        "IWAE": IWAE(particles, **options),
-        "AIWAE T=5": AIWAE(particles, 4, **options),
-        "AIWAE T=11": AIWAE(particles, 10, **options),
+    loss = {
+        "VAE": lambda: Trace_ELBO(num_particles=args.particles, **options),
+        "IWAE": lambda: IWAE(args.particles, **options),
+        "AIWAE T=5": lambda: AIWAE(args.particles, 4, **options),
+        "AIWAE T=11": lambda: AIWAE(args.particles, 10, **options),
+    }[method]()
+    test = data.test[: args.num_test]
+    pyro.set_rng_seed(seed)
+    x_dim = test.shape[1]
+    model, guide = Decoder(10, 100, x_dim), Encoder(10, 100, x_dim)
+    milliseconds = train(model, guide, loss.differentiable_loss, data.train, args.steps, 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ais = AnnealedImportance(
+            model, guide, num_chains=16, num_steps=args.ais_steps, seed=seed, progress_bar=False
+        )
+        evidence = float(ais.run(test).lower.mean())
+    with torch.no_grad():
+        means = guide.net(data.train[:5000]).chunk(2, dim=-1)[0]
+    return {
+        "NLL": -evidence,
+        "gap": evidence - elbo_per_datum(model, guide, test),
+        "active units": float((means.var(0) > 0.01).sum()),
+        "ms": milliseconds,
     }
-    result = {}
-    test = data.test[:num_test]
-    for name in methods:
-        loss = losses[name]
-        pyro.set_rng_seed(seed)
-        x_dim = test.shape[1]
-        model, guide = Decoder(10, 100, x_dim), Encoder(10, 100, x_dim)
-        milliseconds = train(
-            model, guide, lambda m, g, x, f=loss: f.differentiable_loss(m, g, x), data.train,
-            steps, 1e-3,
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ais = AnnealedImportance(
-                model, guide, num_chains=16, num_steps=ais_steps, seed=seed, progress_bar=False
-            )
-            evidence = float(ais.run(test).lower.mean())
-        with torch.no_grad():
-            means = guide.net(data.train).chunk(2, dim=-1)[0]
-        result[name] = {
-            "NLL": -evidence,
-            "gap": evidence - elbo_per_datum(model, guide, test),
-            "active units": float((means.var(0) > 0.01).sum()),
-            "ms": milliseconds,
-        }
-        print(seed, name, {k: round(v, 3) for k, v in result[name].items()}, flush=True)
-    return result
+
+
+def aiwae(args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
+    """Runs all seeds and methods that the output file does not hold yet."""
+    data = load_digits() if args.mnist is None else load_mnist(args.mnist)
+    done: dict[str, dict[str, dict[str, float]]] = {}
+    if args.output is not None and args.output.exists():
+        done = json.loads(args.output.read_text())
+    for seed in args.seeds:
+        for method in args.methods:
+            row = done.setdefault(str(seed), {})
+            if method not in row:
+                row[method] = autoencoder(data, seed, method, args)
+                print(seed, method, {k: round(v, 3) for k, v in row[method].items()}, flush=True)
+            if args.output is not None:
+                args.output.write_text(json.dumps(done, indent=1) + "\n")
+    return [row for row in done.values() if all(method in row for method in args.methods)]
 
 
 def summarize(runs: list[dict[str, dict[str, float]]]) -> None:
@@ -224,29 +230,27 @@ def summarize(runs: list[dict[str, dict[str, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=["belief-net", "aiwae"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of aiwae")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--particles", type=int, default=5)
     parser.add_argument("--ais-steps", type=int, default=300)
-    parser.add_argument("--num-test", type=int, default=100)
+    parser.add_argument("--num-test", type=int, default=300)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST's files, for aiwae")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.quick:
-        args.seeds, args.steps, args.ais_steps, args.num_test = 1, 20, 20, 10
+        args.seeds, args.steps, args.ais_steps, args.num_test = [0], 20, 20, 10
     if args.task == "belief-net":
-        runs = [belief_net(seed, args.steps) for seed in range(args.seeds)]
+        runs = [belief_net(seed, args.steps) for seed in args.seeds]
+        if args.output is not None:
+            args.output.write_text(json.dumps(runs, indent=1) + "\n")
     else:
-        data = load_digits() if args.mnist is None else load_mnist(args.mnist)
-        runs = [
-            autoencoder(data, seed, args.steps, args.particles, args.ais_steps, args.num_test)
-            for seed in range(args.seeds)
-        ]
-    summarize(runs)
-    if args.output is not None:
-        args.output.write_text(json.dumps(runs, indent=1))
+        runs = aiwae(args)
+    if runs:
+        summarize(runs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 r"""Expected information gain by pyro.contrib.oed.eig and by pyro_anneal.mi, side by side.
 
-    python benchmarks/mi_oed.py
+    python benchmarks/mi_oed.py --output benchmarks/results
     python benchmarks/mi_oed.py --quick     # too short to mean anything
 
 The expected information gain of a design is the mutual information of latents and observations.
@@ -12,9 +12,11 @@ same families of guide and critic, and the same number of training steps and pai
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -140,18 +142,29 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--num-pairs", type=int, default=2000)
     parser.add_argument("--particles", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="folder for a JSON file")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.num_pairs = 20, 200
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(args.seed)
     design = make_design()
     exact = truth(design)
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "quick")}
+    record = {"truth": exact, **settings, "rows": []}
+
+    def keep(library: str, name: str, value: float, error: float | None) -> None:
+        margin = "" if error is None else f" +- {error:.4f}"
+        print(f"  {name:<34}{value:9.4f}   error {value - exact:+.4f}{margin}", flush=True)
+        row = {"library": library, "estimator": name, "value": value, "std_error": error}
+        record["rows"].append(row)
+
     print(f"analytic expected information gain: {exact:.4f} nats\n")
     began = time.perf_counter()
     print("pyro.contrib.oed.eig (no standard errors)")
     for name, value in theirs(design, args).items():
-        print(f"  {name:<34}{value:9.4f}   error {value - exact:+.4f}")
+        keep("pyro.contrib.oed.eig", name, value, None)
     print(f"  {time.perf_counter() - began:.1f} s\n\npyro_anneal.mi")
     began = time.perf_counter()
     for name, est in ours(design, args).items():
@@ -159,9 +172,13 @@ def main() -> None:
             value = getattr(est, side)
             if value is not None and math.isfinite(value):
                 label = f"{name} {side.replace('_', '-')}"
-                error = getattr(est, f"{side}_std_error")
-                print(f"  {label:<34}{value:9.4f}   error {value - exact:+.4f} +- {error:.4f}")
+                keep(
+                    "pyro_anneal.mi", label, float(value), float(getattr(est, f"{side}_std_error"))
+                )
     print(f"  {time.perf_counter() - began:.1f} s")
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / f"mi_oed_{args.seed}.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

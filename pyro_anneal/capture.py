@@ -86,13 +86,11 @@ class CapturedDensity:
         self.reason = reason
         self._trace = traced
         self._constants = [] if traced is None else traced.constants
-        self._compile = compile and traced is not None
+        self._compile = False
         self._looped = False
         self._evaluators: dict[int | None, _Evaluator] = {}
-        if compile and traced is not None:
-            problem = compiler_problem(example.device)
-            if problem is not None:
-                self._compile, self.reason = False, problem
+        if compile:
+            self.compile()
         if traced is not None:
             self._evaluator(num_chains)
 
@@ -104,6 +102,17 @@ class CapturedDensity:
         if self._looped:
             return "graph-loop"
         return "compiled" if self._compile else "graph"
+
+    def compile(self) -> None:
+        """Compiles evaluations from now on, where that is possible."""
+        if self._trace is None or self._looped or self._compile:
+            return
+        problem = compiler_problem(self.example.device)
+        if problem is not None:
+            self.reason = problem
+            return
+        self._compile = True
+        self._evaluators = {}
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
@@ -196,6 +205,24 @@ class CapturedDensity:
         if self.mode in ("eager", "graph-loop"):
             raise ValueError(f"no graph of {num_chains} chains: {self.reason}")
         evaluator = self._evaluator(num_chains)
+        return evaluator.body, list(evaluator.values)
+
+    def chain_graph_and_inputs(self) -> tuple[fx.GraphModule, list[Tensor]]:
+        """Returns the graph of one chain, for vectorization by other means than vmap.
+
+        Returns:
+            ``graph`` and ``inputs`` as in :meth:`graph_and_inputs`, for a position
+            ``[*batch, D]``.
+
+        Raises:
+            ValueError: If there is no graph.
+        """
+        if self._trace is None:
+            raise ValueError(f"no graph of one chain: {self.reason}")
+        if None not in self._evaluators:
+            constants = [constant.detach() for constant in self._constants]
+            self._evaluators[None] = _Evaluator(self._trace, constants)
+        evaluator = self._evaluators[None]
         return evaluator.body, list(evaluator.values)
 
     def check(self, positions: Tensor) -> None:

@@ -20,6 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .chunk_graph import StepTable
+from .chunk_program import LoopedDensity
 from .kernels import Density, Kernel, State, Tuning
 from .randomness import seeded_generator
 
@@ -60,6 +62,27 @@ class TuningTable:
         log_step = torch.lerp(self.log_step_size[upper - 1], self.log_step_size[upper], fraction)
         log_scale = torch.lerp(self.log_scale[upper - 1], self.log_scale[upper], fraction)
         return Tuning(log_step.exp(), log_scale.exp())
+
+    def at_all(self, betas: Tensor) -> Tuning:
+        """Interpolates the tuning at several betas ``[n]``, all at once.
+
+        Returns:
+            Step sizes ``[n, *batch]`` and scales ``[n, *batch, D]``.
+        """
+        last = len(self.betas) - 1
+        knots = torch.tensor(self.betas, dtype=torch.float64)
+        betas = betas.double().cpu()
+        upper = torch.searchsorted(knots, betas, right=True).clamp(min(1, last), last)
+        lower = (upper - 1).clamp(min=0)
+        width = (knots[upper] - knots[lower]).clamp(min=torch.finfo(torch.float64).tiny)
+        fraction = ((betas - knots[lower]) / width).clamp(0.0, 1.0)
+
+        def interpolate(table: Tensor) -> Tensor:
+            weight = fraction.to(table).reshape(-1, *(1 for _ in table.shape[1:]))
+            below, above = table[lower.to(table.device)], table[upper.to(table.device)]
+            return torch.lerp(below, above, weight).exp()
+
+        return Tuning(interpolate(self.log_step_size), interpolate(self.log_scale))
 
     @staticmethod
     def constant(step_size: float | Tensor, example: Tensor) -> TuningTable:
@@ -222,12 +245,23 @@ def _run_chunk(
 ) -> Carry:
     """Runs the visits ``steps`` (0 is the first): one increment each, and a move between visits."""
     betas = path.betas if direction == "forward" else path.betas.flip(0)
-    quadrature = _trapezoid_weights(path.betas, direction).tolist()
+    quadrature = _trapezoid_weights(path.betas, direction)
     kernel = path.kernel if direction == "forward" else path.kernel.reversal()
     state, log_weights, integral = carry
-    host_betas = betas.tolist()
+    host_betas, host_quadrature = betas.tolist(), quadrature.tolist()
     for visit in steps:
         if visit > 0:  # the move that leads to this visit
+            if isinstance(density, LoopedDensity):
+                rest = slice(visit, steps.stop)
+                table = _step_table(
+                    path.tuning, betas[visit : steps.stop + 1], quadrature[rest], state
+                )
+                outcome = density.run(
+                    kernel, state, log_weights, integral, table, generator, rows=CHUNK_SIZE
+                )
+                if outcome is not None:
+                    _write(statistics, rest, outcome.statistics)
+                    return Carry(*outcome[:3])
             beta = host_betas[visit]
             noise = kernel.noise(state, generator)
             on_device = torch.full((), beta, dtype=state.position.dtype, device=noise[0].device)
@@ -236,10 +270,30 @@ def _run_chunk(
             statistics.num_diverging[visit - 1] = info.diverging.sum()
         ratio = _log_ratio(state)
         log_weights = log_weights + abs(host_betas[visit + 1] - host_betas[visit]) * ratio
-        integral = integral + quadrature[visit] * ratio
+        integral = integral + host_quadrature[visit] * ratio
         statistics.mean_log_ratio[visit] = ratio.mean()
         statistics.var_log_ratio[visit] = ratio.var(dim=0, correction=0).mean()
     return Carry(state, log_weights, integral)
+
+
+def _step_table(tuning: TuningTable, betas: Tensor, quadrature: Tensor, state: State) -> StepTable:
+    """Tabulates the moves at all but the last of ``betas`` and the increments after them."""
+    position = state.position
+    step_size, scale = tuning.at_all(betas[:-1])
+    return StepTable(
+        beta=betas[:-1].to(position),
+        step_size=step_size,
+        scale=scale,
+        width=betas.diff().abs().to(position.device),
+        quadrature=quadrature.to(position.device),
+    )
+
+
+def _write(statistics: StepStatistics, visits: slice, seen: Tensor) -> None:
+    """Enters the statistics of a compiled chunk, ``[n, 4]``."""
+    moves = slice(visits.start - 1, visits.stop - 1)
+    statistics.mean_log_ratio[visits], statistics.var_log_ratio[visits] = seen[:, 0], seen[:, 1]
+    statistics.accept_prob[moves], statistics.num_diverging[moves] = seen[:, 2], seen[:, 3]
 
 
 def final_move(density: Density, path: Path, state: State, *, seed: int, stream: str) -> State:

@@ -172,7 +172,11 @@ def check_acceptance(
     if run.accept_prob.numel() == 0:
         return None
     high = 1.0 if run.target_accept is None else 1.0 - 0.05 * (1.0 - run.target_accept)
-    stuck, timid = ~(run.accept_prob >= low), run.accept_prob > high  # NaN counts as stuck
+    count = run.log_weights.numel()  # transitions per beta
+    accept_prob = _smoothed(run.accept_prob, count)
+    stuck, timid = ~(accept_prob >= low), accept_prob > high  # NaN counts as stuck
+    if count * len(accept_prob) < _ENOUGH_TRANSITIONS:  # a few may well be accepted all
+        timid = torch.zeros_like(timid)
     for outside, what, advice in (
         (stuck, f"below {low:g}", "give the pilot more gradients, use more leapfrogs"),
         (timid, f"above {high:.3g}", "take larger steps (leave step_size to the pilot)"),
@@ -237,7 +241,10 @@ def check_pilot(
         return None
     expected = _interpolate(betas, pilot.betas, pilot.accept_prob)
     share = _share(
-        ~((_smoothed(run.accept_prob, count).to(expected) - expected).abs() <= tolerance)
+        ~(
+            (_smoothed(run.accept_prob, count, share=0.05).to(expected) - expected).abs()
+            <= tolerance
+        )
     )
     if share <= max_share:
         return None
@@ -250,9 +257,10 @@ def check_pilot(
     )
 
 
-def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.05) -> Tensor:
+def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.0) -> Tensor:
     """Averages over neighbouring betas: one step of a few chains is a noisy measurement."""
-    reach = max(int(0.5 * share * len(accept_prob)), math.ceil(0.5 * _ENOUGH_TRANSITIONS / count))
+    needed = max(share * len(accept_prob), _ENOUGH_TRANSITIONS / count)  # betas to average
+    reach = math.ceil(0.5 * (needed - 1.0)) if needed > 1.0 else 0
     pooled: Tensor = torch.nn.functional.avg_pool1d(
         accept_prob.view(1, 1, -1), 2 * reach + 1, 1, reach, count_include_pad=False
     )

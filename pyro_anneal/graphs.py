@@ -40,6 +40,7 @@ __all__ = [
     "batch",
     "evaluate",
     "evaluate_or_nan",
+    "flat_graph",
     "split",
     "trace",
 ]
@@ -200,7 +201,7 @@ def evaluate_or_nan(function: LogDensities, position: Tensor, *, strict: bool = 
     return nan, nan, zero, zero
 
 
-def _flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Records aten operations with make_fx, under one fake mode.
 
     make_fx describes every value by a fake tensor and, where it finds no fake mode, makes a new one
@@ -232,12 +233,12 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
         with _Recording(leaf):
             return evaluate(function, leaf)
 
-    graph = _flat_graph(recorded, position)
+    graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     inputs = [position, *(constant.detach() for constant in constants)]
     if any(is_mutable(node) for node in graph.graph.nodes):
         functional = torch.func.functionalize(graph, remove="mutations")
-        graph = _flat_graph(functional, *inputs)
+        graph = flat_graph(functional, *inputs)
         constants += lift_constants(graph)
     refuse_impurities(graph)
     ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
@@ -270,7 +271,7 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
     with torch.no_grad(), warnings.catch_warnings():
         # A missing batching rule only means one operation per chain, unrolled into the graph.
         warnings.simplefilter("ignore")
-        batched = _flat_graph(chains, position, *constants)
+        batched = flat_graph(chains, position, *constants)
         constants = [*constants, *lift_constants(batched)]
         ShapeProp(batched).propagate(position, *constants)
     return Trace(simplify(batched), constants)

@@ -71,7 +71,7 @@ class MutualInformation:
         term is the Barber-Agakov bound of the base q: the log ratio at which the reverse chains
         start turns log p(x|z) into log q(z|x) - log p(z).
 
-        Source: Brekelmans et al. (2022), section 3.
+        Source: Brekelmans et al. (2022), multi-sample AIS bounds.
 
         Args:
             sandwich: Bounds on simulated data that kept their pairs' log likelihood.

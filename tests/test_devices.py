@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_anneal import HMC, AnnealedImportance, RandomWalk, Sigmoid, anneal, compare
+from pyro_anneal import HMC, AnnealedImportance, RandomWalk, Sigmoid, blocks, compare
 from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO, DifferentiableAIS
 
 X = torch.tensor([0.4, 1.9, -0.3], dtype=torch.float64)
@@ -100,14 +100,14 @@ def test_the_counter_sees_what_waits():
 def waits(monkeypatch):
     """Counts inside the annealing loop of every run of the test."""
     mode, loops = Waits(), []
-    original = anneal.run_chains
+    original = blocks.run_chains
 
     def counted(*args, **kwargs):
         loops.append(kwargs["stream"])
         with mode:
             return original(*args, **kwargs)
 
-    monkeypatch.setattr(anneal, "run_chains", counted)
+    monkeypatch.setattr(blocks, "run_chains", counted)
     yield mode
     assert loops  # the loop was really run under the counter
 

@@ -121,6 +121,11 @@ class HMC:
         """Gradients per transition: the leapfrogs."""
         return self.num_leapfrog
 
+    @property
+    def moves_chains_alone(self) -> bool:
+        """Chains do not see each other, so a step may be recorded for one of them."""
+        return True
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws a standard normal momentum, a uniform number, and one for the jitter."""
         momentum, uniform = normal_and_uniform(state, generator)

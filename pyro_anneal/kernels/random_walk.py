@@ -44,6 +44,11 @@ class RandomWalk:
         """Evaluations per transition."""
         return 1
 
+    @property
+    def moves_chains_alone(self) -> bool:
+        """Chains do not see each other, so a step may be recorded for one of them."""
+        return True
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws a standard normal step and a uniform number."""
         return normal_and_uniform(state, generator)

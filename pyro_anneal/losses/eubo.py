@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..arguments import as_count
-from ..autoguides import auxiliary_values, check_guide, derived_sites, is_autoguide
+from ..autoguides import auxiliary_values, check_guide, derived_sites, is_autoguide, sees_arguments
 from ..simulation import MakeArgs, Simulation, guide_arguments, simulate
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero
@@ -179,7 +179,7 @@ class EUBO(ParticleELBO):
     ) -> Evaluation:
         simulation = simulate(model, arguments)
         guide_args = arguments
-        if not is_autoguide(guide) or self.make_args is not None:
+        if sees_arguments(guide) or self.make_args is not None:
             guide_args = guide_arguments(arguments, simulation, self.make_args)
         conditioned = poutine.condition(model, data=simulation.observed)
         gates = Gates() if torch.is_grad_enabled() and self.num_particles > 1 else None

@@ -15,9 +15,10 @@ from .annealed import AIS
 from .base import Bound
 from .critics import ConcatCritic, Critic, RelativeCritic, SeparableCritic, pairwise_scores
 from .importance import IWAE, RIWAE, StructuredInfoNCE
-from .joints import DistributionJoint, Joint, PyroJoint
+from .joints import DistributionJoint, Joint
 from .mine_ais import MINEAIS
 from .plotting import plot_bounds, plot_bounds_against_time, plot_decomposition
+from .pyro_joint import PyroJoint
 from .samples import MINE_DV, MINE_F, InfoNCE
 from .variational import GIWAE, BarberAgakov
 

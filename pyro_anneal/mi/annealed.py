@@ -34,7 +34,7 @@ class AIS(Bound):
     ``estimate`` in bounded memory. The result's ``diagnostics`` hold every bound that was run, by
     names such as ``"CR lower"``, and the mean acceptance.
 
-    Source: Brekelmans et al. (2022), section 3.
+    Source: Brekelmans et al. (2022), multi-sample AIS bounds.
 
     Args:
         model: The full joint: a Pyro model or a joint.

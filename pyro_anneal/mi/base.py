@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..arguments import as_count, check_function
 from ..information import MutualInformation
 from .guides import Conditional, condition_on
-from .joints import Joint, Knowledge, as_joint
+from .joints import Joint, Knowledge
+from .pyro_joint import as_joint
 
 __all__ = ["Bound", "Values", "flatten"]
 

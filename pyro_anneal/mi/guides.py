@@ -17,7 +17,8 @@ from pyro import poutine
 from torch import Tensor
 
 from .bijections import Bijection
-from .joints import Layout, PyroJoint, sample_sites, site_bijection
+from .layouts import Layout, sample_sites, site_bijection
+from .pyro_joint import PyroJoint
 
 __all__ = ["Conditional", "condition_on"]
 

@@ -65,7 +65,7 @@ class IWAE(_Importance):
     ``log K`` over that: it is GIWAE with the best critic.
 
     Source: Burda, Grosse and Salakhutdinov (2016); Sobolev and Vetrov (2019); Brekelmans et al.
-    (2022), section 2.
+    (2022), IWAE bounds.
 
     Args:
         model: The full joint: a Pyro model or a joint.
@@ -116,7 +116,8 @@ class StructuredInfoNCE(_Importance):
     On the left ``z_1`` is the true z; that side never exceeds ``log K``. It is :class:`IWAE` with
     the prior as guide.
 
-    Source: Poole et al. (2019), section 2.5; Brekelmans et al. (2022), section 2.
+    Source: Poole et al. (2019), structured bounds with tractable encoders; Brekelmans et al. (2022),
+    structured InfoNCE.
 
     Args:
         model: The full joint: a Pyro model or a joint.
@@ -162,7 +163,7 @@ class RIWAE(_Importance):
     a draw of q. A simulated pair gives one such sample, the rest must come from elsewhere, which
     is rare outside of conjugate or enumerable models; at K = 1 it is Barber-Agakov.
 
-    Source: Brekelmans et al. (2022), section 3.2, at T = 1.
+    Source: Brekelmans et al. (2022), independent reverse multi-sample AIS, at T = 1.
 
     Args:
         model: The full joint: a Pyro model or a joint.

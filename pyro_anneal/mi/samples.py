@@ -85,7 +85,7 @@ class InfoNCE(Bound):
 
     The best critic is ``log p(x|z) + c(x)``; see :class:`StructuredInfoNCE`, which knows it.
 
-    Source: van den Oord, Li and Vinyals (2018), Eq. 4; Brekelmans et al. (2022): GIWAE with
+    Source: van den Oord, Li and Vinyals (2018), InfoNCE; Brekelmans et al. (2022): GIWAE with
     q(z|x) = p(z).
 
     Args:
@@ -216,7 +216,7 @@ class MINE_DV(_Mine):
     more than log N nats. So the result carries ``plug_in``, neither ``lower`` nor ``upper``, and
     warns near log N, beyond which no estimate from N pairs alone can be trusted.
 
-    Source: Belghazi et al. (2018), Eq. 10; the generalized form is Brekelmans et al. (2022);
+    Source: Belghazi et al. (2018), MINE; the generalized form is Brekelmans et al. (2022);
     McAllester and Stratos (2020) for the limit of log N.
 
     Args:
@@ -263,7 +263,7 @@ class MINE_F(_Mine):
     so the direction holds at any N, but its variance grows with :math:`e^{I}`; for one critic it
     lies below MINE-DV. The best critic is ``1 + log p(z|x) / q(z|x)``.
 
-    Source: Nguyen, Wainwright and Jordan (2010); Belghazi et al. (2018), Eq. 13; the generalized
+    Source: Nguyen, Wainwright and Jordan (2010); Belghazi et al. (2018), MINE-f; the generalized
     form is Brekelmans et al. (2022).
 
     Args:

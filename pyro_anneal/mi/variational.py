@@ -64,7 +64,7 @@ class BarberAgakov(VariationalBound):
 
     The gaps are ``E KL(p(z|x) || q(z|x))`` and ``E KL(q(z|x) || p(z|x))``.
 
-    Source: Barber and Agakov (2003); Brekelmans et al. (2022), section 2.
+    Source: Barber and Agakov (2003); Brekelmans et al. (2022).
 
     Args:
         model: What gives p(z): a Pyro model, a distribution of z or a joint; None for joint

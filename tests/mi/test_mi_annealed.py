@@ -245,13 +245,21 @@ def test_one_step_of_mine_ais_is_giwae_or_barber_agakov():
     torch.testing.assert_close(im.terms["variational"], giwae.terms["variational"])
 
 
-def test_gradient_of_mine_ais_is_that_of_ibal():
+@pytest.mark.parametrize("num_negatives", [1, 8])
+def test_gradient_of_mine_ais_is_that_of_ibal(num_negatives):
     """Against autograd of the closed form; many moves, so that the chains forget their start."""
     tilt = nn.Parameter(torch.tensor(0.5))
     scale = nn.Parameter(torch.tensor(1.3))
     critic = lambda x, z: (tilt * x * z).squeeze(-1)
     guide = lambda x: dist.Normal(torch.zeros_like(x), scale)
-    bound = mi.MINEAIS(dist.Normal(0.0, 1.0), guide, critic, num_moves=60, num_leapfrog=4)
+    bound = mi.MINEAIS(
+        dist.Normal(0.0, 1.0),
+        guide,
+        critic,
+        num_moves=60,
+        num_leapfrog=4,
+        num_negatives=num_negatives,
+    )
     z = torch.randn(4000)
     x = 0.75 * z + math.sqrt(1 - 0.75**2) * torch.randn(4000)
     bound.loss(x, z)  # adapts the step size
@@ -271,6 +279,33 @@ def test_gradient_of_mine_ais_is_that_of_ibal():
     assert (error < 0.05).all()
 
 
+def test_more_negatives_halve_the_noise_of_the_gradient():
+    """At the best critic (pi = p(z|x)) the variance is that of one sample times 1 + 1 / n."""
+    rho, num_pairs = 0.6, 10_000
+    # A slope of its own for every pair shows the gradient of each.
+    slope = nn.Parameter(torch.full((num_pairs, 1), rho / (1.0 - rho**2)))
+    curve = 0.5 - 0.5 / (1.0 - rho**2)
+    critic = lambda x, z: (slope * x * z + curve * z.square()).squeeze(-1)
+    guide = lambda x: dist.Normal(torch.zeros_like(x), 1.0)
+    x = torch.full((num_pairs,), 1.5)
+    z = rho * x + math.sqrt(1.0 - rho**2) * torch.randn(num_pairs)
+    for count in (1, 4):
+        bound = mi.MINEAIS(
+            dist.Normal(0.0, 1.0),
+            guide,
+            critic,
+            num_moves=20,
+            num_leapfrog=4,
+            num_negatives=count,
+        )
+        bound.loss(x, z)  # adapts the step size
+        noise = num_pairs * torch.autograd.grad(bound.loss(x, z), [slope])[0]
+        # The gradient of a pair is x (mean of n negatives - z).
+        expected = 1.5**2 * (1.0 - rho**2) * (1.0 + 1.0 / count)
+        assert noise.var() == pytest.approx(expected, rel=5 * math.sqrt(2.0 / num_pairs))
+        assert noise.mean().abs() < 5 * noise.std() / math.sqrt(num_pairs)
+
+
 def test_mine_ais_refuses_encoders():
     guide, critic, _ = gaussian_energy(0.9)
     bound = mi.MINEAIS(None, guide, critic)
@@ -279,6 +314,8 @@ def test_mine_ais_refuses_encoders():
         bound.loss(x, z.requires_grad_())
     with pytest.raises(ValueError, match="nothing to learn"):
         bound.loss(x, z.detach())
+    with pytest.raises(ValueError, match="num_negatives must be at least 1"):
+        mi.MINEAIS(None, guide, critic, num_negatives=0)
     with pytest.raises(ValueError, match="num_moves must be at least 1"):
         mi.MINEAIS(None, guide, critic, num_moves=0)
 

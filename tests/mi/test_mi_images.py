@@ -115,8 +115,10 @@ def fit(bound, joint, num_steps, lr=1e-3):
 @pytest.mark.parametrize("load", [digits, mnist], ids=["digits", "MNIST"])
 def test_the_papers_picture(load, train):
     torch.set_default_dtype(torch.float32)
-    # Measured with less noise than trained, for a mutual information of tens of nats.
-    images, noise = load(), 0.03
+    images = load()
+    # Measured with less noise than trained, for a mutual information of tens of nats; as many
+    # more pixels tell as much more, so noise grows with their number.
+    noise = 0.03 * (images.shape[1] / 64) ** 0.5
     decoder = train(images, 2000, 0.1).requires_grad_(False)
     prior = dist.Normal(torch.zeros(NUM_LATENT), 1.0).to_event(1)
     joint = mi.DistributionJoint(
@@ -136,14 +138,21 @@ def test_the_papers_picture(load, train):
     first, second = copy(), copy()
     giwae = fit(mi.GIWAE(prior, first, critic(first), 32), joint, 1500)
     mine = mi.MINEAIS(
-        prior, second, critic(second), num_moves=5, num_leapfrog=4, num_chains=4, num_steps=200
+        prior,
+        second,
+        critic(second),
+        num_moves=5,
+        num_leapfrog=4,
+        num_negatives=8,
+        num_chains=4,
+        num_steps=200,
     )
     fit(mine, joint, 1500)
     x, z = joint.sample(60)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ceiling")
         results = {
-            "AIS": mi.AIS(joint, num_chains=8, num_steps=500).estimate(x, z),
+            "AIS": mi.AIS(joint, num_chains=8, num_steps=1000).estimate(x, z),
             "IWAE from the prior": mi.StructuredInfoNCE(joint, 1000).estimate(x, z),
             "IWAE": mi.IWAE(joint, encoder, 1000).estimate(x, z),
             "BA": ba.estimate(x, z),
@@ -160,7 +169,8 @@ def test_the_papers_picture(load, train):
     for name in ("GIWAE", "MINEAIS"):
         gain = results[name].pair_lower - results["BA"].pair_lower
         assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
-    # So short a training of small critics leaves the two level; the paper's longer one does not.
+    # Not behind GIWAE beyond the noise of 60 pairs. Measured on digits: 0.3 nats ahead (VAE); with
+    # one negative chain per pair, whose gradients are noisier, level (VAE and GAN).
     lead = results["MINEAIS"].pair_lower - results["GIWAE"].pair_lower
     assert lead.mean() > -5 * lead.std() / len(lead) ** 0.5
     for name in ("BA", "GIWAE", "MINEAIS", "IWAE"):

@@ -153,9 +153,6 @@ def test_roles_swapped_bound_the_rest_of_the_data_entropy():
         assert est.missing is None
         assert est.lower <= TRUTH + 5 * est.lower_std_error
         assert est.lower > TRUTH - 1.0
-    torch.manual_seed(0)
-    est = mi.MINE_F(critic, 2, guide=decoder).estimate(x, z)
-    assert est.lower <= TRUTH - entropy + 5 * est.lower_std_error
     est = mi.BarberAgakov(None, decoder).estimate(x, z)
     assert est.missing == "H(x)"
     assert "I(x; z) - H(x)" in repr(est)

@@ -200,3 +200,71 @@ def test_giwae_tends_to_ibal():
     # The error falls as 1 / K.
     assert errors[-1] == pytest.approx(errors[-2] / 4, rel=0.1)
     assert errors[-1] < 2e-3
+
+
+# Roles swapped: q(x|z) in 1/8ths, one row per z.
+Q8_X = np.array([[4, 2, 2], [2, 1, 5], [1, 6, 1], [3, 2, 3]])
+Q_X = Q8_X / 8.0
+P_X = P / PZ  # p(x|z), [x, z]
+REST = float((P * np.log(P_X)).sum())  # I - H(x) = -H(x|z)
+BEST_X = np.log(P_X / Q_X.T)  # [x, z]
+
+
+def swapped_giwae(critic, num_particles):
+    """Exact value of GIWAE without p(z), by the class and by hand."""
+    states = np.array(list(itertools.product(range(4), *[range(3)] * num_particles)))
+    z, xs = states[:, 0], states[:, 1:]
+    weight = P[xs[:, 0], z] * np.prod(Q_X[z[:, None], xs[:, 1:]], axis=1)
+    guide = lambda given: Scripted(table(Q_X)[given], table(xs[:, 1:].T.copy()))
+    bound = mi.GIWAE(None, guide, look_up(critic), num_particles)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ceiling")
+        est = bound.estimate(table(xs[:, 0]), table(z), batch_size=len(z))
+    assert est.missing == "H(x)"
+    scores = critic[xs, z[:, None]]
+    by_hand = np.log(Q_X[z, xs[:, 0]]) + scores[:, 0] - np.log(np.exp(scores).mean(1))
+    return float((table(weight) * est.pair_lower).sum()), float((weight * by_hand).sum())
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 4])
+def test_swapped_giwae_between_barber_agakov_and_the_rest_of_the_entropy(num_particles):
+    ba = float((P * np.log(Q_X.T)).sum())
+    values = {}
+    for name, critic in (("best", BEST_X), ("other", CRITIC), ("worst", -BEST_X)):
+        values[name], by_hand = swapped_giwae(critic, num_particles)
+        assert values[name] == pytest.approx(by_hand, abs=1e-12)
+    if num_particles == 1:
+        assert values["best"] == pytest.approx(ba, abs=1e-12)
+    else:
+        assert values["worst"] < ba < values["best"] < min(ba + math.log(num_particles), REST)
+        assert values["other"] < values["best"]
+        # The best critic is free up to any function of z.
+        moved, _ = swapped_giwae(BEST_X + np.array([3.0, -1.0, 0.0, 9.0]), num_particles)
+        assert moved == pytest.approx(values["best"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["best", "other"])
+def test_swapped_mine_f_below_mine_dv_below_the_rest_of_the_entropy(name):
+    critic = BEST_X if name == "best" else CRITIC
+    multiplicity = np.round(COUNTS * 2).astype(int)
+    x, z = (np.repeat(i.ravel(), multiplicity.ravel()) for i in np.indices((3, 4)))
+    draws = np.array([np.repeat(np.arange(3), Q8_X[i]) for i in z]).T.copy()
+    guide = lambda given: Scripted(table(Q_X)[given], table(draws))
+
+    def measure(bound, critic):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*ceiling")
+            est = bound(look_up(critic), 8, guide=guide).estimate(table(x), table(z))
+        assert est.missing == "H(x)"
+        return float(est.plug_in if est.lower is None else est.lower)
+
+    ba, positive = (P * np.log(Q_X.T)).sum(), (P * critic).sum()
+    partition = (PZ * (Q_X.T * np.exp(critic)).sum(0)).sum()
+    dv, f = ba + positive - np.log(partition), ba + positive - partition / math.e
+    assert measure(mi.MINE_DV, critic) == pytest.approx(dv, abs=1e-12)
+    assert measure(mi.MINE_F, critic) == pytest.approx(f, abs=1e-12)
+    if name == "best":
+        assert dv == pytest.approx(REST, abs=1e-12)
+        assert measure(mi.MINE_F, critic + 1.0) == pytest.approx(REST, abs=1e-12)
+    else:
+        assert f < dv < REST

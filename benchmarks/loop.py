@@ -1,0 +1,247 @@
+"""Times annealing: step by step, one compiled density, the compiled loop, and peers in ``lax.scan``.
+
+Run as ``python benchmarks/loop.py [--peer-python PYTHON] [--tfp-python PYTHON] [--only CASE]``. The
+peers need an environment with jax and numpyro (tensorflow_probability for TFP), whose interpreter
+is given. All columns are measured in one run, on one thread, alternately; a value is the smallest
+and the median over the rounds, per leapfrog of all chains. Random numbers are drawn before the
+clock starts, for peers too, except where a row says otherwise.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from pyro_anneal import chunk_program
+from pyro_anneal.chains import Path as AnnealingPath
+from pyro_anneal.chains import TuningTable, run_chains
+from pyro_anneal.chunk_graph import DensityGraphs, StepTable
+from pyro_anneal.chunk_program import LoopedDensity
+from pyro_anneal.kernels import HMC
+from pyro_anneal.problem import prepare
+from pyro_anneal.schedules import Linear
+
+RESULTS = Path(__file__).parent / "results" / "loop.json"
+SCHOOLS_Y = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]  # Rubin (1981)
+SCHOOLS_SIGMA = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
+CASES = {  # model, chains, leapfrogs, steps
+    "schools-64": ("schools", 64, 5, 99),
+    "schools-1024": ("schools", 1024, 5, 99),
+    "linear": ("linear", 1, 5, 99),
+    "mlp": ("mlp", 1, 2, 20),
+}
+
+
+def schools():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        log_tau = pyro.sample("log_tau", dist.Normal(5.0, 1.0))
+        with pyro.plate("schools", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, log_tau.exp()))
+            sigma = torch.tensor(SCHOOLS_SIGMA)
+            pyro.sample("y", dist.Normal(theta, sigma), obs=torch.tensor(SCHOOLS_Y))
+
+    return model
+
+
+def decoder(sizes, rows):
+    weights = [torch.randn(n, m) / n**0.5 for n, m in itertools.pairwise(sizes)]
+    x = torch.randn(rows, sizes[-1])
+    binary = len(sizes) > 2
+
+    def model():
+        with pyro.plate("data", rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(sizes[0]), 1.0).to_event(1))
+            for layer in weights[:-1]:
+                z = (z @ layer).tanh()
+            mean = z @ weights[-1]
+            if binary:
+                likelihood = dist.Bernoulli(logits=mean).to_event(1)
+                pyro.sample("x", likelihood, obs=(x > 0).float())
+            else:
+                pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    return model
+
+
+MODELS = {
+    "schools": schools,
+    "linear": lambda: decoder([10, 100], 1600),
+    "mlp": lambda: decoder([10, 1024, 1024, 1024, 784], 64),
+}
+
+
+class Peer:
+    """A process that runs a method of ``loop_peers.py`` once per line."""
+
+    def __init__(self, python):
+        script = str(Path(__file__).with_name("loop_peers.py"))
+        self.process = subprocess.Popen(
+            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, *words):
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().strip()
+        if not answer or answer.startswith("failed"):
+            raise RuntimeError(answer or "the peer ended")
+        return float(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def ours(name, num_chains, num_leapfrog, num_steps):
+    """Prepares our columns; returns functions of no argument and the seconds to compile."""
+    arguments = ((), {})
+    model = MODELS[name]()
+    columns, compile_seconds = {}, {}
+    kernel = HMC(num_leapfrog)
+    for compiled in (False, True):
+        problem = prepare(
+            model, None, arguments, arguments, num_chains=num_chains, batch_plates="auto",
+            compile=False, seed=0,
+        )  # fmt: skip
+        density = problem.density
+        state = density(0.1 + torch.zeros(num_chains, *density.example.shape))
+        if compiled:
+            density.compile()
+            compile_seconds["density"] = timed(lambda: density(state.position))  # noqa: B023
+        tuning = TuningTable.constant(0.05, density.example)
+        path = AnnealingPath(Linear()(num_steps + 1), kernel, tuning)
+        options = {"direction": "forward", "seed": 0, "stream": "s"}
+        label = "density compiled" if compiled else "step by step"
+        columns[label] = functools.partial(run_chains, density, path, state, **options)
+        if compiled:
+            columns["gradient"] = functools.partial(
+                repeat, density, state.position, num_leapfrog * num_steps
+            )
+    looped = LoopedDensity(density)
+    columns["loop, whole chunk"] = functools.partial(run_chains, looped, path, state, **options)
+    compile_seconds["loop"] = timed(columns["loop, whole chunk"])
+    assert looped.loop_mode == "loop", looped.loop_reason
+    columns["loop"] = program_alone(looped, path, state, num_steps)
+    return columns, compile_seconds
+
+
+def repeat(function, argument, count):
+    for _ in range(count):
+        function(argument)
+
+
+def program_alone(looped, path, state, num_steps):
+    """Leaves the random numbers out, as for the peers."""
+    density, kernel = looped.density, path.kernel
+    generator = torch.Generator().manual_seed(0)
+    noise = [kernel.noise(state, generator) for _ in range(num_steps)]
+    betas = path.betas[1:-1]
+    step_size, scale = path.tuning.at_all(betas)
+    widths = torch.full((num_steps,), 1.0 / num_steps, dtype=torch.float64)
+    table = StepTable(betas.to(state.position), step_size, scale, widths, widths)
+    num_chains = len(state.position)
+    graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(num_chains))
+    key = chunk_program._key(kernel, graphs, [*state, *noise[0]], 100)
+    compiled = chunk_program._PROGRAMS[key]
+    shared = (graphs.one_chain if compiled.body.layout.last else graphs.all_chains)[1]
+    stored = compiled.body.layout.store_shared(shared)
+    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    arguments = chunk_program._arguments(
+        compiled.body, state, weights, weights.clone(), table, noise, stored
+    )
+    return functools.partial(compiled.run, num_steps, *arguments)
+
+
+def race(case, peers, seconds):
+    name, num_chains, num_leapfrog, num_steps = CASES[case]
+    sizes = (num_chains, num_leapfrog, num_steps)
+    with torch.no_grad():
+        columns, compile_seconds = ours(name, *sizes)
+        runs = {label: functools.partial(timed, run) for label, run in columns.items()}
+        notes = {}
+        for label, (peer, method) in peers.items():
+            try:
+                peer(method, name, *sizes)
+                runs[label] = functools.partial(peer, method, name, *sizes)
+            except RuntimeError as error:
+                notes[label] = str(error)
+        times = {label: [] for label in runs}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times["loop"]) < 5:
+            for label, run in runs.items():
+                times[label].append(run())
+    per = num_leapfrog * num_steps
+    return {
+        "sizes": {"chains": num_chains, "leapfrogs": num_leapfrog, "steps": num_steps},
+        "microseconds": {
+            label: {"min": 1e6 * min(t) / per, "median": 1e6 * statistics.median(t) / per}
+            for label, t in times.items()
+        },
+        "rounds": len(times["loop"]),
+        "compile_seconds": compile_seconds,
+        "notes": notes,
+    }
+
+
+def show(results):
+    for case, result in results.items():
+        print(f"\n{case}, {result['sizes']}: microseconds per leapfrog of all chains")
+        fastest = result["microseconds"]["loop"]
+        print("| | smallest | median | over the loop |")
+        print("|---|---|---|---|")
+        for label, values in result["microseconds"].items():
+            ratio = values["median"] / fastest["median"]
+            print(f"| {label} | {values['min']:.1f} | {values['median']:.1f} | {ratio:.2f} |")
+        seconds = {k: round(v, 1) for k, v in result["compile_seconds"].items()}
+        print(f"compiled in {seconds} s; {result['notes'] or ''}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer-python", help="interpreter with jax and numpyro")
+    parser.add_argument("--tfp-python", help="interpreter with tensorflow_probability as well")
+    parser.add_argument("--only", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=8.0, help="time per case")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    processes, peers = [], {}
+    if options.peer_python:
+        processes.append(Peer(options.peer_python))
+        peers |= {
+            "NumPyro, annealed": (processes[-1], "annealed"),
+            "NumPyro, leapfrogs alone": (processes[-1], "leapfrogs"),
+            "NumPyro, gradient": (processes[-1], "gradient"),
+        }
+    if options.tfp_python:
+        processes.append(Peer(options.tfp_python))
+        peers["TFP, its random numbers included"] = (processes[-1], "tfp")
+        peers["NumPyro of that environment, annealed"] = (processes[-1], "annealed")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for case in options.only:
+        results[case] = race(case, peers, options.seconds)
+        show({case: results[case]})
+        sys.stdout.flush()
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for process in processes:
+        process.close()
+
+
+if __name__ == "__main__":
+    main()

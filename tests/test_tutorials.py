@@ -150,3 +150,15 @@ def test_energy_priors(run):
     assert (error < 5 * found["run"].std_error + 0.05).all()  # 0.05: the integral's own sampling
     assert found["bound"] < found["cap"] < found["attainable"]
     assert "random" in found["message"]
+
+
+def test_long_runs(run):
+    found = run("08")
+    assert torch.equal(found["continued"].log_weights, found["in_one_piece"].log_weights)
+    assert "num_steps (T)" in found["refusal"]
+    for result in found["runs"].values():  # Markov: a bound too high by 12 nats has odds of e^-12
+        assert result.lower < -36.130816 + max(5 * result.std_error.item(), 0.5)
+    total = found["total"]
+    assert (total.total - found["exact"].sum()).abs() < 5 * total.total_std_error + 0.5
+    for short in found["short_by"].values():
+        assert short == pytest.approx(math.log(2), abs=0.02)

@@ -1,7 +1,8 @@
 """Adapters of two public AIS codes, given as paths, to one interface; none of their code is here.
 
 ``bdmc`` is github.com/lxuechen/BDMC; ``ami`` is the AIS core of github.com/huangsicong/ais_mi_estimation.
-Both anneal rows of a decoder from the prior on a linear schedule with step sizes adapted on the way.
+Both anneal rows of a decoder from the prior with step sizes adapted on the way, on a linear schedule
+or, where ``sigmoid`` is set, on a sigmoidal one.
 """
 
 import contextlib
@@ -17,6 +18,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+
+
+def schedule_of(num_steps, sigmoid, forward):
+    """Betas from 0 to 1, or from 1 to 0: linear, or the logistic curve on ``[-sigmoid, sigmoid]``."""
+    betas = torch.linspace(0.0, 1.0, num_steps + 1)
+    if sigmoid is not None:
+        curve = torch.sigmoid(sigmoid * (2.0 * betas - 1.0))
+        betas = (curve - curve[0]) / (curve[-1] - curve[0])
+    return betas if forward else betas.flip(0)
 
 
 def gaussian_log_likelihood(mean, data):
@@ -44,6 +54,8 @@ def _import(name):
 class Bdmc:
     """Runs lxuechen/BDMC on a decoder with unit Gaussian noise."""
 
+    sigmoid = None
+
     def __init__(self, path):
         sys.path.insert(0, str(path))
         self.ais, self.hmc, self.utils = (
@@ -56,9 +68,7 @@ class Bdmc:
         """Returns bounds on log p(x), [rows]: lower if forward, else upper."""
         self.hmc.hmc_trajectory = functools.partial(self.trajectory, L=num_leapfrog)
         model = types.SimpleNamespace(decode=decode, latent_dim=latents.shape[1])
-        schedule = torch.linspace(0.0, 1.0, num_steps + 1)
-        if not forward:
-            schedule = schedule.flip(0)
+        schedule = schedule_of(num_steps, self.sigmoid, forward)
         with _quietly():
             (bounds,) = self.ais.ais_trajectory(
                 model, iter([(data, latents)]), forward, schedule, n_sample=num_chains,
@@ -69,6 +79,8 @@ class Bdmc:
 
 class Ami:
     """Runs the AIS core of ais_mi_estimation on a decoder with unit Gaussian noise."""
+
+    sigmoid = None
 
     def __init__(self, path):
         for name in ("codebase", "codebase.algorithms", "codebase.utils"):
@@ -98,10 +110,9 @@ class Ami:
         )  # fmt: skip
         log_variance = torch.zeros(())
         model = space(decode=lambda z: (decode(z), log_variance))
-        schedule = torch.linspace(0.0, 1.0, num_steps + 1)
+        schedule = schedule_of(num_steps, self.sigmoid, forward)
         core = self.ais.AIS_core("joint_xz", None, model, task, hparams, None)
         hparams.messenger.save_post_images = False
-        schedule = schedule if forward else schedule.flip(0)
         self.ais.save_comparison = lambda *args, **kwargs: None
         self.ais.note_taking = lambda *args, **kwargs: None
         self.ais.set_random_seed = lambda seed: None  # it would start all runs alike

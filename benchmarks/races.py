@@ -12,6 +12,7 @@ dynesty. A peer that is not given is left out. One thread. Results lie in
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 ROWS, CHAINS, GRADIENTS = 100, 16, 2000
 PEER_ROWS = 20  # of the gaps: theirs are large against their standard errors
 LEAPFROGS = (1, 2, 10)  # of the peers, in the race of gaps
+SCHEDULES = (None, 4.0)  # of the peers there: linear, and sigmoid of this sharpness
 
 
 # --- Decoders with unit Gaussian noise, float32
@@ -182,13 +184,16 @@ def race_gap(options):
         gaps = [round(run["gap"], 4) for run in record.get("pyro_anneal", [])]
         print(name, "ours", gaps, flush=True)
         for peer, sampler in peers(options).items():
-            for leapfrogs in LEAPFROGS:
-                runs = [
+            for shape, leapfrogs in itertools.product(SCHEDULES, LEAPFROGS):
+                key = f"{peer}{' sigmoid' if shape else ''} L={leapfrogs}"
+                if len(record.get(key, [])) >= options.seeds:
+                    continue
+                sampler.sigmoid = shape
+                record[key] = [
                     their_gap(sampler, decode, dim, seed, leapfrogs)
                     for seed in range(options.seeds)
                 ]
-                record[f"{peer} L={leapfrogs}"] = runs
-                print(name, peer, leapfrogs, [round(r["gap"], 2) for r in runs], flush=True)
+                print(name, key, [round(r["gap"], 2) for r in record[key]], flush=True)
                 save("gap", records)
 
 

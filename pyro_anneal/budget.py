@@ -42,8 +42,8 @@ def weight_variance(length: float, correlation: float, num_steps: int) -> float:
         Variance in squared nats.
 
     Example:
-        >>> weight_variance(10.0, 0.0, 100)  # perfect transitions: length^2 / T
-        1.0
+        >>> weight_variance(8.0, 0.0, 16)  # perfect transitions: length^2 / T
+        4.0
     """
     count, rho = num_steps, correlation
     pairs = count * (1.0 + rho) / (1.0 - rho) - 2.0 * rho * (1.0 - rho**count) / (1.0 - rho) ** 2

@@ -16,9 +16,9 @@ from pyro_anneal import (
     Pilot,
     chains,
     checkpoint,
+    fitted_start,
     gaussian_fit,
     journal,
-    problem,
 )
 
 DATA = torch.tensor([0.3, -2.0, 5.0], dtype=torch.float64)
@@ -81,7 +81,7 @@ CALLS = {
 def shorten(monkeypatch):
     """Makes chunks of 20 steps, and automatic guides that need few of them."""
     fit = functools.partial(gaussian_fit.fit_gaussian, num_newton=4, num_ascent=6)
-    monkeypatch.setattr(problem, "fit_gaussian", fit)
+    monkeypatch.setattr(fitted_start, "fit_gaussian", fit)
     monkeypatch.setattr(chains, "CHUNK_SIZE", 20)
 
 

@@ -193,6 +193,7 @@ def neighbours(x):  # row i looks at row i - 1 only
         pyro.sample("x", dist.Normal(z + z.roll(1), 1.0), obs=x)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # one step is too few
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("model", [centred, standardized, neighbours])
 @pytest.mark.parametrize("seed", [0, 1])

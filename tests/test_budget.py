@@ -82,6 +82,7 @@ def test_the_gap_is_predicted_within_a_factor_of_two():
     assert "expected gap per datum" in repr(sandwich.forward)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
 def test_a_wider_target_takes_fewer_steps_and_the_kernel_is_free():
     settings = {"num_chains": 4, "seed": 0, "progress_bar": False}
     steps = [

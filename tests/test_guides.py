@@ -275,9 +275,8 @@ def test_wider_support_of_the_guide_only_costs_weights():
 
 
 def check_error(guide, message, model=model, x=X):
-    ais = AnnealedImportance(model, guide, num_chains=4, num_steps=2, progress_bar=False)
     with pytest.raises(ValueError, match=message):
-        ais.run(x)
+        AnnealedImportance(model, guide, num_chains=4, num_steps=2, progress_bar=False).run(x)
 
 
 @pytest.mark.parametrize(

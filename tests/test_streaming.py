@@ -186,7 +186,7 @@ def test_findings_of_all_batches_are_one_warning():
         evidence = annealed(narrow, num_steps=2).run_batches(batches)
     found = {finding.name: finding.message for finding in evidence.diagnostics}
     assert len(found) == len(evidence.diagnostics)
-    assert re.match(r"in 3 of 3 batches, as in batch \d: a few chains", found["ess"])
+    assert re.match(r"in 3 of 3 batches, as in batch \d: one of 8 chains", found["dominance"])
     warned = [str(warning.message) for warning in caught]
     assert warned == [f.message for f in evidence.diagnostics if f.severity == "warning"]
 

@@ -152,7 +152,7 @@ def test_the_papers_picture(load, train):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ceiling")
         results = {
-            "AIS": mi.AIS(joint, num_chains=8, num_steps=1000).estimate(x, z),
+            "AIS": mi.AIS(joint, num_chains=8, num_steps=6 * images.shape[1]).estimate(x, z),
             "IWAE from the prior": mi.StructuredInfoNCE(joint, 1000).estimate(x, z),
             "IWAE": mi.IWAE(joint, encoder, 1000).estimate(x, z),
             "BA": ba.estimate(x, z),

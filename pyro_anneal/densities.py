@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -27,6 +26,7 @@ from torch import Tensor
 from . import autoguides
 from .model_density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from .sites import Layout, base_distribution, latent_sites, sum_to_batch
+from .validation import validation_disabled
 
 __all__ = [
     "Arguments",
@@ -136,7 +136,7 @@ class GuideBase:
 
     def _trace(self, substitute: Messenger | None) -> Any:
         args, kwargs = self.arguments
-        with pyro.validation_enabled(False), poutine.block(), substitute or Messenger():
+        with validation_disabled(), poutine.block(), substitute or Messenger():
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
     def draw(self) -> Tensor:
@@ -245,7 +245,7 @@ class PathDensity:
 
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates ``u`` of shape ``[*batch, D]`` to two tensors of shape ``[*batch]``."""
-        with pyro.validation_enabled(False):
+        with validation_disabled():
             evaluation = self.model.evaluate(position)
             log_base = self.base.log_prob(evaluation, position)
         return log_base, evaluation.log_joint + evaluation.total_log_det

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -35,6 +34,7 @@ from .trace_checks import (
     plate_frames,
     support_of,
 )
+from .validation import validation_disabled
 
 __all__ = ["inspect_model"]
 
@@ -233,7 +233,7 @@ def inspect_model(
         ValueError: If model and guide disagree, a latent is discrete and not enumerated, a plate
             is subsampled, a site's shape is not covered by plates, nothing is latent or observed.
     """
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+    with torch.no_grad(), poutine.block(), validation_disabled():
         first, second = _draw_two(model, guide, model_args, guide_args, num_tries)
         trace, guide_trace = first
         check_plates(trace)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .sites import Layout, latent_sites, observed_sites, sum_to_batch, unmasked
+from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
 
@@ -127,7 +127,7 @@ class ModelDensity:
         if enumerate_sites:
             model = poutine.enum(model, first_available_dim=-1 - self.layout.max_plate_nesting)
         args, kwargs = self.arguments
-        with pyro.validation_enabled(False), poutine.block(), substitute:
+        with validation_disabled(), poutine.block(), substitute:
             return poutine.trace(model).get_trace(*args, **kwargs)
 
     def evaluate(self, position: Tensor) -> ModelEvaluation:

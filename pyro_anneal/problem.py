@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -28,6 +27,7 @@ from .gaussian_fit import fit_gaussian
 from .inspection import inspect_model
 from .kernels import State
 from .sites import Layout, latent_sites, observed_sites
+from .validation import validation_disabled
 
 __all__ = ["Problem", "prepare"]
 
@@ -97,7 +97,7 @@ class Problem:
         """
         args, kwargs = self.model.arguments
         model = poutine.condition(self.model.model, data=values)
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        with torch.no_grad(), validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
             support = trace.nodes[name]["fn"].support

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph_passes import Impure, is_random
 from .graphs import Outputs, evaluate_or_nan
+from .validation import validation_disabled
 
 __all__ = ["check_pure", "undisturbed", "user_line", "worst_difference"]
 
@@ -39,7 +40,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     store = pyro.get_param_store()
     names = set(store.keys())
     try:
-        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+        with torch.random.fork_rng(devices=devices), validation_disabled():
             yield
     finally:
         for name in set(store.keys()) - names:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .sites import base_distribution, density_sites, is_deterministic, is_factor, unmasked
+from .validation import validation_disabled
 
 __all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
 
@@ -125,7 +125,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
             the model's arguments hold the simulated data.
     """
     args, kwargs = arguments
-    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+    with torch.no_grad(), validation_disabled(), poutine.block():
         with _CheckExact():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         latents, observed, original, hidden = {}, {}, {}, {}

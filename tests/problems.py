@@ -672,9 +672,9 @@ class _Regression(PyroModule):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.linear = PyroModule[nn.Linear](2, 1, bias=False)
-        self.linear.weight = PyroSample(
-            dist.Normal(torch.zeros(1, 2, dtype=torch.float64), 1.2).to_event(2)
-        )
+        # Expanded while validation is on, as priors of modules usually are: it stays on in it.
+        scale = torch.tensor(1.2, dtype=torch.float64)
+        self.linear.weight = PyroSample(dist.Normal(0.0, scale).expand([1, 2]).to_event(2))
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         mean = self.linear(x).squeeze(-1)

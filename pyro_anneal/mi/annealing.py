@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..chains import Path, TuningTable, run_chains, seeded_generator
 from ..kernels import Density, Kernel, State
 from ..pilot import Pilot, adaptive_betas, run_pilot
 from ..schedules import Schedule, as_betas
+from ..validation import validation_disabled
 from .bijections import Bijection
 
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
@@ -48,7 +48,7 @@ class PairDensity:
 
     def __call__(self, position: Tensor) -> State:
         """Evaluates ``u [K, N, D]``."""
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        with torch.enable_grad(), validation_disabled():
             u = position.detach().requires_grad_()
             z, log_det = self.bijection.constrain(u)
             log_base, log_target = (value + log_det for value in self.log_densities(z))
@@ -58,7 +58,7 @@ class PairDensity:
 
     def one_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates base and target of one chain, ``u [N, D]`` to ``[N]`` each."""
-        with pyro.validation_enabled(False):
+        with validation_disabled():
             z, log_det = self.bijection.constrain(position.unsqueeze(0))
             log_base, log_target = self.log_densities(z)
             return (log_base + log_det)[0], (log_target + log_det)[0]

@@ -16,8 +16,6 @@ from pyro_anneal.model_density import ModelDensity
 
 TOLERANCE = 0.2  # nats
 FAST = (
-    "schools, half-Cauchy, centred",
-    "effects, two Gamma(.01,.01)",
     "two means, symmetric",
     "many-well, 4 modes",
 )

@@ -221,6 +221,7 @@ def live_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
 def test_pairs_keep_log_weights_only(monkeypatch):
     shorten(monkeypatch)
@@ -265,6 +266,7 @@ def test_graphs_of_finished_data_sets_are_freed():
     assert counts[1] == counts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
 def test_simulations_are_those_of_runs_one_by_one():
     x = torch.zeros(3, 4)

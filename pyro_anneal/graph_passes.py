@@ -59,6 +59,7 @@ def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
     """Turns every captured tensor into an input, one per tensor, and returns the tensors."""
     placeholders: dict[int, fx.Node] = {}
     constants: list[Tensor] = []
+    captured: set[str] = set()
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":
             continue
@@ -68,6 +69,10 @@ def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
             constants.append(tensor)
         node.replace_all_uses_with(placeholders[id(tensor)])
         graph.graph.erase_node(node)
+        captured.add(node.target)
+    for name in captured:  # a graph lives until garbage is collected; tensors need not
+        owner, _, attribute = name.rpartition(".")
+        delattr(graph.get_submodule(owner), attribute)
     graph.recompile()
     return constants
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,11 +205,23 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Records aten operations with make_fx, under one fake mode.
 
     make_fx describes every value by a fake tensor and, where it finds no fake mode, makes a new one
-    for each: most of the time of a recording.
+    for each: most of the time of a recording. What recorded refers to itself; emptied, it does not
+    hold the tensors that the function read until garbage is collected.
     """
-    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
-    with tracing(context):
-        return make_fx(function)(*inputs)
+    tracers: list[Any] = []
+
+    def noted(*inputs: Tensor) -> Any:
+        mode = get_proxy_mode()
+        if mode is not None:
+            tracers.append(mode.tracer)
+        return function(*inputs)
+
+    try:
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            return make_fx(noted)(*inputs)
+    finally:
+        for tracer in tracers:
+            vars(tracer).clear()
 
 
 def trace(function: LogDensities, position: Tensor) -> Trace:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import linecache
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch.fx.graph_module
 
 __all__ = ["released"]
+
+_next_collection = 0.0  # on the clock of time.perf_counter
 
 
 def _sources() -> dict[str, Any]:
@@ -24,8 +27,9 @@ def _sources() -> dict[str, Any]:
 def released() -> Iterator[None]:
     """Frees graphs that were made inside and are no longer in use.
 
-    They refer to themselves, and hold the data of their model until the collector of garbage runs;
-    it counts objects, not bytes. Their source text would stay for ever.
+    They refer to themselves, so they live until garbage is collected, and Python waits long for
+    that: it counts objects, not bytes. The tensors that they read are free before
+    (:func:`~pyro_anneal.graphs.flat_graph`). Their source text would stay for ever.
     """
     before = set(_sources())
     try:
@@ -35,4 +39,15 @@ def released() -> Iterator[None]:
         for name in [name for name in sources if name not in before]:
             del sources[name]
             linecache.cache.pop(name, None)
-        gc.collect()
+        _collect()
+
+
+def _collect() -> None:
+    """Collects garbage, unless that would take more than a twentieth of the time."""
+    global _next_collection
+    began = time.perf_counter()
+    if began < _next_collection:
+        return
+    gc.collect()
+    ended = time.perf_counter()
+    _next_collection = ended + 19.0 * (ended - began)

@@ -319,7 +319,8 @@ def table(options=None):
             at = {key: mean_gap(runs) for key, runs in record.items() if key.startswith(peer)}
             if at:
                 best = min(at, key=at.__getitem__)
-                for key in dict.fromkeys((best, f"{peer} L=10")):
+                long = min((k for k in at if k.endswith(" L=10")), key=at.__getitem__)
+                for key in dict.fromkeys((best, long)):
                     label = f"{key}{' (their best)' if key == best else ''}: {at[key]:.2f}"
                     rows.append(
                         f"| gap at {GRADIENTS} gradients, nats | {case} | {ours:.3f} | {label} "

@@ -5,11 +5,13 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 
 import pyro
 import pyro.distributions as dist
 import torch
+from tqdm.auto import tqdm
 
 from pyro_anneal import (
     AnnealedImportance,
@@ -120,9 +122,13 @@ def quietly(call, *args, **kwargs):
 
 def fork(function, *args):
     """Runs a function in a forked process; returns the process, to be killed or joined."""
-    process = multiprocessing.get_context("fork").Process(
-        target=quietly, args=(function, *args), daemon=True
-    )
+
+    def run():
+        # The lock of progress bars is shared with forked processes: killed, one would keep it.
+        tqdm.set_lock(threading.RLock())
+        quietly(function, *args)
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
         process.start()

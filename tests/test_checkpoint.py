@@ -125,6 +125,7 @@ def test_a_killed_call_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, n
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_killed_at_any_event_of_a_run_continues(tmp_path, name):
     for event in range(1, 1000, 6):
@@ -137,15 +138,16 @@ def test_a_call_killed_at_any_event_of_a_run_continues(tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_killed_many_times_at_random_moments_continues(tmp_path, name):
     choose = random.Random(7)
     began = time.monotonic()
     quietly(CALLS[name], tmp_path / "timed.ckpt")
     duration = time.monotonic() - began
-    for attempt in range(3):
+    for attempt in range(2):
         path, kills = tmp_path / f"{attempt}.ckpt", 0
-        while kills < 20:
+        while kills < 12:
             process = fork(CALLS[name], path)
             process.join(choose.uniform(0.0, 1.2) * duration)
             if process.exitcode is not None:

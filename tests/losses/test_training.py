@@ -35,10 +35,10 @@ def test_a_belief_net_learns_by_every_method():
     assert max(evidence.values()) - min(evidence.values()) < 1.5
 
 
-def _autoencoders(data, **settings):
+def _autoencoders(data, annealed, **settings):
     """Trains the autoencoders of the AIWAE paper's Table 1 with one seed and K = 5."""
     arguments = Namespace(particles=5, **settings)
-    return [autoencoder(data, 0, name, arguments) for name in ("VAE", "IWAE", "AIWAE T=5")]
+    return [autoencoder(data, 0, name, arguments) for name in ("VAE", "IWAE", annealed)]
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_the_order_of_vae_iwae_and_aiwae():
     That AIWAE's gap exceeds IWAE's shows in longer runs only (benchmarks/losses_training.py).
     """
     settings = {"steps": 1000, "ais_steps": 150, "num_test": 100}
-    vae, iwae, aiwae = _autoencoders(load_digits(), **settings)
+    vae, iwae, aiwae = _autoencoders(load_digits(), "AIWAE T=5", **settings)
     assert aiwae["NLL"] < iwae["NLL"] < vae["NLL"]
     assert vae["gap"] < min(iwae["gap"], aiwae["gap"])
     assert vae["active units"] < aiwae["active units"]
@@ -56,12 +56,12 @@ def test_the_order_of_vae_iwae_and_aiwae():
 
 @pytest.mark.slow
 def test_the_order_on_mnist():
-    """The same on MNIST, averaged to 14 x 14, where a minute of training is far from the end."""
+    """The same on MNIST, averaged to 14 x 14. After 1000 steps, half of these, IWAE is still level."""
     folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mnist"
     folder = Path(os.environ.get("PYRO_ANNEAL_MNIST", folder))
     if not folder.is_dir():
         pytest.skip(f"no MNIST in {folder}; set PYRO_ANNEAL_MNIST to a folder of its idx files")
-    settings = {"steps": 1000, "ais_steps": 150, "num_test": 100}
-    vae, iwae, aiwae = _autoencoders(load_mnist(folder), **settings)
+    settings = {"steps": 2000, "ais_steps": 150, "num_test": 100}
+    vae, iwae, aiwae = _autoencoders(load_mnist(folder), "AIWAE T=11", **settings)
     assert aiwae["NLL"] < iwae["NLL"] < vae["NLL"]
     assert vae["active units"] <= iwae["active units"] <= aiwae["active units"]

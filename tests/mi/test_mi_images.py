@@ -117,8 +117,11 @@ def test_the_papers_picture(load, train):
     torch.set_default_dtype(torch.float32)
     images = load()
     # Measured with less noise than trained, for a mutual information of tens of nats; as many
-    # more pixels tell as much more, so noise grows with their number.
+    # more pixels tell as much more, so noise grows with their number. A small GAN's images of
+    # MNIST vary less (at 0.1 its latents tell 12 nats).
     noise = 0.03 * (images.shape[1] / 64) ** 0.5
+    if train is train_gan and load is mnist:
+        noise = 0.04
     decoder = train(images, 2000, 0.1).requires_grad_(False)
     prior = dist.Normal(torch.zeros(NUM_LATENT), 1.0).to_event(1)
     joint = mi.DistributionJoint(

@@ -43,7 +43,7 @@ def to_arviz(
     """
     arviz = _import("arviz")
     datasets = to_datasets(result, resample=resample, seed=seed)
-    kind = getattr(arviz, "InferenceData", None)
+    kind = vars(arviz).get("InferenceData")  # asking ArviZ 1 for the attribute warns
     if isinstance(kind, type) and not issubclass(kind, _import("xarray").DataTree):
         return to_inference_data(datasets)
     return to_data_tree(datasets)

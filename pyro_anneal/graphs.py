@@ -20,7 +20,11 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_innermost_proxy_mode,
+    make_fx,
+)
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,7 +215,7 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     tracers: list[Any] = []
 
     def noted(*inputs: Tensor) -> Any:
-        mode = get_proxy_mode()
+        mode = get_innermost_proxy_mode()
         if mode is not None:
             tracers.append(mode.tracer)
         return function(*inputs)

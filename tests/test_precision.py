@@ -103,7 +103,7 @@ def test_a_hundred_thousand_steps_on_an_image(dtype):
         seed=0,
     )
     run = ais.run(x)
-    assert run.density_mode == "compiled"
+    assert run.density_mode == "compiled loop"
     check_run(run, truth, largest_error=0.01)
 
 

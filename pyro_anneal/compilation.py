@@ -24,7 +24,8 @@ def compiler_problem(device: torch.device) -> str | None:
     try:
         from torch._inductor import cpp_builder
 
-        cpp_builder.get_cpp_compiler()
+        names = ("get_cpp_compiler", "_get_cpp_compiler")  # since torch 2.5, and before
+        next(getattr(cpp_builder, name) for name in names if hasattr(cpp_builder, name))()
     except Exception as error:  # noqa: BLE001 - InvalidCxxCompiler, PermissionError for an empty CXX, ...
         first_line = (str(error).strip() or "no reason given").splitlines()[0]
         return f"no C++ compiler ({type(error).__name__}: {first_line})"

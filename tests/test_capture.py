@@ -679,7 +679,8 @@ def test_no_compiler_falls_back_to_the_graph(monkeypatch):
     def missing():
         raise PermissionError("[Errno 13] Permission denied: ''")
 
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    names = ("get_cpp_compiler", "_get_cpp_compiler")  # since torch 2.5, and before
+    monkeypatch.setattr(cpp_builder, next(n for n in names if hasattr(cpp_builder, n)), missing)
     density = capture(schools(), torch.zeros(10), num_chains=K, compile=True)
     assert density.mode == "graph"
     assert density.reason == "no C++ compiler (PermissionError: [Errno 13] Permission denied: '')"

@@ -133,6 +133,10 @@ def test_both_directions_of_a_sandwich_never_wait(dtype, waits):
     assert waits.found == []
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."),
+    reason="torch 2.4 puts what it records on the default device, not that of the data",
+)
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 class TestTensorsAreMadeOnTheDataDevice:
     def equal(self, results, elsewhere_results):

@@ -53,6 +53,7 @@ def test_bounds_against_steps():
     assert list(means) == [results[int(t)].gap.mean().item() for t in steps]
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # in some versions of Matplotlib
 def test_gaps_below_zero_are_shown_by_their_reach():
     wide, crossed = (make_sandwich(S, (30,), 4, t)[0] for t in (1, 50))
     shift = crossed.gap.mean() + 1e-3

@@ -2,7 +2,7 @@
 
 Run as ``python benchmarks/loop.py [--peer-python PYTHON] [--tfp-python PYTHON] [--only CASE]``. The
 peers need an environment with jax and numpyro (tensorflow_probability for TFP), whose interpreter
-is given. All columns are measured in one run, on one thread, alternately; a value is the smallest
+is given. All columns are measured in one run, on one processor, alternately; a value is the smallest
 and the median over the rounds, per leapfrog of all chains. Random numbers are drawn before the
 clock starts, for peers too, except where a row says otherwise.
 """
@@ -11,6 +11,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=8.0, help="time per case")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # XLA's flags do not keep it to one thread
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.manual_seed(0)
     processes, peers = [], {}
     if options.peer_python:

@@ -129,7 +129,8 @@ def outside_support(trace: Any) -> dict[str, str]:
         ):  # no support, or none of this shape
             continue
         mask = True if site["mask"] is None else site["mask"]
-        wrong = ~torch.as_tensor(inside) & site["unscaled_log_prob"].isfinite()
+        outside = not inside if isinstance(inside, bool) else ~inside  # a bool of a number
+        wrong = outside & site["unscaled_log_prob"].isfinite()
         wrong &= torch.as_tensor(mask, device=wrong.device)
         if bool(wrong.any()):
             first = tuple(int(i) for i in wrong.nonzero()[0])

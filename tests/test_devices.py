@@ -133,10 +133,6 @@ def test_both_directions_of_a_sandwich_never_wait(dtype, waits):
     assert waits.found == []
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.4."),
-    reason="torch 2.4 puts what it records on the default device, not that of the data",
-)
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 class TestTensorsAreMadeOnTheDataDevice:
     def equal(self, results, elsewhere_results):
@@ -220,6 +216,9 @@ class TestTensorsAreMadeOnTheDataDevice:
         ids=lambda loss: type(loss).__name__,
     )
     def test_losses(self, loss):
+        if torch.__version__.startswith("2.4.") and isinstance(loss, AIWAE | DifferentiableAIS):
+            pytest.skip("with torch 2.4 these draw other numbers under another default device")
+
         def compute():
             return (torch.tensor(loss.loss(rows, rows_guide, X), device="cpu"),)
 

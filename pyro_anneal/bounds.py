@@ -16,7 +16,7 @@ and, for the bounds that mix directions (IM upper, CR lower, Bennett), transitio
 reversible nor reversed.
 
 Source: Brekelmans et al. (2022), *Improving Mutual Information Estimation with Annealed and
-Energy-Based Bounds*, sections 3.1 to 3.3; Grosse, Ghahramani and Adams (2015) for the coupled
+Energy-Based Bounds*, section 3; Grosse, Ghahramani and Adams (2015) for the coupled
 upper bound (BDMC).
 """
 
@@ -52,7 +52,7 @@ def single_sample(log_weights: Tensor) -> Tensor:
     identity ``E[e^L] = Z`` is lost for K > 1, but by the inequality of the means it is never above
     the IM lower (below the CR upper) bound of the same chains, so :func:`interval` still covers.
 
-    Source: Neal (2001), *Annealed importance sampling*; Brekelmans et al. (2022), Eq. 9.
+    Source: Neal (2001), *Annealed importance sampling*; Brekelmans et al. (2022), section 3.
 
     Args:
         log_weights: Log-weights of K chains of one direction, in nats, shape ``[K, *batch]``.
@@ -90,7 +90,7 @@ def independent_multi_lower(forward: Tensor) -> Tensor:
 
     The chains are K independent forward chains. This is also the lower bound of BDMC.
 
-    Source: Brekelmans et al. (2022), section 3.1; Burda et al. (2016) for T = 1.
+    Source: Brekelmans et al. (2022), section 3; Burda et al. (2016) for T = 1.
 
     Args:
         forward: Log-weights of K forward chains in nats, shape ``[K, *batch]``.
@@ -114,7 +114,7 @@ def independent_multi_upper(reverse: Tensor, forward: Tensor) -> Tensor:
     independent forward chains. It improves on the single-sample upper bound by at most ``log K``.
     Needs transitions that are reversible, or reversed.
 
-    Source: Brekelmans et al. (2022), section 3.1, Prop. 3.2.
+    Source: Brekelmans et al. (2022), section 3.
 
     Args:
         reverse: Log-weight of one reverse chain in nats, shape ``[1, *batch]``.
@@ -145,7 +145,7 @@ def coupled_upper(reverse: Tensor) -> Tensor:
 
     The K reverse chains start from one and the same exact posterior sample.
 
-    Source: Grosse et al. (2015), section 3.2; Brekelmans et al. (2022), section 3.3.
+    Source: Grosse et al. (2015); Brekelmans et al. (2022), section 3.
 
     Args:
         reverse: Log-weights of K reverse chains in nats, shape ``[K, *batch]``.
@@ -168,7 +168,7 @@ def coupled_lower(forward: Tensor, reverse: Tensor) -> Tensor:
     ``w_1`` comes from one forward chain; the other K - 1 chains run in reverse from the last state
     at which its weight was taken. Needs transitions that are reversible, or reversed.
 
-    Source: Brekelmans et al. (2022), section 3.3.
+    Source: Brekelmans et al. (2022), section 3.
 
     Args:
         forward: Log-weight of one forward chain in nats, shape ``[1, *batch]``.
@@ -199,7 +199,7 @@ def independent_reverse_upper(reverse: Tensor) -> Tensor:
 
     The K reverse chains start from K independent exact posterior samples of the same data.
 
-    Source: Brekelmans et al. (2022), section 3.2.
+    Source: Brekelmans et al. (2022), section 3.
 
     Args:
         reverse: Log-weights of K reverse chains in nats, shape ``[K, *batch]``.
@@ -222,7 +222,7 @@ def independent_reverse_lower(forward: Tensor, reverse: Tensor) -> Tensor:
     ``w_1`` comes from one forward chain; the other K - 1 reverse chains start from independent
     exact posterior samples.
 
-    Source: Brekelmans et al. (2022), section 3.2.
+    Source: Brekelmans et al. (2022), section 3.
 
     Args:
         forward: Log-weight of one forward chain in nats, shape ``[1, *batch]``.
@@ -282,7 +282,7 @@ def bennett(forward: Tensor, reverse: Tensor, *, num_iterations: int = 60) -> Te
 
     It is an estimate of log Z, not a bound. Needs transitions that are reversible, or reversed.
 
-    Source: Bennett (1976), Eq. 12; Shirts, Bair, Hooker and Pande (2003), Eq. 8.
+    Source: Bennett (1976); Shirts, Bair, Hooker and Pande (2003).
 
     Args:
         forward: Log-weights of forward chains in nats, shape ``[K_f, *batch]``.

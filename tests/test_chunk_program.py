@@ -119,6 +119,7 @@ def test_the_loop_gives_the_numbers_of_single_steps(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow  # by default: that it gives the numbers of single steps, which are
 def test_the_compiled_loop_is_unbiased():
     """E[w] = Z on a lopsided target in one dimension, every chain a repeat."""
 

@@ -150,7 +150,11 @@ class TestTensorsAreMadeOnTheDataDevice:
 
     @pytest.mark.parametrize(
         ("model", "guide"),
-        [*[(model, None) for model in MODELS], (rows, "auto"), (moving, "auto")],
+        [
+            *[(model, None) for model in MODELS],
+            (rows, "auto"),
+            pytest.param(moving, "auto", marks=pytest.mark.slow),
+        ],
         ids=lambda v: getattr(v, "__name__", v),
     )
     def test_runs(self, model, guide):

@@ -214,7 +214,7 @@ def target():
     )
 
 
-@pytest.mark.parametrize("name", ["snis", "trs", "his"])
+@pytest.mark.parametrize("name", ["snis", "trs", pytest.param("his", marks=pytest.mark.slow)])
 def test_svi_trains_a_data_model_without_a_guide(name):
     pyro.set_rng_seed(2)
     net = Net(1, accept=name == "trs").to(torch.float64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["fold_uniform", "shapes_to_literals", "simplify", "sink_expands"]
+__all__ = ["fold_uniform", "shapes_to_literals", "simplify"]
 
 aten = torch.ops.aten
 
@@ -36,15 +36,6 @@ _RESHAPES = (
     aten.permute.default,
 )
 _SAME_SHAPE = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
-# Each element of the result depends on the same element of the arguments alone.
-_ELEMENTWISE = {
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
-    *(aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar),
-    *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.reciprocal.default, aten.neg.default),
-    *(aten.sqrt.default, aten.rsqrt.default, aten.exp.default, aten.expm1.default),
-    *(aten.log.default, aten.log1p.default, aten.lgamma.default, aten.digamma.default),
-    *(aten.sigmoid.default, aten.tanh.default, aten.abs.default),
-}
 # Filled with a known number, in the shape of another tensor.
 _LIKE: dict[Any, Callable[[fx.Node], Any]] = {
     aten.ones_like.default: lambda node: 1,
@@ -100,50 +91,6 @@ def shapes_to_literals(graph: fx.GraphModule, device: torch.device) -> None:
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _LIKE:
             _replace(node, _full(node, _LIKE[node.target](node), device))
-
-
-def sink_expands(graph: fx.GraphModule, device: torch.device) -> None:
-    """Computes elementwise operations on expanded tensors before their expansion.
-
-    A scale that all rows share is expanded to the shape of the data, then squared, inverted and
-    its logarithm taken: as many numbers as data, to be read at each evaluation. Small, they cost
-    nothing; the last expansion is a view.
-    """
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node.target not in _ELEMENTWISE or _meta(node) is None:
-            continue
-        tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
-        metas = [_meta(tensor) for tensor in tensors]
-        # A 0-dimensional tensor has no say in the type of a result, so types must agree.
-        if None in metas or any(meta.dtype != metas[0].dtype for meta in metas):
-            continue
-        targets = {tensor.target for tensor in tensors}
-        if not targets <= {aten.expand.default, aten.full.default} or targets == {
-            aten.full.default
-        }:
-            continue
-        sources = {tensor: _unexpanded(tensor, device) for tensor in tensors}
-        shape = torch.broadcast_shapes(*(_meta(source).shape for source in sources.values()))
-        if shape.numel() >= _meta(node).shape.numel():
-            continue
-        with graph.graph.inserting_before(node):
-            small = graph.graph.call_function(
-                node.target, fx.map_arg(node.args, sources.__getitem__), node.kwargs
-            )
-            small.meta = {"tensor_meta": _meta(node)._replace(shape=shape)}
-            wide = graph.graph.call_function(aten.expand.default, (small, list(_meta(node).shape)))
-        _replace(node, wide)
-
-
-def _unexpanded(node: fx.Node, device: torch.device) -> Any:
-    """Returns the source of an expansion, or a filled tensor without dimensions."""
-    if node.target is aten.expand.default:
-        return node.args[0]
-    kwargs = {"dtype": _meta(node).dtype, "device": device}
-    with node.graph.inserting_before(node):
-        small = node.graph.call_function(aten.full.default, ([], node.args[1]), kwargs)
-    small.meta = {"tensor_meta": _meta(node)._replace(shape=torch.Size())}
-    return small
 
 
 def fold_uniform(graph: fx.GraphModule, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .graph_folding import fold_uniform, shapes_to_literals, simplify, sink_expands
+from .graph_folding import fold_uniform, shapes_to_literals, simplify
 from .graph_passes import (
     dependent_nodes,
     is_mutable,
@@ -261,7 +261,6 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
     shapes_to_literals(graph, position.device)
     constants += make_batchable(graph, position.device)
     fold_uniform(simplify(graph), position.device)
-    sink_expands(graph, position.device)
     return Trace(simplify(graph), constants)
 
 

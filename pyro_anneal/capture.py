@@ -24,6 +24,7 @@ from .graph_passes import Impure
 from .graphs import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .kernels import State
 from .purity import check_pure, undisturbed, user_line, worst_difference
+from .repetition import ComputeOnce, WrittenTo, repeated_dims
 
 __all__ = ["CapturedDensity", "capture"]
 
@@ -44,7 +45,12 @@ class _Evaluator:
     def refresh(self, constants: Sequence[Tensor]) -> None:
         """Evaluates what does not depend on the position."""
         with torch.no_grad():
-            values = list(self.prologue(*(c.detach() for c in (*constants, *self.own))))
+            tensors = [_dense(constant.detach()) for constant in (*constants, *self.own)]
+            try:
+                with ComputeOnce():
+                    values = list(self.prologue(*tensors))
+            except WrittenTo:
+                values = list(self.prologue(*tensors))
         if self.values:
             for old, new in zip(self.values, values, strict=True):
                 if old.shape != new.shape:
@@ -53,6 +59,8 @@ class _Evaluator:
                         f"{list(old.shape)} to {list(new.shape)} (a mask that selects another "
                         "number of elements?): capture the density anew"
                     )
+            pairs = zip(self.values, values, strict=True)
+            values = [_with_strides_of(old, new) for old, new in pairs]
         self.values = values
 
     def __call__(self, position: Tensor) -> Outputs:
@@ -385,6 +393,20 @@ def capture(
             stacklevel=2,
         )
     return density
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Leaves only repetitions that follow from the graph, the same for any data."""
+    return tensor.contiguous() if repeated_dims(tensor) else tensor
+
+
+def _with_strides_of(old: Tensor, new: Tensor) -> Tensor:
+    """Lays new values out as the old ones, for which code was compiled."""
+    if old.stride() == new.stride():
+        return new
+    return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device).copy_(
+        new
+    )
 
 
 def _probes(example: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from .graph_folding import simplify
 from .graph_passes import lift_constants
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
+from .matrix_products import right_operands
+from .repetition import ComputeOnce, WrittenTo, narrowed, repeated_dims
 
 __all__ = ["Body", "DensityGraphs", "Layout", "StepTable", "build_body"]
 
@@ -57,6 +59,43 @@ class Template(NamedTuple):
     dtype: torch.dtype
 
 
+class Shared(NamedTuple):
+    """How a tensor that all chains and steps share is stored: nothing twice."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    repeated: tuple[int, ...]  # dimensions along which one number repeats
+    transposed: bool  # columns of a matrix as rows
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, transposed: bool) -> Shared:
+        """Describes a tensor."""
+        repeated = repeated_dims(tensor)
+        return cls(tuple(tensor.shape), tensor.dtype, repeated, transposed and not repeated)
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """Shape without repetitions."""
+        sizes = enumerate(self.shape)
+        stored = [1 if dim in self.repeated else size for dim, size in sizes]
+        return torch.Size(stored[::-1] if self.transposed else stored)
+
+    @property
+    def small(self) -> bool:
+        """Whether it is packed with others."""
+        return self.stored_shape.numel() <= _PACK_UP_TO
+
+    def store(self, tensor: Tensor) -> Tensor:
+        """Drops repetitions."""
+        tensor = narrowed(tensor, self.repeated)
+        return tensor.mT if self.transposed else tensor
+
+    def load(self, stored: Tensor) -> Tensor:
+        """Inverts :meth:`store`."""
+        stored = stored.reshape(self.stored_shape)
+        return stored.mT if self.transposed else stored.expand(self.shape)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How tensors are stored between steps.
@@ -73,7 +112,7 @@ class Layout:
     count: int
     carried: tuple[Template, ...]
     noise: tuple[Template, ...]
-    shared: tuple[Template, ...]
+    shared: tuple[Shared, ...]
 
     def store(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Turns tensors with chains first into what a loop carries."""
@@ -100,23 +139,20 @@ class Layout:
 
     def store_shared(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Packs the small ones of the tensors that all chains share."""
-        small = [tensor for tensor in tensors if tensor.numel() <= _PACK_UP_TO]
-        large = [tensor.contiguous() for tensor in tensors if tensor.numel() > _PACK_UP_TO]
-        return [*_pack(small, 1), *large]
+        pairs = list(zip(self.shared, tensors, strict=True))
+        small = [how.store(tensor) for how, tensor in pairs if how.small]
+        return [
+            *_pack(small, 1),
+            *(how.store(tensor).contiguous() for how, tensor in pairs if not how.small),
+        ]
 
     def load_shared(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Inverts :meth:`store_shared`."""
-        small = [t for t in self.shared if torch.Size(t.shape).numel() <= _PACK_UP_TO]
+        small = [Template(how.stored_shape, how.dtype) for how in self.shared if how.small]
         packed = len(_by_dtype([template.dtype for template in small]))
         unpacked = iter(_unpack(buffers[:packed], small, 1))
         large = iter(buffers[packed:])
-        result = []
-        for template in self.shared:
-            if torch.Size(template.shape).numel() <= _PACK_UP_TO:
-                result.append(next(unpacked).squeeze(-1))
-            else:
-                result.append(next(large))
-        return result
+        return [how.load(next(unpacked if how.small else large)) for how in self.shared]
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,13 +299,6 @@ def _build(
 ) -> Body:
     graph, shared = graphs.one_chain if last else graphs.all_chains
     weights = [torch.zeros_like(state.log_target, dtype=torch.float64) for _ in range(2)]
-    layout = Layout(
-        last,
-        len(state.position),
-        tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
-        tuple(_template(x, drop_chains=last) for x in noise),
-        tuple(_template(x, drop_chains=False) for x in shared),
-    )
     chains = slice(0, 1) if last else slice(None)
     row = [part[0] for part in table[:3]]
     per_chain = [part[chains].contiguous() for part in (*state, *noise)]
@@ -277,7 +306,19 @@ def _build(
         _step_function(kernel, graph, len(noise), one_chain=last), *per_chain, *row, *shared
     )
     constants = lift_constants(step)  # tensors that the kernel made or holds
+    right = right_operands(step)
     step = simplify(step)
+    first = len(per_chain) + len(row)
+    layout = Layout(
+        last,
+        len(state.position),
+        tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
+        tuple(_template(x, drop_chains=last) for x in noise),
+        tuple(
+            Shared.of(tensor, transposed=first + index in right)
+            for index, tensor in enumerate(shared)
+        ),
+    )
     body = _body_function(step, layout, [part.shape[1:] for part in table[:3]])
     example = [
         torch.zeros((), dtype=torch.long, device=state.position.device),
@@ -288,8 +329,16 @@ def _build(
         *layout.store_shared(shared),
         *constants,
     ]
+
+    def once(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with ComputeOnce(invert=True):
+            return body(*tensors)
+
     with torch.no_grad():
-        recorded = flat_graph(body, *example)
+        try:
+            recorded = flat_graph(once, *example)
+        except WrittenTo:
+            recorded = flat_graph(body, *example)
     constants += lift_constants(recorded)
     return Body(simplify(recorded), layout, size, tuple(constants))
 

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .capture import CapturedDensity
 from .chunk_graph import Body, DensityGraphs, StepTable, build_body, store_table
-from .compilation import compiler_problem
+from .compilation import compile_with_inductor, compiler_problem
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 
@@ -317,9 +317,7 @@ def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_fallback_kernels=True)
     fakes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in inputs]
     with tracing(TracingContext(mode)):
-        compiled = torch._inductor.compile(
-            fx.GraphModule(root, graph), fakes, options={"cpp_wrapper": True}
-        )
+        compiled = compile_with_inductor(fx.GraphModule(root, graph), fakes, cpp_wrapper=True)
 
     def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
         end = torch.full((), count, dtype=torch.long)
@@ -332,7 +330,7 @@ def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
 
 def _step_by_step(body: Body, example: Sequence[Tensor]) -> Run:
     """Compiles the body alone, to be called once per step."""
-    step = torch._inductor.compile(copy.deepcopy(body.graph), list(example))
+    step = compile_with_inductor(copy.deepcopy(body.graph), example)
     carried = body.num_carried
 
     def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
@@ -347,7 +345,7 @@ def _step_by_step(body: Body, example: Sequence[Tensor]) -> Run:
 
 def _as_cuda_graph(body: Body, example: Sequence[Tensor]) -> Run:
     """Captures one compiled step, which reads its index on the device, and replays it."""
-    step = torch._inductor.compile(copy.deepcopy(body.graph), list(example))
+    step = compile_with_inductor(copy.deepcopy(body.graph), example)
     carried = body.num_carried
     static = [tensor.clone() for tensor in example]
 

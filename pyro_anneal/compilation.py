@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["compile_graph", "compiler_problem"]
+from .matrix_products import onednn_products
+
+__all__ = ["compile_graph", "compile_with_inductor", "compiler_problem"]
 
 # Compiled code by graph and input layout. A graph holds no tensors (all are inputs), so captures
 # of the same model on other data, and after other optimizer steps, share one compilation.
@@ -37,6 +39,32 @@ def compiler_problem(device: torch.device) -> str | None:
     return None
 
 
+def compile_with_inductor(
+    graph: fx.GraphModule, inputs: Sequence[Any], **options: Any
+) -> Callable[..., Any]:
+    """Hands a functional graph straight to inductor.
+
+    Dynamo has nothing to find in a flat graph, and its guards would cost more per call than a small
+    model.
+
+    Args:
+        graph: Graph without tensors of its own; it may be changed.
+        inputs: Example inputs.
+        options: Of inductor.
+
+    Returns:
+        A function of the same inputs.
+
+    Raises:
+        Exception: Whatever inductor raises.
+    """
+    with onednn_products():
+        compiled: Callable[..., Any] = torch._inductor.compile(
+            graph, list(inputs), options=options
+        )
+    return compiled
+
+
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Compiles a functional graph for inputs of fixed shapes, or finds it compiled already.
 
@@ -58,9 +86,7 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
     if key not in _COMPILED:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
-            # Straight to inductor: dynamo has nothing to find in a flat graph, and its guards
-            # would cost more per call than a small model.
-            compiled = torch._inductor.compile(copy.deepcopy(graph), list(inputs))
+            compiled = compile_with_inductor(copy.deepcopy(graph), inputs)
             compiled(*inputs)
         _COMPILED[key] = compiled
         if len(_COMPILED) > _CAPACITY:

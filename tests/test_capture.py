@@ -662,10 +662,10 @@ def test_compiled_equals_the_closed_form_in_float32():
 @needs_compiler
 def test_compiled_code_is_reused_for_other_data(monkeypatch):
     calls = []
-    inductor = torch._inductor.compile
+    compile = compilation.compile_with_inductor
     monkeypatch.setattr(compilation, "_COMPILED", type(compilation._COMPILED)())
     monkeypatch.setattr(
-        torch._inductor, "compile", lambda *args: calls.append(1) or inductor(*args)
+        compilation, "compile_with_inductor", lambda *args: calls.append(1) or compile(*args)
     )
     u = torch.randn(K, 10)
     for shift in (0.0, 1.0):

@@ -134,11 +134,16 @@ def ours(name, num_chains, num_leapfrog, num_steps):
             columns["gradient"] = functools.partial(
                 repeat, density, state.position, num_leapfrog * num_steps
             )
-    looped = LoopedDensity(density)
-    columns["loop, whole chunk"] = functools.partial(run_chains, looped, path, state, **options)
-    compile_seconds["loop"] = timed(columns["loop, whole chunk"])
-    assert looped.loop_mode == "loop", looped.loop_reason
-    columns["loop"] = program_alone(looped, path, state, num_steps)
+    for label in ("loop", "loop, unrolled"):
+        looped = LoopedDensity(density, unroll=label != "loop")
+        whole = functools.partial(run_chains, looped, path, state, **options)
+        seconds = timed(whole)
+        assert looped.loop_mode == "loop", looped.loop_reason
+        body, program = program_alone(looped, path, state, num_steps)
+        if body.layout.unrolled == looped.unroll:  # else the step is too large to unroll
+            compile_seconds[label] = seconds
+            columns[f"{label}, whole chunk"] = whole
+            columns[label] = program
     return columns, compile_seconds
 
 
@@ -158,7 +163,7 @@ def program_alone(looped, path, state, num_steps):
     table = StepTable(betas.to(state.position), step_size, scale, widths, widths)
     num_chains = len(state.position)
     graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(num_chains))
-    key = chunk_program._key(kernel, graphs, [*state, *noise[0]], 100)
+    key = chunk_program._key(kernel, graphs, [*state, *noise[0]], 100, looped.unroll)
     compiled = chunk_program._PROGRAMS[key]
     shared = (graphs.one_chain if compiled.body.layout.last else graphs.all_chains)[1]
     stored = compiled.body.layout.store_shared(shared)
@@ -166,7 +171,7 @@ def program_alone(looped, path, state, num_steps):
     arguments = chunk_program._arguments(
         compiled.body, state, weights, weights.clone(), table, noise, stored
     )
-    return functools.partial(compiled.run, num_steps, *arguments)
+    return compiled.body, functools.partial(compiled.run, num_steps, *arguments)
 
 
 def race(case, peers, seconds):

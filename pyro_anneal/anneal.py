@@ -72,7 +72,8 @@ class AnnealedImportance:
             find more evidence (double the cost); False compares with nothing.
         compile: ``"auto"`` compiles the annealing loop where counts of steps and operations say that
             this repays its ten seconds; True compiles the loop, or the density where the loop
-            cannot be; ``"density"`` the density alone; False nothing.
+            cannot be; ``"unrolled"`` the loop of a small model element by element, slower to compile
+            and faster to run; ``"density"`` the density alone; False nothing.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.
@@ -168,7 +169,7 @@ class AnnealedImportance:
         self.pilot = Pilot() if pilot is None else pilot
         self.prior_weight = prior_weight
         self.cross_check = as_flag("cross_check", cross_check)
-        self.compile = compile if compile == "density" else as_flag("compile", compile)
+        self.compile = as_flag("compile", compile, "density", "unrolled")
         self.progress_bar = progress_bar
         self.seed = as_seed(seed)
         self.make_args = make_args

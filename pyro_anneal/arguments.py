@@ -71,8 +71,8 @@ def as_real(name: str, value: Any) -> float:
         ) from None
 
 
-def as_flag(name: str, value: Any) -> bool | str:
-    """Returns ``"auto"``, True or False.
+def as_flag(name: str, value: Any, *others: str) -> bool | str:
+    """Returns ``"auto"``, True, False or one of ``others``.
 
     Raises:
         ValueError: If it is anything else.
@@ -81,9 +81,10 @@ def as_flag(name: str, value: Any) -> bool | str:
         >>> as_flag("compile", "auto")
         'auto'
     """
-    if value == "auto" or isinstance(value, bool):
+    if isinstance(value, bool) or value in ("auto", *others):
         return value  # type: ignore[no-any-return]
-    raise ValueError(f'{name} must be "auto", True or False, got {value!r}')
+    named = ", ".join(f'"{other}"' for other in ("auto", *others))
+    raise ValueError(f"{name} must be {named}, True or False, got {value!r}")
 
 
 def as_seed(value: Any) -> int | None:

@@ -25,13 +25,16 @@ from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 from .matrix_products import right_operands
 from .repetition import ComputeOnce, WrittenTo, narrowed, repeated_dims
+from .unrolled import CannotUnroll, count_operations, over_chains_unrolled
 
-__all__ = ["Body", "DensityGraphs", "Layout", "StepTable", "build_body"]
+__all__ = ["UNROLL_UP_TO", "Body", "DensityGraphs", "Layout", "StepTable", "build_body"]
 
 # Fewer chains than a vector register holds waste most of it.
 _CHAINS_LAST_FROM = 8
 # Shared tensors up to this size are packed into one buffer.
 _PACK_UP_TO = 4096
+# Operations of a step, element by element; inductor takes some 5 milliseconds for each.
+UNROLL_UP_TO = 4000
 NUM_STATISTICS = 4
 
 
@@ -102,6 +105,7 @@ class Layout:
 
     Attributes:
         last: Whether chains are the last dimension, and tensors of one dtype share a buffer.
+        unrolled: Whether, moreover, tensors are taken apart into vectors over chains.
         count: Number K of chains.
         carried: State, log-weights and integral, one chain each if chains are last.
         noise: Likewise, the noise of one step.
@@ -109,6 +113,7 @@ class Layout:
     """
 
     last: bool
+    unrolled: bool
     count: int
     carried: tuple[Template, ...]
     noise: tuple[Template, ...]
@@ -118,7 +123,7 @@ class Layout:
         """Turns tensors with chains first into what a loop carries."""
         if not self.last:
             return [tensor.contiguous() for tensor in tensors]
-        return _pack([tensor.movedim(0, -1) for tensor in tensors], self.count)
+        return _pack([[tensor.movedim(0, -1)] for tensor in tensors], self.count)
 
     def load(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Turns what a loop carried into tensors with chains first."""
@@ -140,7 +145,7 @@ class Layout:
     def store_shared(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Packs the small ones of the tensors that all chains share."""
         pairs = list(zip(self.shared, tensors, strict=True))
-        small = [how.store(tensor) for how, tensor in pairs if how.small]
+        small = [[how.store(tensor)] for how, tensor in pairs if how.small]
         return [
             *_pack(small, 1),
             *(how.store(tensor).contiguous() for how, tensor in pairs if not how.small),
@@ -187,10 +192,13 @@ def _by_dtype(dtypes: Sequence[torch.dtype]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _pack(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Joins tensors ``[*shape, count]`` of one dtype into a buffer ``[rows, count]``."""
-    groups = _by_dtype([tensor.dtype for tensor in tensors])
-    return [torch.cat([tensors[i].reshape(-1, count) for i in group]) for group in groups]
+def _pack(tensors: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:
+    """Joins tensors of one dtype, each in parts ``[*shape, count]``, into ``[rows, count]``."""
+    groups = _by_dtype([parts[0].dtype for parts in tensors])
+    return [
+        torch.cat([part.reshape(-1, count) for i in group for part in tensors[i]])
+        for group in groups
+    ]
 
 
 def _unpack(buffers: Sequence[Tensor], templates: Sequence[Template], count: int) -> list[Tensor]:
@@ -260,6 +268,8 @@ def build_body(
     noise: Sequence[Tensor],
     table: StepTable,
     size: int,
+    *,
+    unroll: bool = False,
 ) -> Body:
     """Records one step of a kernel as a graph.
 
@@ -270,6 +280,7 @@ def build_body(
         noise: Example of the noise of one step.
         table: Example, one row at least.
         size: Rows of the tables of the compiled program.
+        unroll: Whether to take a small step apart, element by element.
 
     Returns:
         The body, chains last where that is faster.
@@ -280,11 +291,15 @@ def build_body(
     count = len(state.position)
     each = bool(getattr(kernel, "moves_chains_alone", False))
     if each and count >= _CHAINS_LAST_FROM and all(len(part) == count for part in noise):
-        try:
-            return _build(graphs, kernel, state, noise, table, size, last=True)
-        except Transposing:
-            pass
-    return _build(graphs, kernel, state, noise, table, size, last=False)
+        unroll = unroll and state.position.device.type == "cpu"
+        for unrolled in (True, False) if unroll else (False,):
+            try:
+                return _build(
+                    graphs, kernel, state, noise, table, size, last=True, unrolled=unrolled
+                )
+            except (CannotUnroll, Transposing):
+                pass
+    return _build(graphs, kernel, state, noise, table, size, last=False, unrolled=False)
 
 
 def _build(
@@ -296,6 +311,7 @@ def _build(
     size: int,
     *,
     last: bool,
+    unrolled: bool,
 ) -> Body:
     graph, shared = graphs.one_chain if last else graphs.all_chains
     weights = [torch.zeros_like(state.log_target, dtype=torch.float64) for _ in range(2)]
@@ -306,11 +322,14 @@ def _build(
         _step_function(kernel, graph, len(noise), one_chain=last), *per_chain, *row, *shared
     )
     constants = lift_constants(step)  # tensors that the kernel made or holds
+    if unrolled and count_operations(step) > UNROLL_UP_TO:
+        raise CannotUnroll("too many operations")
     right = right_operands(step)
     step = simplify(step)
     first = len(per_chain) + len(row)
     layout = Layout(
         last,
+        unrolled,
         len(state.position),
         tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
         tuple(_template(x, drop_chains=last) for x in noise),
@@ -353,6 +372,7 @@ def _body_function(
     noise_groups = _by_dtype([template.dtype for template in layout.noise])
     num_noise = len(noise_groups) if layout.last else len(layout.noise)
     chain_dim = -1 if layout.last else 0
+    evaluate = over_chains_unrolled if layout.unrolled else _over_chains_last
 
     def body(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         where = index.reshape(1)
@@ -372,22 +392,26 @@ def _body_function(
             *state, log_weights, integral = _unpack(buffers, layout.carried, layout.count)
             parts = _unpack(noise, layout.noise, layout.count)
             each = [part.unsqueeze(0) for part in (*state, *parts)]
-            outputs = [part.squeeze(0) for part in over_chains_last(step, each, [*row, *values])]
+            outputs = evaluate(step, each, [*row, *values])
         else:
             *state, log_weights, integral = buffers
-            outputs = list(step(*state, *noise, *row, *values))
+            outputs = [[output] for output in step(*state, *noise, *row, *values)]
         *new, accept_prob, diverging = outputs
-        ratio = new[2].double() - new[1].double()
+        per_row = (*new[1:3], accept_prob, diverging)
+        log_base, log_target, accepted, diverged = (
+            _joined(parts, log_weights.shape) for parts in per_row
+        )
+        ratio = log_target.double() - log_base.double()
         ratio = torch.where(ratio.isnan(), -torch.inf, ratio)
         seen = [
             ratio.mean(),
             ratio.var(dim=chain_dim, correction=0).mean(),
-            accept_prob.mean().double(),
-            diverging.sum().double(),
+            accepted.mean().double(),
+            diverged.sum().double(),
         ]
-        carried = [*new, log_weights + width * ratio, integral + weight * ratio]
-        carried = [x.to(dtype) for x, dtype in zip(carried, dtypes, strict=True)]
-        packed = _pack(carried, layout.count) if layout.last else [x.contiguous() for x in carried]
+        carried = [*new, [log_weights + width * ratio], [integral + weight * ratio]]
+        typed = [[x.to(t) for x in parts] for parts, t in zip(carried, dtypes, strict=True)]
+        packed = _pack(typed, layout.count) if layout.last else [x.contiguous() for (x,) in typed]
         here = torch.arange(len(statistics), device=index.device) == index
         statistics = torch.where(here.unsqueeze(1), torch.stack(seen), statistics)
         return (index + 1, *packed, statistics)
@@ -397,6 +421,17 @@ def _body_function(
         num_step_inputs - 5 - len(layout.noise) - len(tuning_shapes) - len(layout.shared)
     )
     return body
+
+
+def _over_chains_last(
+    step: fx.GraphModule, each: Sequence[Tensor], shared: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    return [[output.squeeze(0)] for output in over_chains_last(step, each, shared)]
+
+
+def _joined(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Joins the parts of a tensor, its elements or itself."""
+    return parts[0].reshape(shape) if len(parts) == 1 else torch.stack(list(parts)).reshape(shape)
 
 
 def _split_row(row: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

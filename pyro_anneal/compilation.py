@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -58,11 +60,34 @@ def compile_with_inductor(
     Raises:
         Exception: Whatever inductor raises.
     """
-    with onednn_products():
+    with onednn_products(), _unused_buffers_dropped():
         compiled: Callable[..., Any] = torch._inductor.compile(
             graph, list(inputs), options=options
         )
     return compiled
+
+
+@contextmanager
+def _unused_buffers_dropped() -> Iterator[None]:
+    """Keeps inductor from allocating what a fused kernel inside a loop no longer writes.
+
+    It plans the memory of a loop's body with the list of dropped buffers of the whole graph, which
+    those of the body are missing from.
+    """
+    try:
+        from torch._inductor.graph import GraphLowering
+
+        generate = GraphLowering.codegen_subgraph
+    except (ImportError, AttributeError):  # another version of torch
+        yield
+        return
+
+    def generate_and_tell(self: Any, parent_graph: Any) -> None:
+        generate(self, parent_graph)
+        parent_graph.removed_buffers |= self.removed_buffers  # their names begin with the graph's
+
+    with mock.patch.object(GraphLowering, "codegen_subgraph", generate_and_tell):
+        yield
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -152,9 +152,15 @@ def freeze(
     path, summary = _path(settings, problem, journal, f"{prefix}pilot", seed)
     problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
     how = {"density evaluated as": problem.density.mode}
-    how["steps run by"] = "a loop" if isinstance(problem.density, LoopedDensity) else "steps"
+    how["steps run by"] = _steps_run_by(problem.density)
     journal.identify(f"{prefix}mode", how)
     return Frozen(problem, path, summary, seed, setup_seconds)
+
+
+def _steps_run_by(density: Any) -> str:
+    if not isinstance(density, LoopedDensity):
+        return "steps"
+    return "a loop, unrolled" if density.unroll else "a loop"
 
 
 def _path(

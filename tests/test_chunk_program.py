@@ -19,11 +19,18 @@ from pyro_anneal.chains import CHUNK_SIZE, Path, TuningTable, run_chains, seeded
 from pyro_anneal.chains import _run_chunk as run_chunk
 from pyro_anneal.chains_last import Transposing, over_chains_last
 from pyro_anneal.chunk_graph import DensityGraphs, Layout, Shared, build_body
-from pyro_anneal.chunk_program import LoopedDensity, loop_problem, repays_compilation
+from pyro_anneal.chunk_program import (
+    LoopedDensity,
+    loop_problem,
+    repays_compilation,
+    repays_unrolling,
+)
 from pyro_anneal.compilation import compiler_problem
+from pyro_anneal.graph_folding import shapes_to_literals, simplify
 from pyro_anneal.kernels import HMC, RandomWalk
 from pyro_anneal.problem import prepare
 from pyro_anneal.schedules import Power
+from pyro_anneal.unrolled import CannotUnroll, over_chains_unrolled
 
 needs_compiler = pytest.mark.skipif(
     compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler"
@@ -49,11 +56,11 @@ def lopsided_tuning(example, step=0.15):
     return TuningTable(knots, log_step, torch.stack([ramp * (1 + k) / 4 for k in range(4)]))
 
 
-def both(density, position, path, direction="forward", *, mode="loop"):
+def both(density, position, path, direction="forward", *, mode="loop", unroll=False):
     """Runs step by step and compiled, and compares everything."""
     state = density(position)
     kept = [part.clone() for part in state]
-    looped = LoopedDensity(density)
+    looped = LoopedDensity(density, unroll=unroll)
     options = {"direction": direction, "seed": 3, "stream": "s"}
     with torch.no_grad():
         expected = run_chains(density, path, state, **options)
@@ -221,6 +228,24 @@ def test_models_agree_in_the_loop(name):
     tuning = lopsided_tuning(position[0], step=1.5 if name == "covariance" else 0.3)
     for direction, num_steps in (("forward", 130), ("reverse", 57)):
         both(density, position, Path(Power(2.0)(num_steps), HMC(2), tuning), direction)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["schools", *MODELS])
+def test_models_agree_unrolled(name, monkeypatch):
+    layouts = []
+    compile_body = chunk_program._compile
+    monkeypatch.setattr(
+        chunk_program, "_compile", lambda *a: layouts.append(a[0].layout) or compile_body(*a)
+    )
+    density, position = {"schools": schools, **MODELS}[name]()
+    tuning = lopsided_tuning(position[0], step=1.5 if name == "covariance" else 0.3)
+    for direction, num_steps in (("forward", 130), ("reverse", 57)):
+        path = Path(Power(2.0)(num_steps), HMC(2), tuning)
+        both(density, position, path, direction, unroll=True)
+    unrolled = name in ("schools", "hierarchical", "plates in a batch", "dynamic support")
+    assert [layout.unrolled for layout in layouts] == [unrolled]
 
 
 @needs_compiler
@@ -536,8 +561,20 @@ PER_CHAIN = {
 }  # fmt: skip
 
 
+# What no rule takes apart: then chains are last in whole tensors.
+WHOLE = ("reductions", "indices", "slices", "stack", "softmax", "own matrices", "gather", "factor")
+
+
+def unrolled(graph, per_chain, shared):
+    """Puts the elements together again."""
+    shapes = [node.meta["tensor_meta"].shape for node in list(graph.graph.nodes)[-1].args[0]]
+    outputs = over_chains_unrolled(graph, per_chain, shared)
+    return [torch.stack(x).reshape(*n, -1) for n, x in zip(shapes, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("evaluate", [over_chains_last, unrolled])
 @pytest.mark.parametrize("name", PER_CHAIN)
-def test_chains_last_is_vmap(name):
+def test_chains_last_is_vmap(name, evaluate):
     function = PER_CHAIN[name]
     u = torch.randn(7, 3, 4, dtype=torch.float64)
 
@@ -555,7 +592,14 @@ def test_chains_last_is_vmap(name):
 
     constants = lift_constants(graph)
     ShapeProp(graph).propagate(u[0], *constants)
-    got = over_chains_last(graph, [u.movedim(0, -1).contiguous()], constants)
+    shapes_to_literals(graph, u.device)
+    simplify(graph)
+    per_chain = [u.movedim(0, -1).contiguous()]
+    if evaluate is unrolled and name in WHOLE:
+        with pytest.raises(CannotUnroll):
+            unrolled(graph, per_chain, constants)
+        return
+    got = evaluate(graph, per_chain, constants)
     for k, chain in enumerate(u):
         for value, expected in zip(got, with_gradient(chain), strict=True):
             assert torch.allclose(value[..., k], expected, rtol=1e-12, atol=1e-12)
@@ -566,6 +610,44 @@ def test_large_products_from_the_right_keep_chains_first():
     graph = make_fx(lambda u, w: (u @ w,))(torch.zeros(60, 100, dtype=torch.float64), weight)
     with pytest.raises(Transposing):
         over_chains_last(graph, [torch.zeros(60, 100, 9, dtype=torch.float64)], [weight])
+
+
+def test_an_unrolled_step_is_the_step():
+    """Without a compiler: the graphs of one step, and no operation on more than K numbers."""
+    density, position = schools()
+    state, table = density(position), _table(position)
+    noise = HMC(2).noise(state, torch.Generator().manual_seed(0))
+    graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(9))
+    results = []
+    for unroll in (False, True):
+        body = build_body(graphs, HMC(2), state, noise, table, 4, unroll=unroll)
+        assert body.layout.unrolled is unroll
+        weights = torch.linspace(-1.0, 1.0, 9, dtype=torch.float64)
+        shared = body.layout.store_shared(graphs.one_chain[1])
+        arguments = chunk_program._arguments(
+            body, state, weights, weights + 1, table, [noise] * 4, shared
+        )
+        results.append(body.graph(*arguments))
+        wide = [
+            node for node in body.graph.graph.nodes
+            if torch.Tag.pointwise in getattr(node.target, "tags", ())
+            and node.meta["val"].numel() > 9 * 2  # a statistic has more
+        ]  # fmt: skip
+        assert bool(wide) is not unroll or all("where" in node.name for node in wide)
+    for whole, apart in zip(*results, strict=True):
+        torch.testing.assert_close(apart, whole, rtol=1e-11, atol=1e-11)
+
+
+def test_unrolling_is_chosen_from_counts():
+    density, _ = schools(64)
+    many, _ = schools(1024)
+    moves = range(1000, 2_000_000, 10_000)
+    few_chains = [repays_unrolling(density, HMC(2), count) for count in moves]
+    many_chains = [repays_unrolling(many, HMC(2), count) for count in moves]
+    assert few_chains == sorted(few_chains)
+    assert not few_chains[0]
+    assert sum(few_chains) < sum(many_chains)
+    assert not repays_unrolling(many, HMC(100), 10**12)  # too many operations to compile
 
 
 @pytest.mark.gpu

@@ -253,7 +253,10 @@ REFUSED = {
     # --- other options ---
     "seed a float": (lambda: run(seed=1.5), "seed must be an integer, got 1.5"),
     "seed beyond 64 bits": (lambda: run(seed=2**70), r"seed must be below 2\*\*63"),
-    "compile 1": (lambda: run(compile=1), 'compile must be "auto", True or False, got 1'),
+    "compile 1": (
+        lambda: run(compile=1),
+        'compile must be "auto", "density", "unrolled", True or False, got 1',
+    ),
     "prior_weight one": (
         lambda: run(guide=rows_guide, prior_weight=1),
         r"prior_weight .* \[0, 1\)",

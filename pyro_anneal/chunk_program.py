@@ -11,7 +11,6 @@ What cannot be compiled runs step by step; :class:`LoopedDensity` says why.
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 from collections import OrderedDict
@@ -348,7 +347,7 @@ def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
 
 def _step_by_step(body: Body, example: Sequence[Tensor]) -> Run:
     """Compiles the body alone, to be called once per step."""
-    step = compile_with_inductor(copy.deepcopy(body.graph), example)
+    step = compile_with_inductor(body.graph, example)
     carried = body.num_carried
 
     def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
@@ -363,7 +362,7 @@ def _step_by_step(body: Body, example: Sequence[Tensor]) -> Run:
 
 def _as_cuda_graph(body: Body, example: Sequence[Tensor]) -> Run:
     """Captures one compiled step, which reads its index on the device, and replays it."""
-    step = compile_with_inductor(copy.deepcopy(body.graph), example)
+    step = compile_with_inductor(body.graph, example)
     carried = body.num_carried
     static = [tensor.clone() for tensor in example]
 

@@ -50,7 +50,7 @@ def compile_with_inductor(
     model.
 
     Args:
-        graph: Graph without tensors of its own; it may be changed.
+        graph: Graph without tensors of its own.
         inputs: Example inputs.
         options: Of inductor.
 
@@ -60,11 +60,21 @@ def compile_with_inductor(
     Raises:
         Exception: Whatever inductor raises.
     """
-    with onednn_products(), _unused_buffers_dropped():
-        compiled: Callable[..., Any] = torch._inductor.compile(
-            graph, list(inputs), options=options
-        )
-    return compiled
+
+    def compiled() -> Callable[..., Any]:
+        with _unused_buffers_dropped():  # inductor may change what it is given
+            result: Callable[..., Any] = torch._inductor.compile(
+                copy.deepcopy(graph), list(inputs), options=options
+            )
+        return result
+
+    with onednn_products() as products:
+        try:
+            return compiled()
+        except Exception:
+            if not products:
+                raise
+    return compiled()  # this version of torch cannot compile them
 
 
 @contextmanager
@@ -111,7 +121,7 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
     if key not in _COMPILED:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
-            compiled = compile_with_inductor(copy.deepcopy(graph), inputs)
+            compiled = compile_with_inductor(graph, inputs)
             compiled(*inputs)
         _COMPILED[key] = compiled
         if len(_COMPILED) > _CAPACITY:

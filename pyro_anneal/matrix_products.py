@@ -78,23 +78,27 @@ def right_operands(graph: fx.GraphModule) -> set[int]:
 
 
 @contextmanager
-def onednn_products() -> Iterator[None]:
+def onednn_products() -> Iterator[list[tuple[int, ...]]]:
     """Lets inductor, while it compiles, leave products to oneDNN that oneDNN does faster.
 
     Its rules are no public interface; where they are not as known, nothing changes.
+
+    Yields:
+        A list that collects the sizes of these products.
     """
+    found: list[tuple[int, ...]] = []
     try:
         from torch._inductor.lowering import lowerings
 
-        rules = _rules(lowerings)
+        rules = _rules(lowerings, found)
     except (ImportError, AttributeError, KeyError):  # another version of torch
-        yield
+        yield found
         return
     with mock.patch.dict(lowerings, rules):
-        yield
+        yield found
 
 
-def _rules(lowerings: Any) -> dict[Any, Any]:
+def _rules(lowerings: Any, found: list[tuple[int, ...]]) -> dict[Any, Any]:
     """Makes inductor's rules for ``mm`` and ``addmm``."""
     from torch._inductor.ir import FixedLayout, TensorBox
     from torch._inductor.mkldnn_ir import LinearUnary, _create_output_node
@@ -103,15 +107,14 @@ def _rules(lowerings: Any) -> dict[Any, Any]:
     add, permute = lowerings[aten.add.Tensor], lowerings[aten.permute.default]
 
     def fits(left: Any, right: Any) -> bool:
-        (rows, inner), columns = left.get_size(), right.get_size()[1]
+        (rows, inner), columns = map(int, left.get_size()), int(right.get_size()[1])
         kinds = {(x.get_dtype(), x.get_device().type) for x in (left, right)}
-        return kinds == {(torch.float32, "cpu")} and prefers_onednn(
-            int(rows), int(inner), int(columns)
-        )
+        return kinds == {(torch.float32, "cpu")} and prefers_onednn(rows, inner, columns)
 
     def multiply(left: Any, right: Any, **options: Any) -> Any:
         if options or not fits(left, right):
             return product(left, right, **options)
+        found.append((*map(int, left.get_size()), int(right.get_size()[1])))
         rows = LinearUnary.require_contiguous(LinearUnary.realize_input(left))
         weight = LinearUnary.realize_input(permute(right, [1, 0]))
         size = [left.get_size()[0], right.get_size()[1]]

@@ -109,7 +109,7 @@ def _tensors(*arguments: Any) -> list[Tensor]:
 def _written(func: Any, args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
     arguments = func._schema.arguments
     named = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-    into = [argument.name for argument in arguments if argument.is_write]
+    into = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
     return _tensors([named[name] for name in into if name in named])
 
 

@@ -328,7 +328,7 @@ def test_shared_tensors_are_stored_once():
         torch.arange(3),
     ]
     shared = tuple(Shared.of(tensor, transposed=tensor.shape == (300, 70)) for tensor in tensors)
-    layout = Layout(False, 1, (), (), shared)
+    layout = Layout(False, False, 1, (), (), shared)
     stored = layout.store_shared(tensors)
     assert [buffer.numel() for buffer in stored] == [4 + 70 + 1, 3, 300 * 70, 300 * 70]
     assert stored[2].shape == (70, 300)  # transposed

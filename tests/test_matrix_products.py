@@ -1,5 +1,7 @@
 """Products that oneDNN does in compiled programs, against PyTorch's own."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ needs_compiler = pytest.mark.skipif(
     compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler"
 )
 needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="a build of torch without oneDNN"
+    not torch.backends.mkldnn.is_available() or find_spec("torch._inductor.mkldnn_ir") is None,
+    reason="a version of torch without oneDNN, or whose inductor calls it otherwise",
 )
 LEFT, RIGHT, BIAS = (torch.randn(*size).float() for size in ((64, 130), (130, 140), (140,)))
 FUNCTIONS = {
@@ -71,12 +74,20 @@ def test_products_are_those_of_torch(slow_mkl, name):
 
 @needs_compiler
 def test_an_unknown_inductor_multiplies_as_it_always_did(slow_mkl, monkeypatch):
-    def unknown(lowerings):
+    def unknown(lowerings, found):
         raise AttributeError("another version")
 
-    monkeypatch.setattr(matrix_products, "_rules", unknown)
-    inputs = [LEFT, RIGHT.contiguous(), BIAS]
-    graph = flat_graph(lambda x, w, b: (x @ w - b,), *inputs)
-    with torch.no_grad():
-        (got,) = compile_graph(graph, inputs)(*inputs)
-    torch.testing.assert_close(got, LEFT @ RIGHT - BIAS)
+    def broken(lowerings, found):
+        def multiply(left, right):
+            found.append("a product")
+            raise TypeError("another version")
+
+        return {torch.ops.aten.mm.default: multiply}
+
+    inputs = [LEFT, RIGHT, BIAS]
+    for number, rules in enumerate((unknown, broken)):
+        monkeypatch.setattr(matrix_products, "_rules", rules)
+        graph = flat_graph(lambda x, w, b: (x @ w - b - number,), *inputs)  # noqa: B023
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            (got,) = compile_graph(graph, inputs)(*inputs)
+        torch.testing.assert_close(got, LEFT @ RIGHT - BIAS - number)

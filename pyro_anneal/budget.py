@@ -1,53 +1,123 @@
 r"""What a run will cost: from the pilot's path to the gap of a sandwich, and back to T.
 
-Along a path of thermodynamic length :math:`\Lambda` in T steps of equal length, log-weights of
-chains that keep up with the path vary by
+Weight increments :math:`x_t` of chains that keep up with the path have variances
+:math:`d_t^2`, the squared thermodynamic length of a step, and a memory that decays by
+:math:`\rho_t` from one transition to the next, so that log-weights vary by
 
-.. math::
-    \sigma^2 = \frac{\Lambda^2}{T^2} \sum_{s,t=1}^{T} \rho^{|s - t|}
-    \;\to\; \frac{\Lambda^2}{T} \, \frac{1 + \rho}{1 - \rho}
+.. math:: \sigma^2 = \sum_{s,t=1}^{T} d_s d_t \prod_{u=s \wedge t + 1}^{s \vee t} \rho_u
+    \;\to\; \sum_i \frac{\Lambda_i^2}{T_i} \, \frac{1 + \rho_i}{1 - \rho_i}
 
-where :math:`\rho` is the correlation of log p/q from one transition to the next; it is 0 for
-perfect transitions, of which :math:`\Lambda^2 / T` is the gap. Log-weights are sums of many terms
-and so nearly normal: both ends of a single-chain sandwich are then :math:`\sigma^2 / 2` from the
-truth, and those of K chains nearly :math:`(e^{\sigma^2} - 1) / 2 K`.
+where the path has pieces of length :math:`\Lambda_i` in :math:`T_i` steps. Perfect transitions
+have no memory: in steps of equal length, :math:`\Lambda^2 / T` is then the gap. What matters is
+how far a piece goes during its memory, so a short piece with a long memory may outweigh all others,
+and no average over the path shows it. Log-weights are sums of many terms and so nearly normal: both
+ends of a single-chain sandwich are then :math:`\sigma^2 / 2` from the truth, and those of K chains
+nearly :math:`(e^{\sigma^2} - 1) / 2 K`.
 
 Source: Grosse, Maddison and Salakhutdinov (2013), *Annealing between distributions by averaging
 moments*, for perfect transitions; Hummer (2001), *Fast-growth thermodynamic integration*, for the
-linear response of imperfect ones. The correlation enters here by our own derivation.
+linear response of imperfect ones. The memory of pieces enters here by our own derivation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-__all__ = ["expected_gap", "steps_for_gap", "weight_variance"]
+from .fluctuations import Pieces
+
+__all__ = ["expected_gap", "mean_correlation", "steps_for_gap", "steps_within", "weight_variance"]
 
 # Fewer steps cannot follow a path that bends; more than these take longer than anybody waits.
 _FEWEST, _MOST = 10, 1_000_000
 
 
-def weight_variance(length: float, correlation: float, num_steps: int) -> float:
+def weight_variance(
+    lengths: Sequence[float], correlations: Sequence[float], steps: Sequence[float]
+) -> float:
     """Predicts the variance of log-weights over chains.
 
+    Neighbouring pieces are joined until each has a step: a step cannot tell what it crosses.
+
     Args:
-        length: Thermodynamic length of the path.
-        correlation: Of log p/q over one transition, in [0, 1).
-        num_steps: Number T of weight increments.
+        lengths: Thermodynamic lengths of the pieces of a path.
+        correlations: Of log p/q over one transition in each piece, in [0, 1).
+        steps: Number of weight increments in each piece, not rounded.
 
     Returns:
         Variance in squared nats.
 
     Example:
-        >>> weight_variance(8.0, 0.0, 16)  # perfect transitions: length^2 / T
+        >>> weight_variance([8.0], [0.0], [16])  # perfect transitions: length^2 / T
         4.0
     """
-    count, rho = num_steps, correlation
-    pairs = count * (1.0 + rho) / (1.0 - rho) - 2.0 * rho * (1.0 - rho**count) / (1.0 - rho) ** 2
-    return (length / count) ** 2 * pairs
+    variance = echo = 0.0  # echo: of all earlier increments, in the memory of the last one
+    for length, rho, count in _joined(lengths, correlations, steps):
+        size, left, kept = length / count, 1.0 - rho, rho**count
+        pairs = count * (1.0 + rho) / left - 2.0 * rho * (1.0 - kept) / left**2
+        variance += size**2 * pairs + 2.0 * size * echo * rho * (1.0 - kept) / left
+        echo = echo * kept + size * (1.0 - kept) / left
+    return variance
+
+
+def _joined(
+    lengths: Sequence[float], correlations: Sequence[float], steps: Sequence[float]
+) -> list[tuple[float, float, float]]:
+    """Joins neighbours until each piece has a step; memories are averaged by length."""
+    pieces: list[list[float]] = []  # length, sum of length times memory, steps
+    for length, rho, count in zip(lengths, correlations, steps, strict=True):
+        if not pieces or pieces[-1][2] >= 1.0:
+            pieces.append([0.0, 0.0, 0.0])
+        for entry, value in enumerate((length, length * rho / (1.0 - rho), count)):
+            pieces[-1][entry] += value
+    if len(pieces) > 1 and pieces[-1][2] < 1.0:
+        last = pieces.pop()
+        pieces[-1] = [sum(pair) for pair in zip(pieces[-1], last, strict=True)]
+    # memory m = rho / (1 - rho), so rho = m / (1 + m)
+    return [(length, sum_ / (length + sum_), n) for length, sum_, n in pieces if length > 0.0]
+
+
+def steps_within(
+    ends: Sequence[float], betas: Sequence[float], clock: Sequence[float]
+) -> list[float]:
+    """Counts the steps that a schedule spends between given betas.
+
+    Args:
+        ends: Betas between which to count, increasing, ``[P + 1]``.
+        betas: Betas of the schedule, or some of them, increasing.
+        clock: Steps done when each of them is reached; linear between them.
+
+    Returns:
+        Numbers of steps, not rounded, ``[P]``.
+
+    Example:
+        >>> steps_within([0.0, 0.5, 1.0], [0.0, 0.25, 1.0], [0, 2, 8])
+        [4.0, 4.0]
+    """
+    return [float(count) for count in np.diff(np.interp(ends, betas, clock))]
+
+
+def mean_correlation(pieces: Pieces, shares: Sequence[float]) -> float:
+    """Computes the one correlation of all pieces that gives the same variance at many steps.
+
+    Args:
+        pieces: Of the path.
+        shares: Of the steps that each piece has.
+
+    Returns:
+        Correlation in [0, 1), 0 for a path of no length.
+    """
+    many = 1e9
+    steps = [many * share for share in shares]
+    variance = weight_variance(pieces.lengths, pieces.correlations, steps)
+    if not variance > 0.0:
+        return 0.0
+    memory = max(many * variance / sum(pieces.lengths) ** 2, 1.0)
+    return (memory - 1.0) / (memory + 1.0)
 
 
 def expected_gap(variance: float, num_chains: int) -> float:
@@ -87,26 +157,27 @@ def _noise(num_chains: int) -> torch.Tensor:
     return torch.cat([half, -half])
 
 
-def steps_for_gap(target: float, length: float, correlation: float, num_chains: int) -> int:
+def steps_for_gap(target: float, pieces: Pieces, shares: Sequence[float], num_chains: int) -> int:
     """Finds the number of steps whose expected gap is the target.
 
     Args:
         target: Gap in nats per datum.
-        length: Thermodynamic length of the path.
-        correlation: Of log p/q over one transition, in [0, 1).
+        pieces: Of the path.
+        shares: Of the steps that each piece has.
         num_chains: Number K of chains.
 
     Returns:
         Number T, within 10 and a million.
 
     Example:
-        >>> steps_for_gap(0.1, length=10.0, correlation=0.0, num_chains=1)
+        >>> steps_for_gap(0.1, Pieces((0.0, 1.0), (10.0,), (0.0,)), [1.0], num_chains=1)
         1000
     """
     low, high = _FEWEST, _MOST
     while low < high:
         middle = (low + high) // 2
-        variance = weight_variance(length, correlation, middle)
+        steps = [middle * share for share in shares]
+        variance = weight_variance(pieces.lengths, pieces.correlations, steps)
         if expected_gap(variance, num_chains) <= target * (1.0 + 1e-12):
             high = middle
         else:

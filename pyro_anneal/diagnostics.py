@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .budget import weight_variance
-
 if TYPE_CHECKING:
     from .results import AnnealedRun, Sandwich
 
@@ -281,20 +279,20 @@ def check_lag(
     Returns:
         A finding whose value is that ratio, or ``None``.
     """
-    if run.pilot is None or run.direction == "reverse" or math.isnan(run.pilot.correlation):
+    if run.pilot is None or run.direction == "reverse" or math.isnan(run.pilot.expected_variance):
         return None
-    pilot, steps = run.pilot, run.num_steps
-    expected = math.expm1(min(weight_variance(pilot.length, pilot.correlation, steps), 30.0))
+    expected = math.expm1(min(run.pilot.expected_variance, 30.0))
     relative = float((run.num_chains / run.ess - 1.0).mean())
     if relative <= min_variance or relative <= factor * expected:
         return None
+    ratio = relative / expected if expected > 0.0 else math.inf
     return Diagnostic(
         name="lag",
         severity="warning",
-        message=f"the weights vary {relative / expected:.2g} times as much as those of chains that "
+        message=f"the weights vary {ratio:.2g} times as much as those of chains that "
         "keep up with the path would: some chains lag behind and the bound may be far below the "
         "truth; start closer to the posterior, reparameterize, or raise num_steps",
-        value=relative / expected,
+        value=ratio,
     )
 
 

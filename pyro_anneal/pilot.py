@@ -18,7 +18,6 @@ Zhou, Johansen and Aston (2016) for adaptive tempering by (conditional) effectiv
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from .arguments import as_count, as_real
 from .chains import TuningTable
+from .fluctuations import Fluctuations, Pieces
 from .kernels import Density, Kernel, State, Tuning
 from .weights import effective_sample_size, log_mean_exp, resample_indices
 
@@ -36,10 +36,6 @@ __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
-# The first lag misses what decays slowly. Fitted by hand to five pairs of a problem and a start
-# (linear VAE, Pima, a Cox process and radiata pine from the prior, eight schools from a fit), whose
-# variances of log-weights were 1.1 to 1.9 times what the first lag predicts.
-_SLOW_COMPONENTS = 1.5
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ class PilotOutcome(NamedTuple):
     num_gradients: int  # per chain
     num_chains: int
     position: Tensor  # particles at the target, [M, *batch, D]
-    length: float = 0.0  # thermodynamic length of the path, from means at the knots
-    correlation: float = 0.0  # of log p/q over one transition, averaged along the path
+    pieces: Pieces = Pieces((0.0, 1.0), (0.0,), (0.0,))  # lengths and correlations on the way
     log_evidence: Tensor | None = None  # of sequential Monte Carlo, nats, [*batch]
 
 
@@ -122,7 +117,7 @@ def run_pilot(
     dim = state.position.shape[-1]
     log_step = torch.full_like(log_scale[..., 0], -0.25 * math.log(dim))
     knots, steps, scales, lengths, accepts, fractions = [], [], [], [], [], []
-    series = []
+    fluctuations = Fluctuations()
     num_moves = 0
     fraction = 1.0
     log_evidence = alive.double().mean(0).log()
@@ -145,7 +140,7 @@ def run_pilot(
         lengths.append(length)
         accepts.append(accept)
         fractions.append(fraction)
-        series.append(ratios)
+        fluctuations.stage(beta, ratios)
         progress(beta)
         if beta >= 1.0:
             break
@@ -154,7 +149,8 @@ def run_pilot(
         beta = 1.0 if stage >= settings.max_stages or increment >= 1.0 - beta else beta + increment
         length += math.sqrt(max(-math.log(max(fraction, 1e-300)), 0.0))
         log_evidence = log_evidence + _log_mean_weight(state, beta - knots[-1])
-        state = _reweight(state, beta - knots[-1], generator)
+        state, ancestors = _reweight(state, beta - knots[-1], generator)
+        fluctuations.resample(ancestors)
         log_scale = _log_scale(state.position, log_scale)
     tuning = TuningTable(tuple(knots), _smooth(torch.stack(steps)), _smooth(torch.stack(scales)))
     return PilotOutcome(
@@ -165,8 +161,7 @@ def run_pilot(
         num_gradients=1 + num_moves * kernel.num_gradients,
         num_chains=state.position.shape[0],
         position=state.position,
-        length=_length(knots, series),
-        correlation=_correlation(lengths, series),
+        pieces=fluctuations.pieces(),
         log_evidence=log_evidence,
     )
 
@@ -220,11 +215,12 @@ def _gather(state: State, indices: Tensor) -> State:
     return State(*(select(value) for value in state))
 
 
-def _reweight(state: State, increment: float, generator: torch.Generator) -> State:
-    """Resamples particles by the incremental weights of one stage."""
+def _reweight(state: State, increment: float, generator: torch.Generator) -> tuple[State, Tensor]:
+    """Resamples particles by the incremental weights of one stage; also returns their ancestors."""
     log_weights = _finite_ratio(state.log_ratio()) * increment
     count = state.position.shape[0]
-    return _gather(state, resample_indices(log_weights, count, generator=generator))
+    ancestors = resample_indices(log_weights, count, generator=generator)
+    return _gather(state, ancestors), ancestors
 
 
 def _log_mean_weight(state: State, increment: float) -> Tensor:
@@ -278,7 +274,8 @@ def _tune_and_move(
     """Moves particles at ``beta``, steering the step size toward the kernel's acceptance.
 
     Returns:
-        State, log step size, acceptance, and log p/q after each late move, ``[N, M, *batch]``.
+        State, log step size, acceptance, and log p/q before and after each move,
+        ``[N + 1, M, *batch]``.
     """
     log_step, log_scale = log_tuning
     target = kernel.target_accept
@@ -297,43 +294,7 @@ def _tune_and_move(
         if move >= num_moves // 2:  # Polyak average: acceptance over few chains is noisy
             late = late + log_step / (num_moves - num_moves // 2)
             late_accept = late_accept + accept_prob / (num_moves - num_moves // 2)
-    return state, late, float(late_accept.mean()), torch.stack(ratios[num_moves // 2 :])
-
-
-def _length(knots: list[float], series: list[Tensor]) -> float:
-    r"""Computes the thermodynamic length from the means of log p/q at the knots.
-
-    Since :math:`dE_\beta[\log p/q] / d\beta = \mathrm{Var}_\beta`, the squared length between two
-    knots is the increment of beta times the increment of the mean; averaged over the batch.
-    """
-    means = [ratios[len(ratios) // 2 :].mean((0, 1)) for ratios in series]
-    total = 0.0
-    for index, width in enumerate(b - a for a, b in itertools.pairwise(knots)):
-        square = width * (means[index + 1] - means[index])
-        total += math.sqrt(max(float(square.mean().nan_to_num(0.0, 0.0, 0.0)), 0.0))
-    return total
-
-
-def _correlation(lengths: list[float], series: list[Tensor]) -> float:
-    """Computes the correlation of log p/q over one transition, weighted by length.
-
-    It is raised to that of a chain without slow components and the same variance of sums.
-    """
-    total, weight = 0.0, 0.0
-    for index, ratios in enumerate(series):
-        centred = ratios - ratios.mean((0, 1))
-        variance = float(centred.square().mean())
-        ends = lengths[max(index - 1, 0)], lengths[min(index + 1, len(lengths) - 1)]
-        if not variance > 0.0 or not math.isfinite(variance):
-            continue
-        share = float((centred[1:] * centred[:-1]).mean()) / variance
-        total += (ends[1] - ends[0]) * share
-        weight += ends[1] - ends[0]
-    if not weight > 0.0:
-        return 0.0
-    share = min(max(total / weight, 0.0), 0.95)
-    excess = _SLOW_COMPONENTS * share / (1.0 - share)
-    return excess / (1.0 + excess)
+    return state, late, float(late_accept.mean()), torch.stack(ratios)
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:

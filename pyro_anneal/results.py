@@ -65,7 +65,8 @@ class PilotSummary:
     ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
     length: float  # thermodynamic length of the path
     seconds: float
-    correlation: float = math.nan  # of log p/q over one transition
+    correlation: float = math.nan  # of log p/q over one transition, to the same effect if constant
+    expected_variance: float = math.nan  # of log-weights at this T, per datum
     expected_gap: float = math.nan  # of a sandwich at this K and T, nats per datum
 
 

@@ -12,10 +12,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .blocks import Blockwise, Ends, anneal_blocks, split
-from .budget import expected_gap, steps_for_gap, weight_variance
+from .budget import (
+    expected_gap,
+    mean_correlation,
+    steps_for_gap,
+    steps_within,
+    weight_variance,
+)
 from .chains import Direction, Path, StepStatistics, TuningTable
 from .chunk_program import LoopedDensity, describe_mode, loop_notes, with_loop
 from .fingerprints import describe, describe_problem, versions
+from .fluctuations import Pieces
 from .journal import Journal
 from .kernels import HMC, Kernel, State
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
@@ -191,14 +198,17 @@ def _path(
     tables = {key: kept[key].to(example) for key in ("log_step_size", "log_scale")}
     tuning = TuningTable(tuple(kept["betas"]), **tables)
     found = {key: kept[key] for key in ("lengths", "accept_prob", "ess_fraction")}
-    found |= {key: kept[key] for key in ("num_chains", "length", "correlation")}
+    found |= {"num_chains": kept["num_chains"], "pieces": Pieces(*kept["pieces"])}
     found["num_gradients"] = kept["num_gradients"] + spent
     outcome = PilotOutcome(tuning=tuning, position=example[None, ..., :0], **found)
-    betas = adaptive_betas(outcome, settings.num_steps) if betas is None else betas
+    if betas is None:
+        shares = _shares(outcome.pieces, outcome.tuning.betas, outcome.lengths)
+        steps = [settings.num_steps * share for share in shares]
+        betas = adaptive_betas(outcome, settings.num_steps)
+    else:
+        steps = steps_within(outcome.pieces.betas, betas.tolist(), range(len(betas)))
     path = Path(betas, settings.kernel, fixed or tuning)
-    variance = weight_variance(outcome.length, outcome.correlation, path.num_steps)
-    gap = expected_gap(variance, settings.num_chains)
-    return path, _summarize(outcome, kept["seconds"], gap)
+    return path, _summarize(outcome, kept["seconds"], steps, settings.num_chains)
 
 
 def _choose_budget(settings: Settings, problem: Problem, seed: int) -> dict[str, Any]:
@@ -211,9 +221,9 @@ def _choose_budget(settings: Settings, problem: Problem, seed: int) -> dict[str,
     for kernel in kernels:
         found = _pilot(replace(settings, kernel=kernel), problem, seed)
         spent += found["num_gradients"]
-        steps = steps_for_gap(
-            settings.target_gap, found["length"], found["correlation"], settings.num_chains
-        )
+        pieces = Pieces(*found["pieces"])
+        shares = _shares(pieces, found["betas"], found["lengths"])
+        steps = steps_for_gap(settings.target_gap, pieces, shares, settings.num_chains)
         options.append((steps * kernel.num_gradients, steps, kernel.num_gradients))
     _, steps, leapfrogs = min(options)
     return {"num_steps": steps, "num_leapfrog": leapfrogs, "num_gradients": spent}
@@ -252,24 +262,34 @@ def _pilot(settings: Settings, problem: Problem, seed: int) -> dict[str, Any]:
         "ess_fraction": outcome.ess_fraction,
         "num_gradients": outcome.num_gradients,
         "num_chains": outcome.num_chains,
-        "length": outcome.length,
-        "correlation": outcome.correlation,
+        "pieces": tuple(outcome.pieces),
         "seconds": time.perf_counter() - began,
     }
 
 
-def _summarize(outcome: PilotOutcome, seconds: float, gap: float) -> PilotSummary:
-    steps = outcome.tuning.log_step_size
+def _shares(pieces: Pieces, betas: Sequence[float], lengths: Sequence[float]) -> list[float]:
+    """Computes the share of an adaptive schedule's steps in each piece: that of its length."""
+    clock = lengths if lengths[-1] > 0.0 else betas  # as adaptive_betas does
+    return [steps / clock[-1] for steps in steps_within(pieces.betas, betas, clock)]
+
+
+def _summarize(
+    outcome: PilotOutcome, seconds: float, steps: Sequence[float], num_chains: int
+) -> PilotSummary:
+    """Summarizes the pilot, and what it says of a run with these ``steps`` in each piece."""
+    log_step, pieces = outcome.tuning.log_step_size, outcome.pieces
+    variance = weight_variance(pieces.lengths, pieces.correlations, steps)
     return PilotSummary(
         num_chains=outcome.num_chains,
         num_gradients=outcome.num_gradients,
         betas=_on_host(outcome.tuning.betas),
-        step_size=steps.reshape(len(steps), -1).mean(1).exp(),
+        step_size=log_step.reshape(len(log_step), -1).mean(1).exp(),
         accept_prob=_on_host(outcome.accept_prob),
         ess_fraction=_on_host(outcome.ess_fraction),
-        length=outcome.length,
-        correlation=outcome.correlation,
-        expected_gap=gap,
+        length=sum(pieces.lengths),
+        correlation=mean_correlation(pieces, [count / sum(steps) for count in steps]),
+        expected_variance=variance,
+        expected_gap=expected_gap(variance, num_chains),
         seconds=seconds,
     )
 

@@ -11,8 +11,15 @@ from scipy import integrate, stats
 from test_gap_law import WEIGHTS, simulate
 
 from pyro_anneal import HMC, AnnealedImportance, Linear
-from pyro_anneal.budget import expected_gap, steps_for_gap, weight_variance
+from pyro_anneal.budget import (
+    expected_gap,
+    mean_correlation,
+    steps_for_gap,
+    steps_within,
+    weight_variance,
+)
 from pyro_anneal.chains import seeded_generator
+from pyro_anneal.fluctuations import Pieces
 from pyro_anneal.pilot import Pilot, run_pilot
 
 
@@ -26,7 +33,47 @@ def linear_vae(x):
 def test_the_variance_is_that_of_a_correlated_sum(rho, steps):
     lags = np.abs(np.subtract.outer(np.arange(steps), np.arange(steps)))
     expected = (3.0 / steps) ** 2 * (rho**lags).sum()
-    assert weight_variance(3.0, rho, steps) == pytest.approx(expected, rel=1e-12)
+    assert weight_variance([3.0], [rho], [steps]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_variance_of_pieces_is_that_of_an_inhomogeneous_sum():
+    lengths, rhos, steps = [3.0, 0.0, 1.0, 2.0], [0.9, 0.3, 0.0, 0.8], [5, 2, 3, 4]
+    sizes = np.repeat(np.divide(lengths, steps), steps)
+    decays = np.repeat(rhos, steps)
+    total = 0.0
+    for s in range(sum(steps)):
+        for t in range(sum(steps)):
+            total += sizes[s] * sizes[t] * np.prod(decays[min(s, t) + 1 : max(s, t) + 1])
+    assert weight_variance(lengths, rhos, steps) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1.0, 2.5, 40.0])
+def test_cutting_a_piece_changes_nothing(steps):
+    whole = weight_variance([3.0], [0.7], [steps])
+    parts = weight_variance([0.6, 1.2, 1.2], [0.7] * 3, [0.2 * steps, 0.4 * steps, 0.4 * steps])
+    assert parts == pytest.approx(whole, rel=1e-12)
+
+
+def test_pieces_of_less_than_a_step_are_joined():
+    # three perfect pieces in one step: as if log p/q were measured once, at their common scale
+    assert weight_variance([1.0, 2.0, 3.0], [0.0] * 3, [0.8, 0.1, 0.1]) == pytest.approx(36.0)
+    assert weight_variance([2.0, 0.0], [0.5, 0.0], [1.0, 0.0]) == pytest.approx(4.0)
+    assert weight_variance([0.0, 0.0], [0.0, 0.0], [1.0, 2.0]) == 0.0
+
+
+def test_the_mean_correlation_has_the_same_effect():
+    pieces = Pieces((0.0, 0.2, 1.0), (3.0, 1.0), (0.9, 0.4))
+    rho = mean_correlation(pieces, [0.5, 0.5])
+    steps = 10**6
+    expected = weight_variance(pieces.lengths, pieces.correlations, [0.5 * steps, 0.5 * steps])
+    assert weight_variance([4.0], [rho], [steps]) == pytest.approx(expected, rel=1e-3)
+    assert mean_correlation(Pieces((0.0, 1.0), (0.0,), (0.0,)), [1.0]) == 0.0
+
+
+def test_steps_are_counted_between_betas():
+    betas = np.linspace(0.0, 1.0, 101) ** 2
+    steps = steps_within([0.0, 0.04, 0.25, 1.0], betas, range(101))
+    assert steps == pytest.approx([20.0, 30.0, 50.0])
 
 
 @pytest.mark.parametrize("variance", [0.04, 0.8, 4.0])
@@ -46,9 +93,15 @@ def test_the_gap_of_many_chains_is_that_of_the_delta_method():
 
 @pytest.mark.parametrize("num_chains", [1, 16])
 def test_the_number_of_steps_is_the_smallest(num_chains):
-    steps = steps_for_gap(0.05, 6.0, 0.5, num_chains)
-    assert expected_gap(weight_variance(6.0, 0.5, steps), num_chains) <= 0.05
-    assert expected_gap(weight_variance(6.0, 0.5, steps - 1), num_chains) > 0.05
+    pieces, shares = Pieces((0.0, 0.1, 1.0), (4.0, 2.0), (0.7, 0.5)), (0.5, 0.5)
+    steps = steps_for_gap(0.05, pieces, shares, num_chains)
+    gaps = [
+        expected_gap(
+            weight_variance(pieces.lengths, pieces.correlations, [0.5 * count] * 2), num_chains
+        )
+        for count in (steps, steps - 1)
+    ]
+    assert gaps[0] <= 0.05 < gaps[1]
 
 
 def test_the_pilot_measures_the_length():
@@ -65,8 +118,8 @@ def test_the_pilot_measures_the_length():
     start = vae(torch.randn(32, *vae.latents.shape))
     generator = seeded_generator(start.position.device, 0, "pilot")
     outcome = run_pilot(vae, HMC(2), start, generator, settings=Pilot())
-    assert outcome.length == pytest.approx(truth, rel=0.1)
-    assert 0.1 < outcome.correlation < 0.8  # neither perfect nor stuck
+    assert sum(outcome.pieces.lengths) == pytest.approx(truth, rel=0.1)
+    assert all(0.0 <= rho < 0.9 for rho in outcome.pieces.correlations)
 
 
 def test_the_gap_is_predicted_within_a_factor_of_two():

@@ -631,7 +631,7 @@ def test_an_unrolled_step_is_the_step():
         wide = [
             node for node in body.graph.graph.nodes
             if torch.Tag.pointwise in getattr(node.target, "tags", ())
-            and node.meta["val"].numel() > 9 * 2  # a statistic has more
+            and node.meta["val"].numel() > 9
         ]  # fmt: skip
         assert bool(wide) is not unroll or all("where" in node.name for node in wide)
     for whole, apart in zip(*results, strict=True):

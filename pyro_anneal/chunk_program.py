@@ -34,6 +34,7 @@ from .chunk_graph import (
 from .compilation import compile_with_inductor, compiler_problem
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
+from .repetition import repeated_dims
 from .unrolled import count_operations
 
 __all__ = [
@@ -263,7 +264,7 @@ def _key(
         kernel,
         graphs.all_chains[0].code,
         graphs.one_chain[0].code,
-        *((x.shape, x.dtype, x.device) for x in (*tensors, *shared)),
+        *((x.shape, x.dtype, x.device, repeated_dims(x)) for x in (*tensors, *shared)),
         size,
         unroll,
         torch.get_num_threads(),

@@ -29,6 +29,7 @@ from pyro_anneal.compilation import compiler_problem
 from pyro_anneal.graph_folding import shapes_to_literals, simplify
 from pyro_anneal.kernels import HMC, RandomWalk
 from pyro_anneal.problem import prepare
+from pyro_anneal.repetition import repeated_dims
 from pyro_anneal.schedules import Power
 from pyro_anneal.unrolled import CannotUnroll, over_chains_unrolled
 
@@ -315,6 +316,31 @@ def test_products_by_onednn_agree_in_the_loop(monkeypatch):
         difference = (got.log_weights - expected.log_weights).abs()
         assert float(difference.median()) < 1e-3  # some proposals are decided by rounding
     assert len(chunk_program._PROGRAMS) == 1
+
+
+def test_programs_tell_what_repeats():
+    """One scale for all rows, and one per row: the same operations, but not the same storage."""
+
+    def keyed(scale):
+        def model(x):
+            with pyro.plate("data", 40):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+        density, position = prepared(model, torch.zeros(40, 3, dtype=torch.float64))
+        graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(9))
+        noise = HMC(1).noise(density(position), torch.Generator().manual_seed(0))
+        key = chunk_program._key(HMC(1), graphs, noise, 4, unroll=False)
+        values = [x for x in graphs.all_chains[1] if x.shape == (40, 3)]
+        return graphs.all_chains[0].code, key, sum(bool(repeated_dims(x)) for x in values)
+
+    one, each = (
+        keyed(torch.tensor(0.5).double()),
+        keyed(torch.linspace(0.1, 2.0, 120).reshape(40, 3)),
+    )
+    assert one[0] == each[0]
+    assert one[2] > each[2]
+    assert one[1] != each[1]
 
 
 def test_shared_tensors_are_stored_once():

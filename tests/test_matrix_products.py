@@ -57,7 +57,9 @@ def test_right_operands_are_found_by_position(slow_mkl):
 
 @needs_compiler
 @needs_onednn
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name", [x if x == "addmm" else pytest.param(x, marks=pytest.mark.slow) for x in FUNCTIONS]
+)
 def test_products_are_those_of_torch(slow_mkl, name):
     inputs = [LEFT, RIGHT, BIAS]
     graph = flat_graph(FUNCTIONS[name], *inputs)
@@ -73,6 +75,7 @@ def test_products_are_those_of_torch(slow_mkl, name):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_an_unknown_inductor_multiplies_as_it_always_did(slow_mkl, monkeypatch):
     def unknown(lowerings, found):
         raise AttributeError("another version")

@@ -95,3 +95,34 @@ def test_narrowed_drops_what_repeats():
     assert repeated_dims(ROWS) == (0,)
     assert repeated_dims(X) == ()
     assert torch.equal(narrowed(ROWS, (0,)), SCALE[None])
+
+
+def elementwise_operations():
+    """All elementwise operations of PyTorch that take one to three tensors and nothing else."""
+    aten = torch.ops.aten
+    packets = (getattr(aten, name) for name in dir(aten))
+    for packet in packets:
+        for overload in getattr(packet, "overloads", list)():
+            func = getattr(packet, overload)
+            needed = [x for x in func._schema.arguments if not x.has_default_value()]
+            written = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
+            if torch.Tag.pointwise not in func.tags or written or len(needed) not in (1, 2, 3):
+                continue
+            if all(str(x.type) == "Tensor" and not x.kwarg_only for x in needed):
+                yield func, len(needed)
+
+
+def test_every_elementwise_operation_commutes_with_expansion():
+    one, other = SCALE[:1].expand(4, 3), ROWS / 4.0
+    compared = 0
+    for func, count in elementwise_operations():
+        for operands in ([other, one, other], [other, X, one], [other, one, X]):
+            try:
+                expected = func(*operands[:count])
+            except (RuntimeError, NotImplementedError, TypeError):  # of integers or booleans only
+                continue
+            with ComputeOnce(invert=True):
+                got = func(*operands[:count])
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=0.0, equal_nan=True)
+            compared += 1
+    assert compared > 200

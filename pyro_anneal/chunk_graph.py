@@ -25,6 +25,7 @@ from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 from .matrix_products import right_operands
 from .repetition import ComputeOnce, WrittenTo, narrowed, repeated_dims
+from .step_statistics import in_one_pass, in_passes, last_mean, new_table, with_column
 from .unrolled import CannotUnroll, count_operations, over_chains_unrolled
 
 __all__ = ["UNROLL_UP_TO", "Body", "DensityGraphs", "Layout", "StepTable", "build_body"]
@@ -35,7 +36,6 @@ _CHAINS_LAST_FROM = 8
 _PACK_UP_TO = 4096
 # Operations of a step, element by element; inductor takes some 5 milliseconds for each.
 UNROLL_UP_TO = 4000
-NUM_STATISTICS = 4
 
 
 class StepTable(NamedTuple):
@@ -107,6 +107,7 @@ class Layout:
         last: Whether chains are the last dimension, and tensors of one dtype share a buffer.
         unrolled: Whether, moreover, tensors are taken apart into vectors over chains.
         count: Number K of chains.
+        lanes: Columns of a buffer with chains last. Those after K repeat the first chains.
         carried: State, log-weights and integral, one chain each if chains are last.
         noise: Likewise, the noise of one step.
         shared: What all chains and steps share.
@@ -115,6 +116,7 @@ class Layout:
     last: bool
     unrolled: bool
     count: int
+    lanes: int
     carried: tuple[Template, ...]
     noise: tuple[Template, ...]
     shared: tuple[Shared, ...]
@@ -123,24 +125,36 @@ class Layout:
         """Turns tensors with chains first into what a loop carries."""
         if not self.last:
             return [tensor.contiguous() for tensor in tensors]
-        return _pack([[tensor.movedim(0, -1)] for tensor in tensors], self.count)
+        lanes = [[self._filled(tensor.movedim(0, -1))] for tensor in tensors]
+        return _pack(lanes, self.lanes)
 
     def load(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Turns what a loop carried into tensors with chains first."""
         if not self.last:
             return list(buffers)
-        tensors = _unpack(buffers, self.carried, self.count)
-        return [tensor.movedim(-1, 0).contiguous() for tensor in tensors]
+        tensors = _unpack(buffers, self.carried, self.lanes)
+        return [tensor[..., : self.count].movedim(-1, 0).contiguous() for tensor in tensors]
+
+    def _filled(self, tensor: Tensor) -> Tensor:
+        """Repeats the first of K chains in the lanes after them."""
+        if self.lanes == self.count:
+            return tensor
+        return torch.cat([tensor, tensor[..., : self.lanes - self.count]], -1)
 
     def store_noise(self, steps: Sequence[Sequence[Tensor]], size: int) -> list[Tensor]:
         """Turns the noise of several steps into tables of ``size`` rows, one per step."""
-        stacked = [torch.stack(parts) for parts in zip(*steps, strict=True)]
-        if self.last:
-            count = len(steps)
-            rows = [tensor.movedim(1, -1).reshape(count, -1, self.count) for tensor in stacked]
-            groups = _by_dtype([template.dtype for template in self.noise])
-            stacked = [torch.cat([rows[i] for i in group], 1) for group in groups]
-        return [_padded(tensor, size) for tensor in stacked]
+        parts = [torch.stack(part) for part in zip(*steps, strict=True)]
+        if not self.last:
+            return [_padded(part, size) for part in parts]
+        tables = []
+        for group in _by_dtype([template.dtype for template in self.noise]):
+            rows = [parts[i].movedim(1, -1).reshape(len(steps), -1, self.count) for i in group]
+            table = rows[0].new_zeros(size, sum(x.shape[1] for x in rows), self.lanes)
+            filled = table[: len(steps)]
+            torch.cat(rows, 1, out=filled[..., : self.count])
+            filled[..., self.count :] = filled[..., : self.lanes - self.count]
+            tables.append(table)
+        return tables
 
     def store_shared(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Packs the small ones of the tensors that all chains share."""
@@ -183,6 +197,11 @@ class Body:
         if not self.layout.last:
             return 2 + len(self.layout.carried)
         return 2 + len(_by_dtype([template.dtype for template in self.layout.carried]))
+
+
+def _lanes(count: int, item_size: int) -> int:
+    """Widens rows that begin at the same places of the processor's cache, by one line of it."""
+    return count + 64 // item_size if count * item_size % 2048 == 0 else count
 
 
 def _by_dtype(dtypes: Sequence[torch.dtype]) -> list[list[int]]:
@@ -327,10 +346,12 @@ def _build(
     right = right_operands(step)
     step = simplify(step)
     first = len(per_chain) + len(row)
+    count = len(state.position)
     layout = Layout(
         last,
         unrolled,
-        len(state.position),
+        count,
+        _lanes(count, state.position.element_size()) if unrolled else count,
         tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
         tuple(_template(x, drop_chains=last) for x in noise),
         tuple(
@@ -342,7 +363,7 @@ def _build(
     example = [
         torch.zeros((), dtype=torch.long, device=state.position.device),
         *layout.store([*state, *weights]),
-        weights[0].new_zeros(size, NUM_STATISTICS),
+        new_table(size, state),
         *store_table(StepTable(*(column[:1] for column in table)), size),
         *layout.store_noise([noise], size),
         *layout.store_shared(shared),
@@ -371,7 +392,6 @@ def _body_function(
     num_buffers = len(_by_dtype(dtypes)) if layout.last else num_carried
     noise_groups = _by_dtype([template.dtype for template in layout.noise])
     num_noise = len(noise_groups) if layout.last else len(layout.noise)
-    chain_dim = -1 if layout.last else 0
     evaluate = over_chains_unrolled if layout.unrolled else _over_chains_last
 
     def body(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -389,8 +409,8 @@ def _body_function(
         row = _split_row(at_index(tuning), tuning_shapes)
         width, weight = at_index(quadrature).unbind(0)
         if layout.last:
-            *state, log_weights, integral = _unpack(buffers, layout.carried, layout.count)
-            parts = _unpack(noise, layout.noise, layout.count)
+            *state, log_weights, integral = _unpack(buffers, layout.carried, layout.lanes)
+            parts = _unpack(noise, layout.noise, layout.lanes)
             each = [part.unsqueeze(0) for part in (*state, *parts)]
             outputs = evaluate(step, each, [*row, *values])
         else:
@@ -403,18 +423,16 @@ def _body_function(
         )
         ratio = log_target.double() - log_base.double()
         ratio = torch.where(ratio.isnan(), -torch.inf, ratio)
-        seen = [
-            ratio.mean(),
-            ratio.var(dim=chain_dim, correction=0).mean(),
-            accepted.mean().double(),
-            diverged.sum().double(),
-        ]
+        if layout.unrolled:
+            near = last_mean(statistics, index)
+            seen = in_one_pass(ratio, accepted, diverged, count=layout.count, near=near)
+        else:
+            chain_dim = -1 if layout.last else 0
+            seen = in_passes(ratio, accepted, diverged, chain_dim=chain_dim)
         carried = [*new, [log_weights + width * ratio], [integral + weight * ratio]]
         typed = [[x.to(t) for x in parts] for parts, t in zip(carried, dtypes, strict=True)]
-        packed = _pack(typed, layout.count) if layout.last else [x.contiguous() for (x,) in typed]
-        here = torch.arange(len(statistics), device=index.device) == index
-        statistics = torch.where(here.unsqueeze(1), torch.stack(seen), statistics)
-        return (index + 1, *packed, statistics)
+        packed = _pack(typed, layout.lanes) if layout.last else [x.contiguous() for (x,) in typed]
+        return (index + 1, *packed, with_column(statistics, index, seen))
 
     num_step_inputs = sum(node.op == "placeholder" for node in step.graph.nodes)
     num_own_constants = (

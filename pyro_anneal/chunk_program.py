@@ -35,6 +35,7 @@ from .compilation import compile_with_inductor, compiler_problem
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 from .repetition import repeated_dims
+from .step_statistics import new_table
 from .unrolled import count_operations
 
 __all__ = [
@@ -77,8 +78,7 @@ class ChunkOutcome(NamedTuple):
     state: State
     log_weights: Tensor
     integral: Tensor
-    # mean log ratio, its variance over chains, acceptance, number of divergences: [n, 4]
-    statistics: Tensor
+    statistics: Tensor  # as of step_statistics, one row per step: [n, 4]
 
 
 class LoopedDensity:
@@ -230,7 +230,7 @@ class _Program:
         with torch.no_grad():
             _, *buffers, seen = self.run(count, *arguments)
         *parts, log_weights, integral = self.body.layout.load(buffers)
-        return State(*parts), log_weights, integral, seen[:count]
+        return State(*parts), log_weights, integral, seen[:, :count].T
 
 
 def _arguments(
@@ -247,7 +247,7 @@ def _arguments(
     return [
         torch.zeros((), dtype=torch.long, device=log_weights.device),
         *layout.store([*state, log_weights, integral]),
-        log_weights.new_zeros(size, 4),
+        new_table(size, state),
         *store_table(table, size),
         *layout.store_noise(noise, size),
         *shared,

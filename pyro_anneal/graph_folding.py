@@ -60,6 +60,8 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
             continue
+        if node.target is aten.isnan.default:  # which inductor asks of one number at a time
+            node.target, node.args = aten.ne.Tensor, (node.args[0], node.args[0])
         # repr tells 1 from 1.0 and True, which compare equal.
         first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if first is not node:

@@ -112,7 +112,7 @@ def kill_at(name, path, event):
         ("run", (4, 27)),
         ("run_reverse", (1, 14)),
         ("sandwich", (11, 41)),
-        ("mutual_information", (3, 45)),
+        pytest.param("mutual_information", (3, 45), marks=pytest.mark.slow),  # also pairs
         ("run_batches", (22, 33)),
     ],
 )

@@ -107,7 +107,9 @@ def test_a_hundred_thousand_steps_on_an_image(dtype):
     check_run(run, truth, largest_error=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_a_thousand_steps_on_an_image(dtype):
     model, x, truth = image_problem(dtype)
     options = {"num_chains": 64, "num_steps": 1000, "progress_bar": False, "seed": 0}

@@ -8,6 +8,8 @@ import torch
 
 # Two test processes with two threads each would wait for one another.
 torch.set_num_threads(1)
+# Recordings make objects by the ten thousand, few of which are garbage.
+gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

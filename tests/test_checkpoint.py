@@ -113,7 +113,7 @@ def kill_at(name, path, event):
         ("run_reverse", (1, 14)),
         ("sandwich", (11, 41)),
         pytest.param("mutual_information", (3, 45), marks=pytest.mark.slow),  # also pairs
-        ("run_batches", (22, 33)),
+        pytest.param("run_batches", (22, 33), marks=pytest.mark.slow),  # also with ranks
     ],
 )
 def test_a_killed_call_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, name, events):

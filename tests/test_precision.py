@@ -129,7 +129,9 @@ def autocast_decoder(x, weight):
     pyro.sample("x", dist.Normal(mean.float(), 0.5).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize("where", ["inside the model", "around the run"])
+@pytest.mark.parametrize(
+    "where", ["inside the model", pytest.param("around the run", marks=pytest.mark.slow)]
+)
 def test_a_decoder_under_autocast_is_right_to_its_precision(where):
     """Means round to three digits, 2^-9; the evidence of 20 pixels moves by far less than 0.2."""
     rng = np.random.RandomState(1)

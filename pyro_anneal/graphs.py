@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_innermost_proxy_mode,
@@ -209,8 +210,9 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Records aten operations with make_fx, under one fake mode.
 
     make_fx describes every value by a fake tensor and, where it finds no fake mode, makes a new one
-    for each: most of the time of a recording. What recorded refers to itself; emptied, it does not
-    hold the tensors that the function read until garbage is collected.
+    for each: most of the time of a recording. The graph's source is made when it is first called,
+    not after each pass. What recorded refers to itself; emptied, it does not hold the tensors that
+    the function read until garbage is collected.
     """
     tracers: list[Any] = []
 
@@ -221,7 +223,8 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         return function(*inputs)
 
     try:
-        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        fakes = FakeTensorMode(allow_fallback_kernels=True)
+        with tracing(TracingContext(fakes)), _use_lazy_graph_module(True):
             return make_fx(noted)(*inputs)
     finally:
         for tracer in tracers:

@@ -1,11 +1,22 @@
 """Fixtures shared by all tests: float64 by default, seeded, a clean parameter store."""
 
+import gc
+
 import pyro
 import pytest
 import torch
 
 # Two test processes with two threads each would wait for one another.
 torch.set_num_threads(1)
+# Recordings make objects by the ten thousand, few of which are garbage.
+gc.set_threshold(20_000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _spare_the_collector():
+    """Leaves out of every garbage collection what was there before: imports, for the most part."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

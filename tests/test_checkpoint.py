@@ -112,8 +112,8 @@ def kill_at(name, path, event):
         ("run", (4, 27)),
         ("run_reverse", (1, 14)),
         ("sandwich", (11, 41)),
-        ("mutual_information", (3, 45)),
-        ("run_batches", (22, 33)),
+        pytest.param("mutual_information", (3, 45), marks=pytest.mark.slow),  # also pairs
+        pytest.param("run_batches", (22, 33), marks=pytest.mark.slow),  # also with ranks
     ],
 )
 def test_a_killed_call_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, name, events):

@@ -4,6 +4,8 @@ Both are checked on the CPU: operations that turn tensors into numbers are count
 dispatched, and tensors made without ``device=`` land on a default device that holds no numbers.
 """
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -96,41 +98,61 @@ def test_the_counter_sees_what_waits():
     ]
 
 
-@pytest.fixture
-def waits(monkeypatch):
-    """Counts inside the annealing loop of every run of the test."""
+def counted(call):
+    """Returns a result, and what waited inside the annealing loop of every run."""
     mode, loops = Waits(), []
     original = blocks.run_chains
 
-    def counted(*args, **kwargs):
+    def counting(*args, **kwargs):
         loops.append(kwargs["stream"])
         with mode:
             return original(*args, **kwargs)
 
-    monkeypatch.setattr(blocks, "run_chains", counted)
-    yield mode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "run_chains", counting)
+        result = call()
     assert loops  # the loop was really run under the counter
+    return result, mode.found
 
 
 OPTIONS = {"num_chains": 4, "num_steps": 12, "progress_bar": False, "seed": 0}
 MODELS = [rows, supports, covariance, enumerated, moving]
 
 
+@functools.cache  # to be compared with runs elsewhere
+def at_home(model, kernel):
+    pyro.set_rng_seed(0)
+    return counted(lambda: AnnealedImportance(model, kernel=kernel, **OPTIONS).run(X))
+
+
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # 4 chains, 12 steps
-@pytest.mark.parametrize("kernel", [HMC(), RandomWalk()], ids=lambda k: type(k).__name__)
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
-def test_the_loop_never_waits_for_the_device(model, kernel, waits):
-    run = AnnealedImportance(model, kernel=kernel, **OPTIONS).run(X)
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [
+        *[(model, HMC()) for model in MODELS],
+        (supports, RandomWalk()),
+        *[
+            pytest.param(model, RandomWalk(), marks=pytest.mark.slow)
+            for model in MODELS
+            if model is not supports
+        ],
+    ],
+    ids=lambda v: getattr(v, "__name__", type(v).__name__),
+)
+def test_the_loop_never_waits_for_the_device(model, kernel):
+    run, found = at_home(model, kernel)
     assert run.density_mode == "graph"
-    assert waits.found == []
+    assert found == []
 
 
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_directions_of_a_sandwich_never_wait(dtype, waits):
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
+def test_both_directions_of_a_sandwich_never_wait(dtype):
     ais = AnnealedImportance(rows, rows_guide, **OPTIONS)
-    ais.sandwich(X.to(dtype), bounds=("CR lower", "IM upper"))
-    assert waits.found == []
+    _, found = counted(lambda: ais.sandwich(X.to(dtype), bounds=("CR lower", "IM upper")))
+    assert found == []
 
 
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
@@ -140,13 +162,13 @@ class TestTensorsAreMadeOnTheDataDevice:
             assert theirs.device == X.device
             assert torch.equal(ours, theirs)
 
-    def both(self, compute):
+    def both(self, compute, compute_at_home=None):
         """Computes at home and with another default device; the numbers must be the same."""
         pyro.set_rng_seed(0)
-        at_home = compute()
+        numbers = (compute_at_home or compute)()
         pyro.set_rng_seed(0)
         with torch.device("meta"):
-            self.equal(at_home, compute())
+            self.equal(numbers, compute())
 
     @pytest.mark.parametrize(
         ("model", "guide"),
@@ -158,12 +180,14 @@ class TestTensorsAreMadeOnTheDataDevice:
         ids=lambda v: getattr(v, "__name__", v),
     )
     def test_runs(self, model, guide):
-        def compute():
-            run = AnnealedImportance(model, guide, **OPTIONS).run(X)
+        def numbers(run):
             assert repr(run)
             return run.lower, run.ess, run.std_error, run.step_size, *run.interval()
 
-        self.both(compute)
+        def compute():
+            return numbers(AnnealedImportance(model, guide, **OPTIONS).run(X))
+
+        self.both(compute, (lambda: numbers(at_home(model, HMC())[0])) if guide is None else None)
 
     @pytest.mark.parametrize(
         "options",

@@ -2,14 +2,26 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from ranks import run_ranks
-from resumable import CALLS, DATA, annealed, assert_same, numbers, quietly, shorten, uninterrupted
+from resumable import (
+    CALLS,
+    DATA,
+    annealed,
+    assert_same,
+    fork,
+    numbers,
+    quietly,
+    shorten,
+    uninterrupted,
+)
 
 import pyro_anneal
 import pyro_anneal.chains
@@ -109,7 +121,7 @@ def test_a_density_in_pieces_is_the_density():
     ("name", "size"),
     [
         ("run", 2),
-        ("run_batches", 3),
+        pytest.param("run_batches", 3, marks=pytest.mark.slow),  # as when a rank died, below
         pytest.param("sandwich", 3, marks=pytest.mark.slow),
         pytest.param("mutual_information", 2, marks=pytest.mark.slow),
         pytest.param("run_batches", 2, marks=pytest.mark.slow),
@@ -123,6 +135,28 @@ def test_results_do_not_depend_on_the_number_of_ranks(tmp_path, name, size):
         assert_same(results[rank], alone)
 
 
+def test_the_environment_of_torchrun_starts_it(tmp_path, monkeypatch):
+    """What torchrun tells its processes, told to forked ones: they need not import torch anew."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        command = ("run_reverse", str(tmp_path / "x.ckpt"), str(tmp_path / "out"))
+        processes.append(fork(ranks.main, *command))
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    for rank in range(2):
+        ours = torch.load(tmp_path / f"out{rank}", weights_only=False)
+        assert_same(ours, uninterrupted("run_reverse"))
+
+
+@pytest.mark.slow
 def test_torchrun_starts_it(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).parent / "ranks.py"

@@ -167,7 +167,16 @@ def test_density_is_that_of_the_guides_trace(make):
         torch.testing.assert_close(base.log_prob(evaluation, position), expected)
 
 
-@each_guide
+@pytest.mark.parametrize(
+    "make",
+    [
+        make
+        if make in (by_hand, flow, guide_list) or "Multivariate" in make.__name__
+        else pytest.param(make, marks=pytest.mark.slow)
+        for make in GUIDES
+    ],
+    ids=lambda make: make.__name__,
+)
 def test_draws_follow_the_density(make):
     base = base_of(model, make(X), X)
     with torch.no_grad():

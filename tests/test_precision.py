@@ -107,7 +107,9 @@ def test_a_hundred_thousand_steps_on_an_image(dtype):
     check_run(run, truth, largest_error=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_a_thousand_steps_on_an_image(dtype):
     model, x, truth = image_problem(dtype)
     options = {"num_chains": 64, "num_steps": 1000, "progress_bar": False, "seed": 0}
@@ -127,7 +129,9 @@ def autocast_decoder(x, weight):
     pyro.sample("x", dist.Normal(mean.float(), 0.5).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize("where", ["inside the model", "around the run"])
+@pytest.mark.parametrize(
+    "where", ["inside the model", pytest.param("around the run", marks=pytest.mark.slow)]
+)
 def test_a_decoder_under_autocast_is_right_to_its_precision(where):
     """Means round to three digits, 2^-9; the evidence of 20 pixels moves by far less than 0.2."""
     rng = np.random.RandomState(1)

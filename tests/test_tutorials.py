@@ -85,8 +85,8 @@ def test_vae(run):
     assert sandwich.gap.mean() < 1.0
     for row in found["table"].values():
         assert row["gap"] > 0.0
-    run_, exact = found["anneal"](found["flat"]["TVO"]).run(found["test"]), found["exact"]
-    assert exact.shape == run_.lower.shape
+    assert found["error"].shape == (20,)
+    assert found["error"].mean() < 0.15  # of AIS, from the sum over a grid, in nats
 
 
 def test_discrete_latents(run):

@@ -87,7 +87,7 @@ def test_gradient_is_the_derivative_of_its_estimate():
             assert parameter.grad.view(-1)[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("vectorize", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_path_learns_under_svi(vectorize):
     loss = DifferentiableAIS(2, 4, step_size=0.05, vectorize_particles=vectorize)
     autoguide = AutoNormal(model)

@@ -65,13 +65,21 @@ def test_perfect_transitions_give_the_closed_form(num_steps, lower, upper):
     assert abs(est.upper - upper) <= 5 * est.upper_std_error
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("kinds", [("CR", "IM"), ("IM", "CR"), ("IR", "IR")])
+def sandwiches():
+    """All problems with one pair of bounds, two of them with every pair; others are slow."""
+    for kinds in (("CR", "IM"), ("IM", "CR"), ("IR", "IR")):
+        for name in PROBLEMS:
+            if name.startswith("linear"):
+                continue  # has a test of its own
+            is_default = kinds == ("CR", "IM") or name in ("dense normal 5 (M03)", "X (M08)")
+            marks = () if is_default else pytest.mark.slow
+            yield pytest.param(name, kinds, marks=marks, id=f"{name}-{'-'.join(kinds)}")
+
+
+@pytest.mark.parametrize(("name", "kinds"), list(sandwiches()))
 def test_ais_is_a_sandwich(name, kinds):
     """From an imperfect guide, with few steps and an HMC kernel."""
     problem = PROBLEMS[name]()
-    if name.startswith("linear"):
-        pytest.skip("has a test of its own")
     bound = mi.AIS(
         problem.joint,
         problem.guide,
@@ -88,7 +96,7 @@ def test_ais_is_a_sandwich(name, kinds):
     assert est.diagnostics["accept_prob"] > 0.4
 
 
-@pytest.mark.parametrize("num_chains", [1, 8])
+@pytest.mark.parametrize("num_chains", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_ais_on_the_linear_vae_from_the_prior(num_chains):
     """M01 (I = 22.735): bounds on log p(x) against its closed form, pair by pair."""
     problem = linear_vae()
@@ -141,7 +149,7 @@ def test_the_one_liner_on_a_pyro_model():
             pyro.sample("z", dist.Normal(0.3 * x, 0.5).to_event(1))
 
     x = torch.zeros(300, 2)
-    options = {"num_chains": 8, "num_steps": 200, "seed": 3, "progress_bar": False}
+    options = {"num_chains": 8, "num_steps": 100, "seed": 3, "progress_bar": False}
     truth = 0.5 * torch.log1p(weights**2).sum()
     est = AnnealedImportance(model, guide, **options).mutual_information(x)
     assert est.lower <= truth + 5 * est.lower_std_error
@@ -245,7 +253,7 @@ def test_one_step_of_mine_ais_is_giwae_or_barber_agakov():
     torch.testing.assert_close(im.terms["variational"], giwae.terms["variational"])
 
 
-@pytest.mark.parametrize("num_negatives", [1, 8])
+@pytest.mark.parametrize("num_negatives", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_gradient_of_mine_ais_is_that_of_ibal(num_negatives):
     """Against autograd of the closed form; many moves, so that the chains forget their start."""
     tilt = nn.Parameter(torch.tensor(0.5))

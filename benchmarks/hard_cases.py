@@ -1,7 +1,7 @@
 """Error and flags of every start on the hard problems of ``tests/hard_problems.py``.
 
 Run as ``python benchmarks/hard_cases.py [--only NAME] [--starts default prior ...]``; prints the
-table of ``docs/engine.md`` and merges into ``benchmarks/results/hard_cases.json``.
+table of ``docs/hard_cases.md`` and merges into ``benchmarks/results/hard_cases.json``.
 """
 
 import argparse

@@ -161,13 +161,30 @@ def test_chains_that_take_tiny_steps(run):
     assert check_acceptance(_replaced(run, target_accept=0.8)) is None
 
 
-def test_divergences(run):
-    num_diverging = torch.zeros(99, dtype=torch.long)
-    num_diverging[5] = 600  # of 16 * 40 * 99 = 63360 transitions
+def test_divergences_anywhere(run):
+    num_diverging = torch.full((99,), 6)  # of 16 * 40 = 640 transitions each
     assert check_divergences(_replaced(run, num_diverging=num_diverging)) is None
-    num_diverging[6] = 600
+    finding = check_divergences(_replaced(run, num_diverging=num_diverging + 1))
+    assert finding.value == pytest.approx(7 / 640)
+
+
+def test_divergences_in_a_tenth_of_the_path(run):
+    num_diverging = torch.zeros(99, dtype=torch.long)
+    num_diverging[90:] = 12  # of 640: 1.9 per cent
+    assert check_divergences(_replaced(run, num_diverging=num_diverging)) is None
+    num_diverging[90:] = 14
     finding = check_divergences(_replaced(run, num_diverging=num_diverging))
-    assert finding.value == pytest.approx(1200 / 63360)
+    assert finding.value == pytest.approx(9 * 14 / (99 * 640))
+    assert "2.2% in the worst tenth" in finding.message
+
+
+def test_few_divergences_of_few_transitions_prove_nothing(problem):
+    short = make_run(problem, num_chains=1, num_steps=100)  # 40 transitions per step
+    num_diverging = torch.zeros(99, dtype=torch.long)
+    num_diverging[97] = 9  # of 360
+    assert check_divergences(_replaced(short, num_diverging=num_diverging)) is None
+    num_diverging[98] = 1
+    assert check_divergences(_replaced(short, num_diverging=num_diverging)) is not None
 
 
 def test_pilot_that_saw_other_regions(run):

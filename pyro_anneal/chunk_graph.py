@@ -34,6 +34,10 @@ __all__ = ["UNROLL_UP_TO", "Body", "DensityGraphs", "Layout", "StepTable", "buil
 _CHAINS_LAST_FROM = 8
 # Shared tensors up to this size are packed into one buffer.
 _PACK_UP_TO = 4096
+# With chains first, a short row that repeats would split one long loop into loops over its length:
+# it is stored as often as it repeats, unless that takes too many numbers.
+_SHORT_ROW = 64
+_STORE_REPEATED_UP_TO = 2**18
 # Operations of a step, element by element; inductor takes some 5 milliseconds for each.
 UNROLL_UP_TO = 4000
 
@@ -63,7 +67,7 @@ class Template(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """How a tensor that all chains and steps share is stored: nothing twice."""
+    """How a tensor that all chains and steps share is stored: nothing twice but short rows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -71,9 +75,12 @@ class Shared(NamedTuple):
     transposed: bool  # columns of a matrix as rows
 
     @classmethod
-    def of(cls, tensor: Tensor, *, transposed: bool) -> Shared:
+    def of(cls, tensor: Tensor, *, transposed: bool, chains_last: bool) -> Shared:
         """Describes a tensor."""
         repeated = repeated_dims(tensor)
+        if repeated and not chains_last and tensor.dim() - 1 not in repeated:
+            is_short = tensor.shape[-1] < _SHORT_ROW and tensor.numel() <= _STORE_REPEATED_UP_TO
+            repeated = () if is_short else repeated
         return cls(tuple(tensor.shape), tensor.dtype, repeated, transposed and not repeated)
 
     @property
@@ -355,7 +362,7 @@ def _build(
         tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
         tuple(_template(x, drop_chains=last) for x in noise),
         tuple(
-            Shared.of(tensor, transposed=first + index in right)
+            Shared.of(tensor, transposed=first + index in right, chains_last=last)
             for index, tensor in enumerate(shared)
         ),
     )

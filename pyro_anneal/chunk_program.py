@@ -31,7 +31,7 @@ from .chunk_graph import (
     build_body,
     store_table,
 )
-from .compilation import compile_with_inductor, compiler_problem
+from .compilation import CHAINS_FIRST, compile_with_inductor, compiler_problem
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 from .repetition import repeated_dims
@@ -331,10 +331,8 @@ def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_fallback_kernels=True)
     fakes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in inputs]
     with tracing(TracingContext(mode)):
-        # One loop over chains, where the elements of a step are its operations.
-        fusion = {"max_fusion_size": len(body.graph.graph.nodes)} if body.layout.unrolled else {}
         compiled = compile_with_inductor(
-            fx.GraphModule(root, graph), fakes, cpp_wrapper=True, **fusion
+            fx.GraphModule(root, graph), fakes, cpp_wrapper=True, **_options(body)
         )
 
     def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
@@ -346,9 +344,18 @@ def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
     return run
 
 
+def _options(body: Body) -> dict[str, Any]:
+    """Chooses inductor's options for a step on a CPU."""
+    if (
+        body.layout.unrolled
+    ):  # one loop over chains, where the elements of a step are its operations
+        return {"max_fusion_size": len(body.graph.graph.nodes)}
+    return {} if body.layout.last else CHAINS_FIRST
+
+
 def _step_by_step(body: Body, example: Sequence[Tensor]) -> Run:
     """Compiles the body alone, to be called once per step."""
-    step = compile_with_inductor(body.graph, example)
+    step = compile_with_inductor(body.graph, example, **_options(body))
     carried = body.num_carried
 
     def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:

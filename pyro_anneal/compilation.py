@@ -15,12 +15,15 @@ from torch import Tensor, fx
 
 from .matrix_products import onednn_products
 
-__all__ = ["compile_graph", "compile_with_inductor", "compiler_problem"]
+__all__ = ["CHAINS_FIRST", "compile_graph", "compile_with_inductor", "compiler_problem"]
 
 # Compiled code by graph and input layout. A graph holds no tensors (all are inputs), so captures
 # of the same model on other data, and after other optimizer steps, share one compilation.
 _COMPILED: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 _CAPACITY = 64
+# Inductor's options for graphs with chains first on a CPU: what is read from more than two buffers
+# and used twice is computed once. Else numbers of each row return in every loop over elements.
+CHAINS_FIRST = {"realize_reads_threshold": 2}
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -121,7 +124,8 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
     if key not in _COMPILED:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
-            compiled = compile_with_inductor(graph, inputs)
+            on_cpu = all(x.device.type == "cpu" for x in inputs)
+            compiled = compile_with_inductor(graph, inputs, **(CHAINS_FIRST if on_cpu else {}))
             compiled(*inputs)
         _COMPILED[key] = compiled
         if len(_COMPILED) > _CAPACITY:

@@ -665,7 +665,7 @@ def test_compiled_code_is_reused_for_other_data(monkeypatch):
     compile = compilation.compile_with_inductor
     monkeypatch.setattr(compilation, "_COMPILED", type(compilation._COMPILED)())
     monkeypatch.setattr(
-        compilation, "compile_with_inductor", lambda *args: calls.append(1) or compile(*args)
+        compilation, "compile_with_inductor", lambda *a, **k: calls.append(1) or compile(*a, **k)
     )
     u = torch.randn(K, 10)
     for shift in (0.0, 1.0):

@@ -353,13 +353,35 @@ def test_shared_tensors_are_stored_once():
         torch.randn(()).expand(300, 70),
         torch.arange(3),
     ]
-    shared = tuple(Shared.of(tensor, transposed=tensor.shape == (300, 70)) for tensor in tensors)
+    shared = tuple(
+        Shared.of(tensor, transposed=tensor.shape == (300, 70), chains_last=False)
+        for tensor in tensors
+    )
     layout = Layout(False, False, 1, 1, (), (), shared)
     stored = layout.store_shared(tensors)
     assert [buffer.numel() for buffer in stored] == [4 + 70 + 1, 3, 300 * 70, 300 * 70]
     assert stored[2].shape == (70, 300)  # transposed
     for loaded, tensor in zip(layout.load_shared(stored), tensors, strict=True):
         assert torch.equal(loaded, tensor)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "chains_last", "numbers"),
+    [
+        (torch.randn(10).expand(300, 10), True, 10),
+        (torch.randn(10).expand(300, 10), False, 3000),  # else each loop would have 10 steps
+        (torch.randn(2, 1, 10).expand(2, 300, 10), False, 6000),
+        (torch.randn(64).expand(300, 64), False, 64),
+        (torch.randn(300, 1).expand(300, 10), False, 300),
+        (torch.randn(10).expand(30_000, 10), False, 10),  # too many
+    ],
+)
+def test_short_rows_are_stored_as_often_as_they_repeat(tensor, chains_last, numbers):
+    shared = Shared.of(tensor, transposed=False, chains_last=chains_last)
+    stored = shared.store(tensor)
+    assert stored.shape == shared.stored_shape
+    assert stored.numel() == numbers
+    assert torch.equal(shared.load(stored.contiguous()), tensor)
 
 
 # --- what cannot be a loop --------------------------------------------------------------------

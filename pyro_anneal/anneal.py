@@ -68,8 +68,8 @@ class AnnealedImportance:
             modes that a fitted guide may miss.
         cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
             particles down from the prior where the guide was fitted, and warns if they end in
-            modes that it misses; True starts as many chains from the prior, and says so if they
-            find more evidence (double the cost); False compares with nothing.
+            modes that it misses; True also starts as many chains from the prior, and says so if
+            they find more evidence (double the cost); False compares with nothing.
         compile: ``"auto"`` compiles the annealing loop where counts of steps and operations say that
             this repays its ten seconds; True compiles the loop, or the density where the loop
             cannot be; ``"unrolled"`` the loop of a small model element by element, slower to compile
@@ -197,9 +197,9 @@ class AnnealedImportance:
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
             run, _ = forward(settings, frozen, journal)
             found = diagnostics.diagnose(run)
-            if self.cross_check == "auto":
+            if self.cross_check:
                 found = (*found, *self._scout(frozen, run, journal))
-            elif self.cross_check and self.guide is not None:
+            if self.cross_check is True and self.guide is not None:
                 found = (*found, *self._compare_with_prior(run, arguments, journal))
         diagnostics.warn(found)
         return replace(run, diagnostics=found)

@@ -184,7 +184,7 @@ def test_a_finished_call_returns_its_numbers_without_any_step(tmp_path, monkeypa
     path = tmp_path / "x.ckpt"
     steps, stages, first = steps_of(path, "run", monkeypatch)
     assert steps == 2 * 3 * 50  # from guide and prior, in three blocks
-    assert stages == ["fit", "pilot", "from the prior/pilot"]
+    assert stages == ["fit", "pilot", "scout", "from the prior/pilot"]
     steps, stages, second = steps_of(path, "run", monkeypatch)
     assert (steps, stages) == (0, [])
     assert_same(first, second)
@@ -208,7 +208,7 @@ def test_an_interrupt_loses_one_chunk_at_most(tmp_path, monkeypatch):
     assert slot["blocks"]["forward"][0]["num_chunks"] == 2
     steps, stages, result = steps_of(path, "run", monkeypatch)
     assert steps == 2 * 3 * 50 - 40
-    assert stages == ["from the prior/pilot"]  # fit and pilot were in the file
+    assert stages == ["scout", "from the prior/pilot"]  # fit and pilot were in the file
     assert_same(result, uninterrupted("run"))
 
 

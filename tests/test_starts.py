@@ -63,7 +63,7 @@ def test_the_scout_passes_an_easy_posterior():
 def test_cross_check_says_that_starts_disagree():
     with pytest.warns(AnnealingWarning, match="from the prior finds .* nats more evidence"):
         run = engine(two_modes, cross_check=True).run(X)
-    assert [found.name for found in run.diagnostics] == ["starts"]
+    assert [found.name for found in run.diagnostics] == ["modes", "starts"]
 
 
 def test_cross_check_passes_an_easy_posterior():

@@ -11,47 +11,30 @@ What cannot be compiled runs step by step; :class:`LoopedDensity` says why.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
+from .body_runners import Run, as_cuda_graph, as_loop, step_by_step
 from .capture import CapturedDensity
 from .chunk_graph import (
-    UNROLL_UP_TO,
     Body,
     DensityGraphs,
     StepTable,
     build_body,
     store_table,
 )
-from .compilation import CHAINS_FIRST, compile_with_inductor, compiler_problem
-from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 from .repetition import repeated_dims
 from .step_statistics import new_table
-from .unrolled import count_operations
 
-__all__ = [
-    "ChunkOutcome",
-    "LoopMode",
-    "LoopedDensity",
-    "describe_mode",
-    "loop_notes",
-    "loop_problem",
-    "repays_compilation",
-    "repays_unrolling",
-    "with_loop",
-]
+__all__ = ["ChunkOutcome", "LoopMode", "LoopedDensity"]
 
 LoopMode = Literal["loop", "cuda-graph", "step"]
-Run = Callable[..., Sequence[Tensor]]
 
 
 class _Compiled(NamedTuple):
@@ -294,109 +277,12 @@ def _compile(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
         if state.position.device.type == "cuda":
-            return _Compiled(body, _as_cuda_graph(body, example), "cuda-graph", None)
+            return _Compiled(body, as_cuda_graph(body, example), "cuda-graph", None)
         try:
-            return _Compiled(body, _as_loop(body, example), "loop", None)
+            return _Compiled(body, as_loop(body, example), "loop", None)
         except Exception as error:  # noqa: BLE001 - no such loop, or an operation not in loops
             reason = f"one call per step: {_first_line(error)}"
-            return _Compiled(body, _step_by_step(body, example), "step", reason)
-
-
-def _as_loop(body: Body, example: Sequence[Tensor]) -> Run:
-    """Compiles ``while index < count: body`` with its control flow in C++."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    count = torch.zeros((), dtype=torch.long)
-    carried = body.num_carried
-
-    def condition(*tensors: Tensor) -> Tensor:
-        return tensors[0] < tensors[carried]
-
-    def with_count(*tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = body.graph(*tensors[:carried], *tensors[carried + 1 :])
-        return outputs
-
-    inputs = [*example[:carried], count, *example[carried:]]
-    root = torch.nn.Module()
-    root.condition = flat_graph(condition, *inputs)
-    root.body = flat_graph(with_count, *inputs)
-    graph = fx.Graph()
-    arguments = [graph.placeholder(f"argument_{number}") for number in range(len(inputs))]
-    parts = (graph.get_attr("condition"), graph.get_attr("body"))
-    operands = (tuple(arguments[:carried]), tuple(arguments[carried:]))
-    loop = graph.call_function(torch.ops.higher_order.while_loop, (*parts, *operands))
-    items = [graph.call_function(operator.getitem, (loop, k)) for k in range(carried)]
-    graph.output(tuple(items))
-    # Inductor gives the loop's index a symbol, for which it needs a mode with a shape environment.
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_fallback_kernels=True)
-    fakes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in inputs]
-    with tracing(TracingContext(mode)):
-        compiled = compile_with_inductor(
-            fx.GraphModule(root, graph), fakes, cpp_wrapper=True, **_options(body)
-        )
-
-    def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
-        end = torch.full((), count, dtype=torch.long)
-        outputs: Sequence[Tensor] = compiled(*tensors[:carried], end, *tensors[carried:])
-        return outputs
-
-    run(0, *example)
-    return run
-
-
-def _options(body: Body) -> dict[str, Any]:
-    """Chooses inductor's options for a step on a CPU."""
-    if (
-        body.layout.unrolled
-    ):  # one loop over chains, where the elements of a step are its operations
-        return {"max_fusion_size": len(body.graph.graph.nodes)}
-    return {} if body.layout.last else CHAINS_FIRST
-
-
-def _step_by_step(body: Body, example: Sequence[Tensor]) -> Run:
-    """Compiles the body alone, to be called once per step."""
-    step = compile_with_inductor(body.graph, example, **_options(body))
-    carried = body.num_carried
-
-    def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
-        carry, inputs = list(tensors[:carried]), tensors[carried:]
-        for _ in range(count):
-            carry = list(step(*carry, *inputs))
-        return carry
-
-    run(1, *example)
-    return run
-
-
-def _as_cuda_graph(body: Body, example: Sequence[Tensor]) -> Run:
-    """Captures one compiled step, which reads its index on the device, and replays it."""
-    step = compile_with_inductor(body.graph, example)
-    carried = body.num_carried
-    static = [tensor.clone() for tensor in example]
-
-    def advance() -> None:
-        for old, new in zip(static, step(*static), strict=False):  # the carry comes first
-            old.copy_(new)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # capture needs everything allocated and loaded
-            static[0].zero_()
-            advance()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        advance()
-
-    def run(count: int, *tensors: Tensor) -> Sequence[Tensor]:
-        for old, new in zip(static, tensors, strict=True):
-            old.copy_(new)
-        for _ in range(count):
-            graph.replay()
-        return [tensor.clone() for tensor in static[:carried]]
-
-    return run
+            return _Compiled(body, step_by_step(body, example), "step", reason)
 
 
 def _check(
@@ -426,129 +312,6 @@ def _check(
     # A chain whose acceptance is decided by rounding may go either way.
     if float((~same).any(-1).double().mean()) > 0.01 and int((~same).any(-1).sum()) > 1:
         raise ValueError("the compiled step differs from the kernel's own step")
-
-
-def loop_problem(density: Any, kernel: Kernel) -> str | None:
-    """Says why chunks of this density and kernel cannot be compiled, or None if they may be.
-
-    Args:
-        density: What evaluates the chains.
-        kernel: What moves them.
-
-    Returns:
-        The reason, or None.
-    """
-    if not isinstance(density, CapturedDensity):
-        return "the density is not a recorded graph"
-    if density.mode in ("eager", "graph-loop"):
-        return density.reason
-    try:
-        hash(kernel)
-    except TypeError:
-        return f"the kernel {type(kernel).__name__} is not hashable"
-    return compiler_problem(density.example.device)
-
-
-# One operation dispatched from Python takes about 5 microseconds, a step of HMC about 60 besides
-# those of the density; compiling takes about 5 seconds and 20 milliseconds per operation.
-_DISPATCH_SECONDS = 5e-6
-_KERNEL_OPERATIONS = 60
-_COMPILE_SECONDS = 5.0
-_COMPILE_SECONDS_PER_OPERATION = 0.02
-
-
-def repays_compilation(density: CapturedDensity, kernel: Kernel, num_moves: int) -> bool:
-    """Decides from counts whether a compiled loop saves more dispatching than compiling costs.
-
-    Args:
-        density: The captured density; the operations of its graph are counted.
-        kernel: Its gradients per step are counted.
-        num_moves: Steps of all chains at once, over the runs to come.
-
-    Returns:
-        Whether to compile.
-    """
-    graph, _ = density.graph_and_inputs(density.num_chains)
-    per_gradient = sum(node.op == "call_function" for node in graph.graph.nodes)
-    per_step = kernel.num_gradients * per_gradient + _KERNEL_OPERATIONS
-    saved = num_moves * per_step * _DISPATCH_SECONDS
-    return bool(saved > _COMPILE_SECONDS + per_step * _COMPILE_SECONDS_PER_OPERATION)
-
-
-# Measured on eight schools, L = 5: a step of 64 chains takes 6 microseconds less, of 1024 chains 25.
-_UNROLL_SECONDS_PER_OPERATION = 0.0065
-_UNROLLED_STEP_SAVES = 5e-6
-_UNROLLED_OPERATION_SAVES = 1e-11  # per chain
-
-
-def repays_unrolling(density: CapturedDensity, kernel: Kernel, num_moves: int) -> bool:
-    """Decides from counts whether a step taken apart saves more than compiling it costs besides.
-
-    Args:
-        density: The captured density.
-        kernel: Its gradients per step are counted.
-        num_moves: Steps of all chains at once, over the runs to come.
-
-    Returns:
-        Whether to unroll.
-    """
-    graph, _ = density.chain_graph_and_inputs()
-    operations = kernel.num_gradients * count_operations(graph)
-    if operations > UNROLL_UP_TO or density.example.device.type != "cpu":
-        return False
-    saved = _UNROLLED_STEP_SAVES + _UNROLLED_OPERATION_SAVES * operations * density.num_chains
-    return num_moves * saved > operations * _UNROLL_SECONDS_PER_OPERATION
-
-
-class _Path(Protocol):
-    @property
-    def kernel(self) -> Kernel: ...
-
-    @property
-    def num_steps(self) -> int: ...
-
-
-def with_loop(density: Any, path: _Path, compile: bool | str) -> Any:
-    """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
-
-    Args:
-        density: The captured density.
-        path: The kernel and the number of steps to come.
-        compile: As of :class:`~pyro_anneal.AnnealedImportance`.
-
-    Returns:
-        The density, or a :class:`LoopedDensity` of it.
-    """
-    if compile in (False, "density") or path.num_steps == 1:
-        return density
-    if compile == "auto" and (
-        density.mode in ("eager", "graph-loop")
-        or not repays_compilation(density, path.kernel, path.num_steps - 1)
-    ):
-        return density
-    problem = loop_problem(density, path.kernel)
-    if problem is not None:
-        if isinstance(density, CapturedDensity):
-            density.compile()
-        return LoopedDensity(density, problem)
-    unroll = compile == "unrolled" or (
-        compile == "auto" and repays_unrolling(density, path.kernel, path.num_steps - 1)
-    )
-    return LoopedDensity(density, unroll=unroll)
-
-
-def describe_mode(density: Any) -> str:
-    """Says how a density is evaluated: ``"graph"``, ``"compiled loop"``, ..."""
-    if isinstance(density, LoopedDensity) and density.loop_mode is not None:
-        return f"compiled {density.loop_mode}"
-    return str(density.mode)
-
-
-def loop_notes(density: Any) -> tuple[str, ...]:
-    """Says why a loop that was wanted could not be compiled."""
-    if isinstance(density, LoopedDensity) and density.loop_reason is not None:
-        return (f"the annealing loop could not be compiled ({density.loop_reason})",)
-    return ()
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,8 @@ from .budget import (
     weight_variance,
 )
 from .chains import Direction, Path, StepStatistics, TuningTable
-from .chunk_program import LoopedDensity, describe_mode, loop_notes, with_loop
+from .chunk_program import LoopedDensity
+from .compile_choice import describe_mode, loop_notes, with_loop
 from .fingerprints import describe, describe_problem, versions
 from .fluctuations import Pieces
 from .journal import Journal

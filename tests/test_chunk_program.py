@@ -13,19 +13,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_anneal import AnnealedImportance, chunk_program, matrix_products
+from pyro_anneal import AnnealedImportance, body_runners, chunk_program, matrix_products
 from pyro_anneal.capture import capture
 from pyro_anneal.chains import CHUNK_SIZE, Path, TuningTable, run_chains, seeded_generator
 from pyro_anneal.chains import _run_chunk as run_chunk
 from pyro_anneal.chains_last import Transposing, over_chains_last
 from pyro_anneal.chunk_graph import DensityGraphs, Layout, Shared, build_body
-from pyro_anneal.chunk_program import (
-    LoopedDensity,
-    loop_problem,
-    repays_compilation,
-    repays_unrolling,
-)
+from pyro_anneal.chunk_program import LoopedDensity
 from pyro_anneal.compilation import compiler_problem
+from pyro_anneal.compile_choice import loop_problem, repays_compilation, repays_unrolling
 from pyro_anneal.graph_folding import shapes_to_literals, simplify
 from pyro_anneal.kernels import HMC, RandomWalk
 from pyro_anneal.problem import prepare
@@ -393,7 +389,7 @@ def test_without_loops_one_step_is_compiled(monkeypatch):
     def no_loop(*args):
         raise NotImplementedError("an operation not in loops")
 
-    monkeypatch.setattr(chunk_program, "_as_loop", no_loop)
+    monkeypatch.setattr(chunk_program, "as_loop", no_loop)
     monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
     density, position = schools()
     tuning = lopsided_tuning(position[0], step=0.5)
@@ -439,8 +435,10 @@ def test_a_kernel_that_looks_at_beta_runs_step_by_step():
 
 def test_a_kernel_that_changes_between_calls_is_found_out(monkeypatch):
     def interpreted(body, *args):  # the check does not need a compiler
-        run = chunk_program._step_by_step
-        monkeypatch.setattr(chunk_program, "compile_with_inductor", lambda graph, inputs: graph)
+        run = body_runners.step_by_step
+        monkeypatch.setattr(
+            body_runners, "compile_with_inductor", lambda graph, inputs, **_: graph
+        )
         example = chunk_program._arguments(
             body, args[0], *[torch.zeros_like(args[0].log_base) for _ in range(2)],
             type(args[2])(*(column[:1] for column in args[2])), [args[1]],
@@ -481,7 +479,7 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    for module in ("chunk_program", "capture"):
+    for module in ("compile_choice", "capture"):
         monkeypatch.setattr(f"pyro_anneal.{module}.compiler_problem", lambda device: "no g++")
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(torch.tensor(2.0))

@@ -25,7 +25,8 @@ import torch
 from pyro_anneal import chunk_program
 from pyro_anneal.chains import Path as AnnealingPath
 from pyro_anneal.chains import TuningTable, run_chains
-from pyro_anneal.chunk_graph import DensityGraphs, StepTable
+from pyro_anneal.chunk_graph import DensityGraphs
+from pyro_anneal.chunk_layout import StepTable
 from pyro_anneal.chunk_program import LoopedDensity
 from pyro_anneal.kernels import HMC
 from pyro_anneal.problem import prepare

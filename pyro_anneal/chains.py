@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .chunk_graph import StepTable
+from .chunk_layout import StepTable
 from .chunk_program import LoopedDensity
 from .kernels import Density, Kernel, State, Tuning
 from .randomness import seeded_generator

@@ -19,37 +19,32 @@ import torch
 from torch import Tensor, fx
 
 from .chains_last import Transposing, over_chains_last
+from .chunk_layout import (
+    Layout,
+    Shared,
+    StepTable,
+    Template,
+    by_dtype,
+    pack,
+    padded_lanes,
+    store_table,
+    unpack,
+)
 from .graph_folding import simplify
 from .graph_passes import lift_constants
 from .graphs import flat_graph
 from .kernels import Kernel, State, Tuning
 from .matrix_products import right_operands
-from .repetition import ComputeOnce, WrittenTo, narrowed, repeated_dims
+from .repetition import ComputeOnce, WrittenTo
 from .step_statistics import in_one_pass, in_passes, last_mean, new_table, with_column
 from .unrolled import CannotUnroll, count_operations, over_chains_unrolled
 
-__all__ = ["UNROLL_UP_TO", "Body", "DensityGraphs", "Layout", "StepTable", "build_body"]
+__all__ = ["UNROLL_UP_TO", "Body", "DensityGraphs", "build_body"]
 
 # Fewer chains than a vector register holds waste most of it.
 _CHAINS_LAST_FROM = 8
-# Shared tensors up to this size are packed into one buffer.
-_PACK_UP_TO = 4096
-# With chains first, a short row that repeats would split one long loop into loops over its length:
-# it is stored as often as it repeats, unless that takes too many numbers.
-_SHORT_ROW = 64
-_STORE_REPEATED_UP_TO = 2**18
 # Operations of a step, element by element; inductor takes some 5 milliseconds for each.
 UNROLL_UP_TO = 4000
-
-
-class StepTable(NamedTuple):
-    """What changes from step to step apart from the noise, one row per step."""
-
-    beta: Tensor  # [n], of the position's dtype
-    step_size: Tensor  # [n, *batch]
-    scale: Tensor  # [n, *batch, D]
-    width: Tensor  # beta_t - beta_{t-1} of the increment after the move, float64, [n]
-    quadrature: Tensor  # weight of the state after the move in the integral over beta, [n]
 
 
 class DensityGraphs(NamedTuple):
@@ -57,128 +52,6 @@ class DensityGraphs(NamedTuple):
 
     one_chain: tuple[fx.GraphModule, list[Tensor]]
     all_chains: tuple[fx.GraphModule, list[Tensor]]
-
-
-class Template(NamedTuple):
-    """Shape without the dimension of chains last, and dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Shared(NamedTuple):
-    """How a tensor that all chains and steps share is stored: nothing twice but short rows."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    repeated: tuple[int, ...]  # dimensions along which one number repeats
-    transposed: bool  # columns of a matrix as rows
-
-    @classmethod
-    def of(cls, tensor: Tensor, *, transposed: bool, chains_last: bool) -> Shared:
-        """Describes a tensor."""
-        repeated = repeated_dims(tensor)
-        if repeated and not chains_last and tensor.dim() - 1 not in repeated:
-            is_short = tensor.shape[-1] < _SHORT_ROW and tensor.numel() <= _STORE_REPEATED_UP_TO
-            repeated = () if is_short else repeated
-        return cls(tuple(tensor.shape), tensor.dtype, repeated, transposed and not repeated)
-
-    @property
-    def stored_shape(self) -> torch.Size:
-        """Shape without repetitions."""
-        sizes = enumerate(self.shape)
-        stored = [1 if dim in self.repeated else size for dim, size in sizes]
-        return torch.Size(stored[::-1] if self.transposed else stored)
-
-    @property
-    def small(self) -> bool:
-        """Whether it is packed with others."""
-        return self.stored_shape.numel() <= _PACK_UP_TO
-
-    def store(self, tensor: Tensor) -> Tensor:
-        """Drops repetitions."""
-        tensor = narrowed(tensor, self.repeated)
-        return tensor.mT if self.transposed else tensor
-
-    def load(self, stored: Tensor) -> Tensor:
-        """Inverts :meth:`store`."""
-        stored = stored.reshape(self.stored_shape)
-        return stored.mT if self.transposed else stored.expand(self.shape)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How tensors are stored between steps.
-
-    Attributes:
-        last: Whether chains are the last dimension, and tensors of one dtype share a buffer.
-        unrolled: Whether, moreover, tensors are taken apart into vectors over chains.
-        count: Number K of chains.
-        lanes: Columns of a buffer with chains last. Those after K repeat the first chains.
-        carried: State, log-weights and integral, one chain each if chains are last.
-        noise: Likewise, the noise of one step.
-        shared: What all chains and steps share.
-    """
-
-    last: bool
-    unrolled: bool
-    count: int
-    lanes: int
-    carried: tuple[Template, ...]
-    noise: tuple[Template, ...]
-    shared: tuple[Shared, ...]
-
-    def store(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Turns tensors with chains first into what a loop carries."""
-        if not self.last:
-            return [tensor.contiguous() for tensor in tensors]
-        lanes = [[self._filled(tensor.movedim(0, -1))] for tensor in tensors]
-        return _pack(lanes, self.lanes)
-
-    def load(self, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Turns what a loop carried into tensors with chains first."""
-        if not self.last:
-            return list(buffers)
-        tensors = _unpack(buffers, self.carried, self.lanes)
-        return [tensor[..., : self.count].movedim(-1, 0).contiguous() for tensor in tensors]
-
-    def _filled(self, tensor: Tensor) -> Tensor:
-        """Repeats the first of K chains in the lanes after them."""
-        if self.lanes == self.count:
-            return tensor
-        return torch.cat([tensor, tensor[..., : self.lanes - self.count]], -1)
-
-    def store_noise(self, steps: Sequence[Sequence[Tensor]], size: int) -> list[Tensor]:
-        """Turns the noise of several steps into tables of ``size`` rows, one per step."""
-        parts = [torch.stack(part) for part in zip(*steps, strict=True)]
-        if not self.last:
-            return [_padded(part, size) for part in parts]
-        tables = []
-        for group in _by_dtype([template.dtype for template in self.noise]):
-            rows = [parts[i].movedim(1, -1).reshape(len(steps), -1, self.count) for i in group]
-            table = rows[0].new_zeros(size, sum(x.shape[1] for x in rows), self.lanes)
-            filled = table[: len(steps)]
-            torch.cat(rows, 1, out=filled[..., : self.count])
-            filled[..., self.count :] = filled[..., : self.lanes - self.count]
-            tables.append(table)
-        return tables
-
-    def store_shared(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Packs the small ones of the tensors that all chains share."""
-        pairs = list(zip(self.shared, tensors, strict=True))
-        small = [[how.store(tensor)] for how, tensor in pairs if how.small]
-        return [
-            *_pack(small, 1),
-            *(how.store(tensor).contiguous() for how, tensor in pairs if not how.small),
-        ]
-
-    def load_shared(self, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Inverts :meth:`store_shared`."""
-        small = [Template(how.stored_shape, how.dtype) for how in self.shared if how.small]
-        packed = len(_by_dtype([template.dtype for template in small]))
-        unpacked = iter(_unpack(buffers[:packed], small, 1))
-        large = iter(buffers[packed:])
-        return [how.load(next(unpacked if how.small else large)) for how in self.shared]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,59 +76,7 @@ class Body:
         """Number of tensors that one step hands to the next, the index among them."""
         if not self.layout.last:
             return 2 + len(self.layout.carried)
-        return 2 + len(_by_dtype([template.dtype for template in self.layout.carried]))
-
-
-def _lanes(count: int, item_size: int) -> int:
-    """Widens rows that begin at the same places of the processor's cache, by one line of it."""
-    return count + 64 // item_size if count * item_size % 2048 == 0 else count
-
-
-def _by_dtype(dtypes: Sequence[torch.dtype]) -> list[list[int]]:
-    groups: dict[torch.dtype, list[int]] = {}
-    for index, dtype in enumerate(dtypes):
-        groups.setdefault(dtype, []).append(index)
-    return list(groups.values())
-
-
-def _pack(tensors: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:
-    """Joins tensors of one dtype, each in parts ``[*shape, count]``, into ``[rows, count]``."""
-    groups = _by_dtype([parts[0].dtype for parts in tensors])
-    return [
-        torch.cat([part.reshape(-1, count) for i in group for part in tensors[i]])
-        for group in groups
-    ]
-
-
-def _unpack(buffers: Sequence[Tensor], templates: Sequence[Template], count: int) -> list[Tensor]:
-    tensors: dict[int, Tensor] = {}
-    groups = _by_dtype([template.dtype for template in templates])
-    for buffer, group in zip(buffers, groups, strict=True):
-        row = 0
-        for index in group:
-            shape = templates[index].shape
-            rows = torch.Size(shape).numel()
-            tensors[index] = buffer[row : row + rows].reshape(*shape, count)
-            row += rows
-    return [tensors[index] for index in range(len(templates))]
-
-
-def _padded(tensor: Tensor, size: int) -> Tensor:
-    if len(tensor) == size:
-        return tensor.contiguous()
-    table = tensor.new_zeros(size, *tensor.shape[1:])
-    table[: len(tensor)] = tensor
-    return table
-
-
-def store_table(table: StepTable, size: int) -> list[Tensor]:
-    """Packs a table of steps into one tensor per dtype, ``[size, columns]``."""
-    count = len(table.beta)
-    tuning = [table.beta, table.step_size, table.scale]
-    return [
-        _padded(torch.cat([part.reshape(count, -1) for part in parts], 1), size)
-        for parts in (tuning, [table.width, table.quadrature])
-    ]
+        return 2 + len(by_dtype([template.dtype for template in self.layout.carried]))
 
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -358,7 +179,7 @@ def _build(
         last,
         unrolled,
         count,
-        _lanes(count, state.position.element_size()) if unrolled else count,
+        padded_lanes(count, state.position.element_size()) if unrolled else count,
         tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
         tuple(_template(x, drop_chains=last) for x in noise),
         tuple(
@@ -396,8 +217,8 @@ def _body_function(
     """Wraps one step into reading rows of tables, weighing, and taking statistics."""
     num_carried = len(layout.carried)
     dtypes = [template.dtype for template in layout.carried]
-    num_buffers = len(_by_dtype(dtypes)) if layout.last else num_carried
-    noise_groups = _by_dtype([template.dtype for template in layout.noise])
+    num_buffers = len(by_dtype(dtypes)) if layout.last else num_carried
+    noise_groups = by_dtype([template.dtype for template in layout.noise])
     num_noise = len(noise_groups) if layout.last else len(layout.noise)
     evaluate = over_chains_unrolled if layout.unrolled else _over_chains_last
 
@@ -416,8 +237,8 @@ def _body_function(
         row = _split_row(at_index(tuning), tuning_shapes)
         width, weight = at_index(quadrature).unbind(0)
         if layout.last:
-            *state, log_weights, integral = _unpack(buffers, layout.carried, layout.lanes)
-            parts = _unpack(noise, layout.noise, layout.lanes)
+            *state, log_weights, integral = unpack(buffers, layout.carried, layout.lanes)
+            parts = unpack(noise, layout.noise, layout.lanes)
             each = [part.unsqueeze(0) for part in (*state, *parts)]
             outputs = evaluate(step, each, [*row, *values])
         else:
@@ -438,7 +259,7 @@ def _body_function(
             seen = in_passes(ratio, accepted, diverged, chain_dim=chain_dim)
         carried = [*new, [log_weights + width * ratio], [integral + weight * ratio]]
         typed = [[x.to(t) for x in parts] for parts, t in zip(carried, dtypes, strict=True)]
-        packed = _pack(typed, layout.lanes) if layout.last else [x.contiguous() for (x,) in typed]
+        packed = pack(typed, layout.lanes) if layout.last else [x.contiguous() for (x,) in typed]
         return (index + 1, *packed, with_column(statistics, index, seen))
 
     num_step_inputs = sum(node.op == "placeholder" for node in step.graph.nodes)

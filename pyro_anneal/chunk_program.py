@@ -21,13 +21,8 @@ from torch import Tensor
 
 from .body_runners import Run, as_cuda_graph, as_loop, step_by_step
 from .capture import CapturedDensity
-from .chunk_graph import (
-    Body,
-    DensityGraphs,
-    StepTable,
-    build_body,
-    store_table,
-)
+from .chunk_graph import Body, DensityGraphs, build_body
+from .chunk_layout import StepTable, store_table
 from .kernels import Kernel, State, Tuning
 from .repetition import repeated_dims
 from .step_statistics import new_table

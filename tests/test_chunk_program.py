@@ -18,7 +18,8 @@ from pyro_anneal.capture import capture
 from pyro_anneal.chains import CHUNK_SIZE, Path, TuningTable, run_chains, seeded_generator
 from pyro_anneal.chains import _run_chunk as run_chunk
 from pyro_anneal.chains_last import Transposing, over_chains_last
-from pyro_anneal.chunk_graph import DensityGraphs, Layout, Shared, build_body
+from pyro_anneal.chunk_graph import DensityGraphs, build_body
+from pyro_anneal.chunk_layout import Layout, Shared, StepTable
 from pyro_anneal.chunk_program import LoopedDensity
 from pyro_anneal.compilation import compiler_problem
 from pyro_anneal.compile_choice import loop_problem, repays_compilation, repays_unrolling
@@ -563,8 +564,6 @@ def test_a_step_waits_for_nothing(kernel, num_chains):
 
 
 def _table(position):
-    from pyro_anneal.chunk_graph import StepTable
-
     batch = position.shape[1:-1]
     one = torch.ones(1, dtype=torch.float64)
     return StepTable(

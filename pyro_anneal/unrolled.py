@@ -200,11 +200,16 @@ class _Interpreter(fx.Interpreter):
 Rule = Callable[[_Interpreter, tuple[Any, ...]], Any]
 _MOVES: dict[Any, Rule] = {}  # no arithmetic
 _SUMS: dict[Any, Rule] = {}
-_ELEMENTWISE = (  # not tagged as such
+_ELEMENTWISE = (  # not tagged as such, or only by later versions of torch
+    aten.elu.default,
     aten.elu_backward.default,
+    aten.hardtanh.default,
     aten.hardtanh_backward.default,
+    aten.leaky_relu.default,
     aten.leaky_relu_backward.default,
+    aten.mish.default,
     aten.mish_backward.default,
+    aten.softplus.default,
     aten.softplus_backward.default,
     aten.special_ndtr.default,
 )

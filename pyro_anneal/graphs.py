@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_innermost_proxy_mode,
@@ -206,6 +206,15 @@ def evaluate_or_nan(function: LogDensities, position: Tensor, *, strict: bool = 
     return nan, nan, zero, zero
 
 
+def _sources_when_called() -> AbstractContextManager[Any]:
+    """Makes the source of recorded graphs when they are first called, where torch can."""
+    try:
+        from torch.fx._lazy_graph_module import _use_lazy_graph_module
+    except ImportError:
+        return nullcontext()
+    return _use_lazy_graph_module(True)
+
+
 def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Records aten operations with make_fx, under one fake mode.
 
@@ -224,7 +233,7 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
 
     try:
         fakes = FakeTensorMode(allow_fallback_kernels=True)
-        with tracing(TracingContext(fakes)), _use_lazy_graph_module(True):
+        with tracing(TracingContext(fakes)), _sources_when_called():
             return make_fx(noted)(*inputs)
     finally:
         for tracer in tracers:

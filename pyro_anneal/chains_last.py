@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .graph_folding import RESHAPES
+
 __all__ = ["Transposing", "over_chains_last"]
 
 aten = torch.ops.aten
@@ -170,15 +172,7 @@ def _reduce(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tens
     return result
 
 
-@_rule(
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.view.default,
-)
+@_rule(*RESHAPES)
 def _reshape(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
     tensor: Tensor = args[0].tensor
     return tensor.reshape(*shape, count)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["fold_uniform", "shapes_to_literals", "simplify"]
+__all__ = ["RESHAPES", "fold_uniform", "shapes_to_literals", "simplify"]
 
 aten = torch.ops.aten
 
@@ -19,16 +19,20 @@ _COPIES = (
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 )
-# These only change the shape: of a uniform tensor they make a uniform tensor.
-_RESHAPES = (
-    aten.expand.default,
-    aten.view.default,
+# These only change the shape, and keep elements and their order.
+RESHAPES = (
     aten._unsafe_view.default,
     aten.reshape.default,
-    aten.unsqueeze.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.view.default,
+)
+# Of a uniform tensor these make a uniform tensor.
+_MOVES = (
+    *RESHAPES,
+    aten.expand.default,
     aten.select.int,
     aten.slice.Tensor,
     aten.t.default,
@@ -104,7 +108,7 @@ def fold_uniform(graph: fx.GraphModule, device: torch.device) -> None:
         args: Any = node.args
         if node.target is aten.full.default:
             uniform[node] = args[1]
-        elif node.target in _RESHAPES and args[0] in uniform:
+        elif node.target in _MOVES and args[0] in uniform:
             new = _full(node, uniform[args[0]], device)
             uniform[new] = uniform[args[0]]
             _replace(node, new)

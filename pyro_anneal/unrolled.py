@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .graph_folding import RESHAPES
+
 __all__ = ["CannotUnroll", "count_operations", "over_chains_unrolled"]
 
 aten = torch.ops.aten
@@ -230,16 +232,7 @@ def _given(args: tuple[Any, ...], *defaults: Any) -> tuple[Any, ...]:
     return (*args, *defaults[len(args) :])
 
 
-@_rule(
-    _MOVES,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.view.default,
-)
+@_rule(_MOVES, *RESHAPES)
 def _reshape(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
     source = _elements(args[0])
     return _Elements(source.array.reshape(tuple(self.value.shape)), source.dtype)

@@ -54,7 +54,7 @@ def lopsided_tuning(example, step=0.15):
     return TuningTable(knots, log_step, torch.stack([ramp * (1 + k) / 4 for k in range(4)]))
 
 
-def both(density, position, path, direction="forward", *, mode="loop", unroll=False):
+def assert_both_agree(density, position, path, direction="forward", *, mode="loop", unroll=False):
     """Runs step by step and compiled, and compares everything."""
     state = density(position)
     kept = [part.clone() for part in state]
@@ -100,13 +100,13 @@ def test_the_loop_gives_the_numbers_of_single_steps(monkeypatch):
     for num_steps in (2, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 37):
         for direction in ("forward", "reverse"):
             path = Path(Power(2.0)(num_steps), HMC(1), tuning)
-            both(density, position, path, direction)
+            assert_both_agree(density, position, path, direction)
     assert len(compilations) == 1
     # other data, another density object: the same program
     other, position = prepared(
         cases.eight_schools, torch.tensor(cases.SCHOOLS_Y) + 3.0, torch.tensor(cases.SCHOOLS_SIGMA)
     )
-    both(other, position, path)
+    assert_both_agree(other, position, path)
     assert len(compilations) == 1
     # a chunk repeated from its start, as after an interruption
     state = other(position)
@@ -138,7 +138,7 @@ def test_the_compiled_loop_is_unbiased():
     density = capture(function, torch.zeros(1, dtype=torch.float64), num_chains=20_000)
     position = torch.randn(20_000, 1, dtype=torch.float64)
     path = Path(Power(1.3)(8), RandomWalk(), TuningTable.constant(0.7, position[0]))
-    carry, _ = both(density, position, path)
+    carry, _ = assert_both_agree(density, position, path)
     weights = (carry.log_weights - 0.7).exp()
     error = weights.std() / math.sqrt(len(weights))
     assert float(error) < 0.02
@@ -225,7 +225,9 @@ def test_models_agree_in_the_loop(name):
     density, position = MODELS[name]()
     tuning = lopsided_tuning(position[0], step=1.5 if name == "covariance" else 0.3)
     for direction, num_steps in (("forward", 130), ("reverse", 57)):
-        both(density, position, Path(Power(2.0)(num_steps), HMC(2), tuning), direction)
+        assert_both_agree(
+            density, position, Path(Power(2.0)(num_steps), HMC(2), tuning), direction
+        )
 
 
 @needs_compiler
@@ -241,7 +243,7 @@ def test_models_agree_unrolled(name, monkeypatch):
     tuning = lopsided_tuning(position[0], step=1.5 if name == "covariance" else 0.3)
     for direction, num_steps in (("forward", 130), ("reverse", 57)):
         path = Path(Power(2.0)(num_steps), HMC(2), tuning)
-        both(density, position, path, direction, unroll=True)
+        assert_both_agree(density, position, path, direction, unroll=True)
     unrolled = name in ("schools", "hierarchical", "plates in a batch", "dynamic support")
     assert [layout.unrolled for layout in layouts] == [unrolled]
 
@@ -252,7 +254,7 @@ def test_models_agree_unrolled(name, monkeypatch):
 def test_few_chains_stay_first(num_chains):
     density, position = schools(num_chains)
     tuning = lopsided_tuning(position[0], step=1.0)
-    both(density, position, Path(Power(2.0)(120), HMC(2), tuning))
+    assert_both_agree(density, position, Path(Power(2.0)(120), HMC(2), tuning))
 
 
 @needs_compiler
@@ -261,7 +263,7 @@ def test_noise_that_does_not_fit_comes_in_smaller_pieces(monkeypatch):
     density, position = schools()
     monkeypatch.setattr(chunk_program, "_NOISE_LIMIT", 7 * 9 * 12 + 5)  # 7 steps
     tuning = lopsided_tuning(position[0], step=0.5)
-    both(density, position, Path(Power(2.0)(130), HMC(1), tuning))
+    assert_both_agree(density, position, Path(Power(2.0)(130), HMC(1), tuning))
 
 
 @needs_compiler
@@ -394,7 +396,7 @@ def test_without_loops_one_step_is_compiled(monkeypatch):
     monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
     density, position = schools()
     tuning = lopsided_tuning(position[0], step=0.5)
-    both(density, position, Path(Power(2.0)(130), HMC(1), tuning), mode="step")
+    assert_both_agree(density, position, Path(Power(2.0)(130), HMC(1), tuning), mode="step")
 
 
 @dataclass(frozen=True)
@@ -711,5 +713,5 @@ def test_a_step_is_captured_as_a_cuda_graph():
     density = capture(function, example, num_chains=32)
     position = torch.randn(32, 3, dtype=torch.float64, device="cuda")
     path = Path(Power(1.3)(250), HMC(2), TuningTable.constant(0.4, example))
-    both(density, position, path, mode="cuda-graph")
-    both(density, position, path, "reverse", mode="cuda-graph")
+    assert_both_agree(density, position, path, mode="cuda-graph")
+    assert_both_agree(density, position, path, "reverse", mode="cuda-graph")

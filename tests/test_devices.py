@@ -162,7 +162,7 @@ class TestTensorsAreMadeOnTheDataDevice:
             assert theirs.device == X.device
             assert torch.equal(ours, theirs)
 
-    def both(self, compute, compute_at_home=None):
+    def assert_both_agree(self, compute, compute_at_home=None):
         """Computes at home and with another default device; the numbers must be the same."""
         pyro.set_rng_seed(0)
         numbers = (compute_at_home or compute)()
@@ -187,7 +187,9 @@ class TestTensorsAreMadeOnTheDataDevice:
         def compute():
             return numbers(AnnealedImportance(model, guide, **OPTIONS).run(X))
 
-        self.both(compute, (lambda: numbers(at_home(model, HMC())[0])) if guide is None else None)
+        self.assert_both_agree(
+            compute, (lambda: numbers(at_home(model, HMC())[0])) if guide is None else None
+        )
 
     @pytest.mark.parametrize(
         "options",
@@ -205,7 +207,7 @@ class TestTensorsAreMadeOnTheDataDevice:
             run = AnnealedImportance(rows, rows_guide, **(OPTIONS | options)).run(X)
             return run.lower, run.resample(5, seed=1)["z"]
 
-        self.both(compute)
+        self.assert_both_agree(compute)
 
     def test_sandwiches_and_reverse_runs(self):
         def compute():
@@ -219,7 +221,7 @@ class TestTensorsAreMadeOnTheDataDevice:
                 *(reverse.upper, information.lower, information.upper),
             )
 
-        self.both(compute)
+        self.assert_both_agree(compute)
 
     def test_comparisons(self):
         def compute():
@@ -228,7 +230,7 @@ class TestTensorsAreMadeOnTheDataDevice:
             assert repr(table)
             return table.bayes_factor_std_errors, table.log_bayes_factors
 
-        self.both(compute)
+        self.assert_both_agree(compute)
 
     @pytest.mark.parametrize(
         "loss",
@@ -250,4 +252,4 @@ class TestTensorsAreMadeOnTheDataDevice:
         def compute():
             return (torch.tensor(loss.loss(rows, rows_guide, X), device="cpu"),)
 
-        self.both(compute)
+        self.assert_both_agree(compute)

@@ -20,7 +20,7 @@ from pyro_anneal import AnnealedImportance
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "budget.json"
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 PRIOR = ("E02 radiata M1", "E08 pima-768", "E18 eight schools", "E24 turtles", "E40 cox M=10")
 FITTED = ("E08 pima-768", "E12 ionosphere", "E18 eight schools", "E26 hierarchical", "E34 sblri")
 STARTS = [(name, "prior") for name in PRIOR] + [(name, "auto") for name in FITTED]

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 from pyro_anneal import HMC, Linear
-from pyro_anneal.chains import Path as AnnealingPath
-from pyro_anneal.chains import TuningTable, run_chains
+from pyro_anneal.chains.loop import Path as AnnealingPath
+from pyro_anneal.chains.loop import TuningTable, run_chains
 from pyro_anneal.kernels import State, Tuning
-from pyro_anneal.problem import prepare
+from pyro_anneal.problems.problem import prepare
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 PAPER_HOURS, PAPER_STEPS, PAPER_LEAPFROGS = 8.0, 30_000, 20

@@ -1,4 +1,4 @@
-"""Error and flags of every start on the hard problems of ``tests/hard_problems.py``.
+"""Error and flags of every start on the hard problems of ``tests/helpers/hard_problems.py``.
 
 Run as ``python benchmarks/hard_cases.py [--only NAME] [--starts default prior ...]``; prints the
 table of ``docs/hard_cases.md`` and merges into ``benchmarks/results/hard_cases.json``.
@@ -16,7 +16,7 @@ from pyro_anneal import AnnealedImportance
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "hard_cases.json"
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 
 STARTS = {
     "default": {"guide": "auto", "num_chains": 32},

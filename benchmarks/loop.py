@@ -22,14 +22,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_anneal import chunk_program
-from pyro_anneal.chains import Path as AnnealingPath
-from pyro_anneal.chains import TuningTable, run_chains
-from pyro_anneal.chunk_graph import DensityGraphs
-from pyro_anneal.chunk_layout import StepTable
-from pyro_anneal.chunk_program import LoopedDensity
+from pyro_anneal.chains.loop import Path as AnnealingPath
+from pyro_anneal.chains.loop import TuningTable, run_chains
+from pyro_anneal.compiled import program as chunk_program
+from pyro_anneal.compiled.program import LoopedDensity
+from pyro_anneal.compiled.step_graph import DensityGraphs
+from pyro_anneal.compiled.storage import StepTable
 from pyro_anneal.kernels import HMC
-from pyro_anneal.problem import prepare
+from pyro_anneal.problems.problem import prepare
 from pyro_anneal.schedules import Linear
 
 RESULTS = Path(__file__).parent / "results" / "loop.json"

@@ -33,7 +33,7 @@ from pyro_anneal import HMC, AnnealedImportance, AnnealingWarning, Linear
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "races.json"
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "helpers")]
 
 ROWS, CHAINS, GRADIENTS = 100, 16, 2000
 PEER_ROWS = 20  # of the gaps: theirs are large against their standard errors

@@ -1,15 +1,22 @@
 """Certified bounds on log evidence and mutual information for any Pyro model."""
 
+from . import datasets, eim, losses, mi
 from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
-from .comparison import Comparison, compare
-from .diagnostics import AnnealingWarning, Diagnostic
-from .information import MutualInformation
+from .chains.pilot import Pilot
 from .kernels import HMC, Kernel, RandomWalk
-from .pilot import Pilot
-from .results import AnnealedRun, Estimate, Sandwich
+from .results import (
+    AnnealedRun,
+    AnnealingWarning,
+    Comparison,
+    Diagnostic,
+    Estimate,
+    EvidenceOfBatches,
+    MutualInformation,
+    Sandwich,
+    compare,
+)
 from .schedules import Linear, LogUniform, Power, Schedule, Sigmoid
-from .streaming import EvidenceOfBatches
 
 __all__ = [
     "HMC",
@@ -32,5 +39,9 @@ __all__ = [
     "Sigmoid",
     "__version__",
     "compare",
+    "datasets",
+    "eim",
     "log_evidence",
+    "losses",
+    "mi",
 ]

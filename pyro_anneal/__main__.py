@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import __version__
 from .demo import DemoOutcome, plot_demo, run_demo
-from .diagnostics import AnnealingWarning
+from .results import AnnealingWarning
 
 
 def _mean(values: Tensor) -> str:

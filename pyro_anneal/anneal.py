@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from . import diagnostics
 from .arguments import (
     as_count,
     as_flag,
@@ -21,19 +20,22 @@ from .arguments import (
     check_kernel,
     check_step_size,
 )
-from .fingerprints import describe, describe_arguments
-from .information import MutualInformation
-from .journal import Journal, keep_journal
+from .chains.pilot import Pilot
+from .diagnostics import checks as diagnostics
 from .kernels import HMC, Kernel
-from .pairs import simulate_pairs
-from .pilot import Pilot
-from .problem import Guide
-from .results import AnnealedRun, Sandwich, check_names
-from .runs import Frozen, Settings, forward, freeze, pack_samples, reverse
+from .models.simulation import Arguments, MakeArgs
+from .persistence.fingerprints import describe, describe_arguments
+from .persistence.journal import Journal, keep_journal
+from .problems.problem import Guide
+from .results.batches import EvidenceOfBatches
+from .results.mutual_information import MutualInformation
+from .results.run import AnnealedRun
+from .results.sandwich import Sandwich, check_names
+from .runs.batches import as_arguments, run_batches
+from .runs.pairs import simulate_pairs
+from .runs.run import Frozen, Settings, forward, freeze, pack_samples, reverse
+from .runs.scout import scout_run
 from .schedules import Schedule, as_betas
-from .scout import scout_run
-from .simulation import Arguments, MakeArgs
-from .streaming import EvidenceOfBatches, as_arguments, run_batches
 
 __all__ = ["AnnealedImportance", "log_evidence"]
 

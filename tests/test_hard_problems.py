@@ -10,9 +10,9 @@ from hard_problems import HARD_PROBLEMS
 from torch.distributions import constraints
 
 from pyro_anneal import AnnealedImportance, AnnealingWarning
-from pyro_anneal.coordinates import bijection, hierarchical_sites, noncentred
-from pyro_anneal.inspection import inspect_model
-from pyro_anneal.model_density import ModelDensity
+from pyro_anneal.models.coordinates import bijection, hierarchical_sites, noncentred
+from pyro_anneal.models.density import ModelDensity
+from pyro_anneal.models.inspection import inspect_model
 
 TOLERANCE = 0.2  # nats
 FAST = (

@@ -13,9 +13,9 @@ from paths import lopsided, lopsided_gaussian
 from transitions import AdaptingHMC, CachedMixtureHMC, GibbsScan, MetropolisScan
 
 from pyro_anneal import bounds
-from pyro_anneal.chains import Path, TuningTable, run_chains, seeded_generator
+from pyro_anneal.chains.loop import Path, TuningTable, run_chains, seeded_generator
+from pyro_anneal.chains.pilot import Pilot, adaptive_betas, run_pilot
 from pyro_anneal.kernels import HMC, RandomWalk
-from pyro_anneal.pilot import Pilot, adaptive_betas, run_pilot
 from pyro_anneal.schedules import Linear, LogUniform, Power, Sigmoid
 
 NUM_CHAINS = 3

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pyro_anneal import Linear, LogUniform, Power, Sigmoid, bounds
-from pyro_anneal.inspection import inspect_model
-from pyro_anneal.model_density import ModelDensity
+from pyro_anneal.models.density import ModelDensity
+from pyro_anneal.models.inspection import inspect_model
 from pyro_anneal.schedules import as_betas
 from pyro_anneal.weights import (
     effective_sample_size,

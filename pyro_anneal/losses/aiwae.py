@@ -11,13 +11,20 @@ from pyro import poutine
 from torch import Tensor
 
 from ..arguments import as_count, as_real
-from ..chains import Path, TuningTable, run_chains, seeded_generator
+from ..chains.loop import Path, TuningTable, run_chains, seeded_generator
 from ..kernels import HMC, State, Tuning
 from ..schedules import Linear, as_betas
 from ..weights import log_mean_exp, log_normalized_weights
-from .annealing import FixedBatch, Prepared, ProblemCache, pack_draws, particle_values, unrecorded
 from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero, require_pathwise
 from .particles import Particles, collect
+from .problem_cache import (
+    FixedBatch,
+    Prepared,
+    ProblemCache,
+    pack_draws,
+    particle_values,
+    unrecorded,
+)
 from .traces import Arguments, Gates, run_guide
 
 __all__ = ["AIWAE"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_count, as_real
-from ..densities import PathDensity
+from ..problems.bases import PathDensity
 from ..weights import log_mean_exp
-from .annealing import ProblemCache, pack_draws
 from .base import Evaluation, ParticleELBO, require_pathwise
 from .particles import collect
+from .problem_cache import ProblemCache, pack_draws
 from .traces import Arguments
 
 __all__ = ["DifferentiableAIS"]

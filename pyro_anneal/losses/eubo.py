@@ -13,8 +13,14 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..arguments import as_count
-from ..autoguides import auxiliary_values, check_guide, derived_sites, is_autoguide, sees_arguments
-from ..simulation import MakeArgs, Simulation, guide_arguments, simulate
+from ..models.autoguides import (
+    auxiliary_values,
+    check_guide,
+    derived_sites,
+    is_autoguide,
+    sees_arguments,
+)
+from ..models.simulation import MakeArgs, Simulation, guide_arguments, simulate
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero
 from .iwae import score_weights

@@ -29,7 +29,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-from ..sites import base_distribution, latent_sites, sum_to_batch
+from ..models.sites import base_distribution, latent_sites, sum_to_batch
 from .scales import Scales, same_scale
 from .traces import Gates, Run, Site, density_sites
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sites import sum_to_batch
+from ..models.sites import sum_to_batch
 from .traces import Run, Site, density_sites
 
 __all__ = ["Scales", "same_scale"]

@@ -16,8 +16,8 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from ..arguments import check_function
-from ..sites import base_distribution, is_deterministic, latent_sites
-from ..trace_checks import explained
+from ..models.checks import explained
+from ..models.sites import base_distribution, is_deterministic, latent_sites
 
 __all__ = ["Arguments", "EnumerationNeeded", "Gates", "Run", "Site", "density_sites", "run_guide"]
 

@@ -10,16 +10,16 @@ Source: Brekelmans et al. (2022), *Improving Mutual Information Estimation with 
 Energy-Based Bounds*.
 """
 
-from ..information import MutualInformation
-from .annealed import AIS
+from ..results.mutual_information import MutualInformation
+from .ais import AIS
 from .base import Bound
+from .contrastive import MINE_DV, MINE_F, InfoNCE
 from .critics import ConcatCritic, Critic, RelativeCritic, SeparableCritic, pairwise_scores
 from .importance import IWAE, RIWAE, StructuredInfoNCE
 from .joints import DistributionJoint, Joint
 from .mine_ais import MINEAIS
 from .plotting import plot_bounds, plot_bounds_against_time, plot_decomposition
 from .pyro_joint import PyroJoint
-from .samples import MINE_DV, MINE_F, InfoNCE
 from .variational import GIWAE, BarberAgakov
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_count, check_function
-from ..information import MutualInformation
+from ..results.mutual_information import MutualInformation
 from .guides import Conditional, condition_on
 from .joints import Joint, Knowledge
 from .pyro_joint import as_joint

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .bijections import Bijection
-from .layouts import Layout, sample_sites, site_bijection
+from .packing import Layout, sample_sites, site_bijection
 from .pyro_joint import PyroJoint
 
 __all__ = ["Conditional", "condition_on"]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_count
+from ..chains.pilot import Pilot
 from ..kernels import HMC, Kernel, Tuning
-from ..pilot import Pilot
 from ..schedules import Schedule
-from .annealing import Annealer, PairDensity
+from .annealer import Annealer, PairDensity
 from .base import Direction, Values, flatten
 from .guides import Conditional
 from .joints import Knowledge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..information import MutualInformation
+from ..results.mutual_information import MutualInformation
 
 __all__ = ["plot_bounds", "plot_bounds_against_time", "plot_decomposition"]
 

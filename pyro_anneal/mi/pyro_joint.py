@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
-from .layouts import Layout, sample_sites, site_bijection
+from .packing import Layout, sample_sites, site_bijection
 
 __all__ = ["PyroJoint", "as_joint"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..arguments import as_count
 from .base import Bound, Direction, Values
+from .contrastive import contrastive_term
 from .joints import Knowledge
-from .samples import contrastive_term
 
 __all__ = ["GIWAE", "BarberAgakov"]
 

@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 
-from pyro_anneal.losses import AIWAE, annealing
+from pyro_anneal.losses import AIWAE
 from pyro_anneal.schedules import Sigmoid
 
 DATA = torch.tensor([0.2, 1.9, -0.4, 3.0, 0.7], dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""How a chunk of annealing steps becomes one program."""

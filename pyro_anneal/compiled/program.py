@@ -1,0 +1,314 @@
+r"""Chunks of annealing steps as one compiled program.
+
+For small models the time of a step is the time to dispatch its operations one by one. Here the
+graph of a whole step (:mod:`.chunk_graph`) becomes the body of a loop that inductor compiles to
+C++; its random numbers are drawn before, from the generator and in the order of the eager loop, so
+that both give the same numbers to rounding. On a GPU the step is captured once as a CUDA graph and
+replayed, which needs no synchronization with the host.
+
+What cannot be compiled runs step by step; :class:`LoopedDensity` says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..graphs.captured import CapturedDensity
+from ..graphs.repetition import repeated_dims
+from ..kernels import Kernel, State, Tuning
+from .runners import Run, as_cuda_graph, as_loop, step_by_step
+from .statistics import new_table
+from .step_graph import Body, DensityGraphs, build_body
+from .storage import StepTable, store_table
+
+__all__ = ["ChunkOutcome", "LoopMode", "LoopedDensity"]
+
+LoopMode = Literal["loop", "cuda-graph", "step"]
+
+
+class _Compiled(NamedTuple):
+    """A body, what runs it, how, and why not better."""
+
+    body: Body
+    run: Run
+    mode: LoopMode
+    reason: str | None
+
+
+# Programs by what they were made for. They hold no data: these are inputs.
+_PROGRAMS: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
+_CAPACITY = 32
+# Numbers of noise held at once: 32 MB in float64.
+_NOISE_LIMIT = 2**22
+# Inductor's time grows with the operations of the step, and so does the C++ compiler's.
+_MAX_OPERATIONS = 12_000
+
+
+class ChunkOutcome(NamedTuple):
+    """Where a chunk of steps ended."""
+
+    state: State
+    log_weights: Tensor
+    integral: Tensor
+    statistics: Tensor  # as of step_statistics, one row per step: [n, 4]
+
+
+class LoopedDensity:
+    """A captured density that also runs whole chunks of steps.
+
+    As a :class:`~pyro_anneal.kernels.Density` it is the density it wraps.
+
+    Args:
+        density: The captured density.
+        problem: Why chunks must be run step by step from the start.
+        unroll: Whether to compile small steps element by element: longer, for a faster loop.
+
+    Attributes:
+        loop_mode: How chunks ran so far, or None: ``"loop"``, ``"cuda-graph"``, or ``"step"``, one
+            call per step.
+        loop_reason: Why nothing better was possible, or None.
+    """
+
+    def __init__(
+        self, density: CapturedDensity, problem: str | None = None, *, unroll: bool = False
+    ) -> None:
+        self.density = density
+        self.unroll = unroll
+        self.loop_mode: LoopMode | None = None
+        self.loop_reason = problem
+
+    def __call__(self, position: Tensor) -> State:
+        """Evaluates K chains."""
+        return self.density(position)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "density":  # not set yet, while being copied
+            raise AttributeError(name)
+        return getattr(self.density, name)
+
+    def run(
+        self,
+        kernel: Kernel,
+        state: State,
+        log_weights: Tensor,
+        integral: Tensor,
+        table: StepTable,
+        generator: torch.Generator,
+        *,
+        rows: int,
+    ) -> ChunkOutcome | None:
+        """Runs the steps of ``table``, or returns None where they must be run one by one.
+
+        Args:
+            kernel: Moves the chains; its noise is drawn from ``generator`` step by step.
+            state: Where the chains are, ``[K, *batch]``.
+            log_weights: Float64, ``[K, *batch]``.
+            integral: Likewise.
+            table: One row per step.
+            generator: Left as it was if the answer is None.
+            rows: The most steps that any chunk has: programs are made for so many, or fewer where
+                their noise would not fit.
+
+        Returns:
+            Everything after the last step, and the statistics of each.
+        """
+        if self.loop_reason is not None and self.loop_mode is None:
+            return None
+        before = generator.get_state()
+        try:
+            outcome = self._run(kernel, state, log_weights, integral, table, generator, rows)
+        except Exception as error:  # of kernels, vmap, inductor, the C++ compiler
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            self.loop_mode, self.loop_reason = None, _first_line(error)
+            self.density.compile()
+            generator.set_state(before)
+            return None
+        self.density.num_evaluations += kernel.num_gradients * len(table.beta)
+        return outcome
+
+    def _run(
+        self,
+        kernel: Kernel,
+        state: State,
+        log_weights: Tensor,
+        integral: Tensor,
+        table: StepTable,
+        generator: torch.Generator,
+        rows: int,
+    ) -> ChunkOutcome:
+        total = len(table.beta)
+        noise = kernel.noise(state, generator)
+        size = max(1, min(rows, _NOISE_LIMIT // max(1, sum(part.numel() for part in noise))))
+        program = self._program(kernel, state, noise, table, size)
+        pending, seen = [noise], []
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            while len(pending) < stop - start:
+                pending.append(kernel.noise(state, generator))
+            part = StepTable(*(column[start:stop] for column in table))
+            state, log_weights, integral, part_seen = program(
+                state, log_weights, integral, part, pending
+            )
+            seen.append(part_seen)
+            pending = []
+        return ChunkOutcome(state, log_weights, integral, torch.cat(seen))
+
+    def _program(
+        self,
+        kernel: Kernel,
+        state: State,
+        noise: tuple[Tensor, ...],
+        table: StepTable,
+        size: int,
+    ) -> _Program:
+        graphs = DensityGraphs(
+            self.density.chain_graph_and_inputs(),
+            self.density.graph_and_inputs(len(state.position)),
+        )
+        key = _key(kernel, graphs, [*state, *noise], size, self.unroll)
+        found = _PROGRAMS.get(key)
+        if found is None:
+            body = build_body(graphs, kernel, state, noise, table, size, unroll=self.unroll)
+            shared = graphs.one_chain[1] if body.layout.last else graphs.all_chains[1]
+            found = _compile(body, state, noise, table, shared)
+            _check(_Program(found, shared), kernel, self.density, state, noise, table)
+            _PROGRAMS[key] = found
+            if len(_PROGRAMS) > _CAPACITY:
+                _PROGRAMS.popitem(last=False)
+        _PROGRAMS.move_to_end(key)
+        self.loop_mode, self.loop_reason = found[2:]
+        shared = graphs.one_chain[1] if found.body.layout.last else graphs.all_chains[1]
+        return _Program(found, shared)
+
+
+class _Program:
+    """A compiled body with one density's data."""
+
+    def __init__(self, compiled: _Compiled, shared: Sequence[Tensor]) -> None:
+        self.body, self.run = compiled.body, compiled.run
+        self.shared = self.body.layout.store_shared(shared)
+
+    def __call__(
+        self,
+        state: State,
+        log_weights: Tensor,
+        integral: Tensor,
+        table: StepTable,
+        noise: Sequence[Sequence[Tensor]],
+    ) -> tuple[State, Tensor, Tensor, Tensor]:
+        count = len(table.beta)
+        arguments = _arguments(self.body, state, log_weights, integral, table, noise, self.shared)
+        with torch.no_grad():
+            _, *buffers, seen = self.run(count, *arguments)
+        *parts, log_weights, integral = self.body.layout.load(buffers)
+        return State(*parts), log_weights, integral, seen[:, :count].T
+
+
+def _arguments(
+    body: Body,
+    state: State,
+    log_weights: Tensor,
+    integral: Tensor,
+    table: StepTable,
+    noise: Sequence[Sequence[Tensor]],
+    shared: Sequence[Tensor],
+) -> list[Tensor]:
+    """Lays out the arguments of a body at step 0."""
+    layout, size = body.layout, body.size
+    return [
+        torch.zeros((), dtype=torch.long, device=log_weights.device),
+        *layout.store([*state, log_weights, integral]),
+        new_table(size, state),
+        *store_table(table, size),
+        *layout.store_noise(noise, size),
+        *shared,
+        *body.constants,
+    ]
+
+
+def _key(
+    kernel: Kernel, graphs: DensityGraphs, tensors: Sequence[Tensor], size: int, unroll: bool
+) -> tuple[Any, ...]:
+    shared = (*graphs.one_chain[1], *graphs.all_chains[1])
+    return (
+        type(kernel),
+        kernel,
+        graphs.all_chains[0].code,
+        graphs.one_chain[0].code,
+        *((x.shape, x.dtype, x.device, repeated_dims(x)) for x in (*tensors, *shared)),
+        size,
+        unroll,
+        torch.get_num_threads(),
+    )
+
+
+def _compile(
+    body: Body,
+    state: State,
+    noise: Sequence[Tensor],
+    table: StepTable,
+    shared: Sequence[Tensor],
+) -> _Compiled:
+    """Compiles a body: as a loop where that works, else as one step per call."""
+    num_operations = len(body.graph.graph.nodes)
+    if num_operations > _MAX_OPERATIONS:
+        raise NotImplementedError(
+            f"a step has {num_operations} operations, more than the {_MAX_OPERATIONS} that "
+            "compile in reasonable time: use fewer leapfrogs"
+        )
+    # Two tensors: inputs that share storage would be compiled into one.
+    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    integral = weights.clone()
+    stored = body.layout.store_shared(shared)
+    first = StepTable(*(column[:1] for column in table))
+    example = _arguments(body, state, weights, integral, first, [noise], stored)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
+        if state.position.device.type == "cuda":
+            return _Compiled(body, as_cuda_graph(body, example), "cuda-graph", None)
+        try:
+            return _Compiled(body, as_loop(body, example), "loop", None)
+        except Exception as error:  # noqa: BLE001 - no such loop, or an operation not in loops
+            reason = f"one call per step: {_first_line(error)}"
+            return _Compiled(body, step_by_step(body, example), "step", reason)
+
+
+def _check(
+    program: _Program,
+    kernel: Kernel,
+    density: CapturedDensity,
+    state: State,
+    noise: tuple[Tensor, ...],
+    table: StepTable,
+) -> None:
+    """Compares the first step with the kernel's own.
+
+    Raises:
+        ValueError: If they differ by more than rounding: the kernel's step is no pure function of
+            tensors, or the compiler is wrong.
+    """
+    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    first = StepTable(*(column[:1] for column in table))
+    got = program(state, weights, weights, first, [noise])[0]
+    tuning = Tuning(table.step_size[0], table.scale[0])
+    with torch.no_grad():
+        expected, _ = kernel.step(state, density, table.beta[0], tuning, noise)
+    density.num_evaluations -= kernel.num_gradients
+    eps = torch.finfo(state.position.dtype).eps
+    same = torch.isclose(got.position, expected.position, rtol=eps**0.5, atol=eps**0.5)
+    same |= got.position.isnan() & expected.position.isnan()
+    # A chain whose acceptance is decided by rounding may go either way.
+    if float((~same).any(-1).double().mean()) > 0.01 and int((~same).any(-1).sum()) > 1:
+        raise ValueError("the compiled step differs from the kernel's own step")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

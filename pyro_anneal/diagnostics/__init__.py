@@ -1,0 +1,37 @@
+"""Signs that a run or a sandwich should not be trusted, as pure functions of results."""
+
+from ..results.findings import AnnealingWarning, Diagnostic, warn
+from .checks import (
+    check_acceptance,
+    check_agreement,
+    check_certified,
+    check_divergences,
+    check_dominance,
+    check_gap,
+    check_lag,
+    check_pilot,
+    check_weights,
+    check_zero_weights,
+    diagnose,
+    diagnose_sandwich,
+    diagnose_starts,
+)
+
+__all__ = [
+    "AnnealingWarning",
+    "Diagnostic",
+    "check_acceptance",
+    "check_agreement",
+    "check_certified",
+    "check_divergences",
+    "check_dominance",
+    "check_gap",
+    "check_lag",
+    "check_pilot",
+    "check_weights",
+    "check_zero_weights",
+    "diagnose",
+    "diagnose_sandwich",
+    "diagnose_starts",
+    "warn",
+]

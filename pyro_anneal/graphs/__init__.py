@@ -1,0 +1,1 @@
+"""How the densities of one chain become a graph of K chains."""

@@ -1,0 +1,277 @@
+"""The annealing engine at the service of losses: minibatch after minibatch, one capture.
+
+A loss meets new data at every step, under parameters that an optimizer moves. What does not change
+is prepared once per shape of the arguments: the layout of the model and the captured graph of its
+densities. New data and new parameters are then mere inputs of that graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..models.autoguides import is_autoguide
+from ..models.sites import Layout
+from ..problems.bases import GuideBase, ModelDensity, PathDensity
+from ..problems.problem import Problem, prepare
+from .traces import Arguments
+
+__all__ = ["FixedBatch", "Prepared", "ProblemCache", "pack_draws", "particle_values"]
+
+Fn = Callable[..., Any]
+COMPILE_AFTER = 100  # compiling takes as long as some hundred steps of a small network
+
+
+class FixedBatch(Messenger):  # type: ignore[misc]
+    """Makes subsampled plates look like plates of the minibatch itself.
+
+    Subsamples are replayed from a trace, and their factors N/B, which belong outside the bound of a
+    datum, are removed from the scales.
+    """
+
+    def __init__(self, subsamples: Any) -> None:
+        super().__init__()
+        self.subsamples = subsamples
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            if msg["name"] in self.subsamples:
+                msg["value"] = self.subsamples.nodes[msg["name"]]["value"]
+                msg["done"] = True
+            return
+        frames = []
+        for frame in msg["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                msg["scale"] = msg["scale"] * frame.size / frame.full_size
+                frame = frame._replace(full_size=frame.size)
+            frames.append(frame)
+        msg["cond_indep_stack"] = tuple(frames)
+
+
+@dataclass(eq=False)
+class Prepared:
+    """One problem, ready for new data of the same shape."""
+
+    problem: Problem
+    tensors: dict[str, Tensor]  # what the graph reads that may be replaced, by place
+    batch_plates: tuple[str, ...]
+    example: Tensor  # a position, [*batch, D]
+    owners: tuple[Fn, Fn]  # model and guide, kept alive since their ids are keys
+    num_calls: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the model's latents."""
+        return self.problem.layout
+
+
+def _tensors(arguments: Arguments, subsamples: Any) -> dict[str, Tensor]:
+    leaves, _ = tree_flatten(arguments)
+    places: dict[str, Any] = {f"leaf {i} of the arguments": v for i, v in enumerate(leaves)}
+    places |= {f"subsample {name}": site["value"] for name, site in subsamples.nodes.items()}
+    return {place: value for place, value in places.items() if isinstance(value, Tensor)}
+
+
+def _identity(fn: Fn) -> tuple[int, int]:
+    """Identifies a callable; a bound method is made anew at each access and has two parts."""
+    return id(getattr(fn, "__self__", fn)), id(getattr(fn, "__func__", fn))
+
+
+def _key(model: Fn, guide: Fn, arguments: Arguments, tensors: Mapping[str, Tensor]) -> Any:
+    leaves, structure = tree_flatten(arguments)
+    shapes = tuple((p, tuple(t.shape), t.dtype, t.device) for p, t in tensors.items())
+    others = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+    return _identity(model), _identity(guide), shapes, others, repr(structure)
+
+
+class ProblemCache:
+    """Prepares problems once per model, guide and shape of the arguments.
+
+    The captured graph reads the tensors among the arguments, the subsamples and the parameters.
+    Whether it reads all that the model does is checked against the model itself, at calls 2, 4, 8
+    and so on.
+
+    Args:
+        num_chains: Number K of chains.
+        compile: Whether to compile the captured graphs; ``"auto"`` does so at the
+            ``COMPILE_AFTER``-th call, when it is plain that many more follow.
+        size: Number of problems to keep.
+    """
+
+    def __init__(self, num_chains: int, *, compile: bool | Literal["auto"], size: int = 4) -> None:
+        self.num_chains = num_chains
+        self.compile = compile
+        self.size = size
+        self._entries: OrderedDict[Any, Prepared] = OrderedDict()
+
+    def get(
+        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+    ) -> tuple[Prepared, Any]:
+        """Returns the problem and its density of K chains at these arguments.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            arguments: ``(args, kwargs)`` of both.
+            subsamples: Trace of the subsampling sites.
+
+        Returns:
+            The prepared problem, and the captured density on the present data and parameters.
+
+        Raises:
+            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`, and if model or guide use data
+                that the captured graph does not read as tensors.
+        """
+        prepared, tensors = self.prepared(model, guide, arguments, subsamples)
+        if self.compile == "auto" and prepared.num_calls == COMPILE_AFTER:
+            fresh = self._prepare(model, guide, arguments, subsamples, tensors, compile=True)
+            prepared.problem, prepared.tensors = fresh.problem, fresh.tensors
+            return prepared, prepared.problem.density
+        density = prepared.problem.density
+        if prepared.num_calls == 1:
+            return prepared, density
+        if density.mode == "eager":
+            fresh = self._prepare(model, guide, arguments, subsamples, tensors)
+            return fresh, fresh.problem.density
+        known = {id(constant) for constant in density.constants}
+        replacements = {
+            old: tensors[place] for place, old in prepared.tensors.items() if id(old) in known
+        }
+        if prepared.num_calls & (prepared.num_calls - 1):  # no power of two
+            return prepared, density.rebind(replacements)
+        function = self.function(prepared, model, guide, arguments, subsamples)
+        density = density.rebind(replacements, function)
+        density.check(prepared.example.unsqueeze(0))
+        return prepared, density
+
+    def prepared(
+        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+    ) -> tuple[Prepared, dict[str, Tensor]]:
+        """Returns the problem for arguments of this shape, and the tensors among them."""
+        tensors = _tensors(arguments, subsamples)
+        key = _key(model, guide, arguments, tensors)
+        if key not in self._entries:
+            self._entries[key] = self._prepare(model, guide, arguments, subsamples, tensors)
+            while len(self._entries) > self.size:
+                self._entries.popitem(last=False)
+        self._entries[key].num_calls += 1
+        return self._entries[key], tensors
+
+    @staticmethod
+    def function(
+        prepared: Prepared, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+    ) -> PathDensity:
+        """Returns one chain's densities on the present data, through Pyro."""
+        fixed = FixedBatch(subsamples)
+        density = ModelDensity(fixed(model), prepared.layout, arguments)
+        return PathDensity(density, GuideBase(_keep_kind(fixed, guide), density, arguments))
+
+    def _prepare(
+        self,
+        model: Fn,
+        guide: Fn,
+        arguments: Arguments,
+        subsamples: Any,
+        tensors: dict[str, Tensor],
+        *,
+        compile: bool = False,
+    ) -> Prepared:
+        fixed = FixedBatch(subsamples)
+        problem = prepare(
+            fixed(model),
+            _keep_kind(fixed, guide),
+            arguments,
+            arguments,
+            num_chains=self.num_chains,
+            batch_plates="auto",
+            compile=compile or self.compile is True,
+            seed=0,
+        )
+        plates = tuple(plate.name for plate in problem.layout.batch)
+        example = problem.draw(1)[0].nan_to_num()
+        return Prepared(problem, tensors, plates, example, (model, guide))
+
+
+def _keep_kind(fixed: FixedBatch, guide: Fn) -> Fn:
+    """Wraps a guide, but leaves an AutoGuide what it is: the engine asks for its kind."""
+    wrapped: Fn = guide if is_autoguide(guide) else fixed(guide)
+    return wrapped
+
+
+def _over_chains(function: Callable[[Any], Any], chains: Any, *, static: bool) -> Any:
+    """Maps a function of one chain over K chains, at once where supports do not depend on values."""
+    if static:
+        return torch.vmap(function)(chains)
+    leaves = chains.values() if isinstance(chains, dict) else [chains]
+    count = len(next(iter(leaves)))
+    results = [
+        function({n: v[k] for n, v in chains.items()} if isinstance(chains, dict) else chains[k])
+        for k in range(count)
+    ]
+    if isinstance(results[0], dict):
+        return {name: torch.stack([r[name] for r in results]) for name in results[0]}
+    return torch.stack(results)
+
+
+def pack_draws(prepared: Prepared, traces: list[Any], num_particles: int) -> Tensor:
+    """Packs the guide's draws into positions ``[K, *batch, D]``.
+
+    Args:
+        prepared: The problem.
+        traces: Guide traces, one in the particle plate or one per particle.
+        num_particles: Number K of particles.
+    """
+    layout = prepared.layout
+    values = {}
+    for site in layout.sites:
+        draws = [trace.nodes[site.name]["value"] for trace in traces]
+        value = draws[0] if len(draws) == 1 and num_particles > 1 else torch.stack(draws)
+        # In the particle plate there may be axes of size 1 between it and the site's own.
+        values[site.name] = value.expand(
+            num_particles, *[1] * (value.dim() - 1 - len(site.value_shape)), *site.value_shape
+        ).reshape(num_particles, *site.value_shape)
+    packed: Tensor = _over_chains(prepared.problem.model.pack, values, static=layout.is_static)
+    return packed.to(layout.dtype)
+
+
+def particle_values(
+    prepared: Prepared, model: ModelDensity, position: Tensor, max_plate_nesting: float | None
+) -> dict[str, Tensor]:
+    """Unpacks positions ``[K, *batch, D]`` to sites' values, particles first.
+
+    Args:
+        prepared: The problem.
+        model: The model's side of the densities.
+        position: Positions of K chains.
+        max_plate_nesting: With the particle plate, where it is; None to keep K leading.
+
+    Returns:
+        Values by site; in the particle plate's dimension if there is one.
+    """
+    layout = prepared.layout
+    values = _over_chains(model.unpack, position, static=layout.is_static)
+    if max_plate_nesting is None:
+        return dict(values)
+    shaped = {}
+    for site in layout.sites:
+        value = values[site.name]
+        gap = int(max_plate_nesting) - 1 - len(site.batch_shape)
+        shaped[site.name] = value.reshape(len(value), *[1] * gap, *site.value_shape)
+    return shaped
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Hides what runs inside from enclosing handlers, and takes no gradients."""
+    with torch.no_grad(), poutine.block():
+        yield

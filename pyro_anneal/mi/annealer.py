@@ -1,0 +1,229 @@
+r"""Annealing for pairs: K chains per pair, batched over pairs, from a base to a target over z.
+
+The same loops, kernels and pilot as :class:`~pyro_anneal.AnnealedImportance`, on log densities that
+are functions of tensors. The pilot sees x and draws of the base, never the z of a pair.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import bounds
+from ..arguments import as_count, as_flag, check_kernel, check_step_size
+from ..chains.loop import Path, TuningTable, run_chains, seeded_generator
+from ..chains.pilot import Pilot, adaptive_betas, run_pilot
+from ..graphs.captured import capture
+from ..kernels import Density, Kernel, State
+from ..models.validation import validation_disabled
+from ..schedules import Schedule, as_betas
+from .bijections import Bijection
+
+__all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
+
+# Gradients of a run above which recording the density as a graph repays the two seconds it takes
+# (a Pyro model's gradient then costs about a third), and above which compiling repays its ten.
+_CAPTURE_ABOVE = 1000
+_COMPILE_ABOVE = 20_000
+
+
+class PairDensity:
+    """Evaluates base and target of K chains for N pairs, and both gradients, in the space of u.
+
+    Args:
+        log_densities: Maps ``z [K, N, *z_event]`` to the log densities of base and target,
+            ``[K, N]`` each.
+        bijection: From u to z.
+    """
+
+    def __init__(
+        self, log_densities: Callable[[Tensor], tuple[Tensor, Tensor]], bijection: Bijection
+    ) -> None:
+        self.log_densities = log_densities
+        self.bijection = bijection
+
+    def __call__(self, position: Tensor) -> State:
+        """Evaluates ``u [K, N, D]``."""
+        with torch.enable_grad(), validation_disabled():
+            u = position.detach().requires_grad_()
+            z, log_det = self.bijection.constrain(u)
+            log_base, log_target = (value + log_det for value in self.log_densities(z))
+            grad_base = torch.autograd.grad(log_base.sum(), u, retain_graph=True)[0]
+            grad_target = torch.autograd.grad(log_target.sum(), u)[0]
+        return State(position, log_base.detach(), log_target.detach(), grad_base, grad_target)
+
+    def one_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluates base and target of one chain, ``u [N, D]`` to ``[N]`` each."""
+        with validation_disabled():
+            z, log_det = self.bijection.constrain(position.unsqueeze(0))
+            log_base, log_target = self.log_densities(z)
+            return (log_base + log_det)[0], (log_target + log_det)[0]
+
+
+class AnnealedWeights(NamedTuple):
+    """Log-weights of the chains of N pairs, in nats; what was not asked for has no rows."""
+
+    forward: Tensor  # [K, N]
+    reverse: Tensor  # from the z of the pair, [K, N]
+    coupled: Tensor  # reverse, from the end of the first forward chain, [K - 1 or 0, N]
+    independent: Tensor  # reverse, from other posterior samples, [K - 1 or 0, N]
+    accept_prob: Tensor  # of the forward chains, mean over steps, scalar
+
+    def upper(self, kind: str) -> Tensor:
+        """Computes an upper bound on the log normalizer, shape ``[N]``."""
+        if kind == "CR":
+            return bounds.coupled_upper(self.reverse)
+        if kind == "IM":
+            return bounds.independent_multi_upper(self.reverse[:1], self.forward[1:])
+        if kind == "IR":
+            both = torch.cat([self.reverse[:1], self.independent])
+            return bounds.independent_reverse_upper(both)
+        return bounds.single_sample(self.reverse)
+
+    def lower(self, kind: str) -> Tensor:
+        """Computes a lower bound on the log normalizer, shape ``[N]``."""
+        if kind == "CR":
+            return bounds.coupled_lower(self.forward[:1], self.coupled)
+        if kind == "IM":
+            return bounds.independent_multi_lower(self.forward)
+        if kind == "IR":
+            return bounds.independent_reverse_lower(self.forward[:1], self.independent)
+        return bounds.single_sample(self.forward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealer:
+    """How pairs are annealed.
+
+    Args:
+        num_chains: K chains per pair and direction.
+        num_steps: T weight increments; T = 1 is importance sampling.
+        kernel: Transition kernel.
+        schedule: ``"adaptive"`` from the pilot, a schedule, or betas.
+        pilot: Settings of the pilot.
+        step_size: Fixed step size at all betas in place of the pilot's.
+        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
+
+    Raises:
+        ValueError: If a number is below 1 or the schedule is unknown.
+    """
+
+    num_chains: int
+    num_steps: int
+    kernel: Kernel
+    schedule: str | Schedule | Tensor
+    pilot: Pilot
+    step_size: float | None
+    compile: bool | str
+
+    def __post_init__(self) -> None:
+        as_count("num_chains (K)", self.num_chains)
+        as_count("num_steps (T)", self.num_steps)
+        check_kernel(self.kernel)
+        if self.step_size is not None:
+            check_step_size(self.step_size)
+        if isinstance(self.schedule, str) and self.schedule != "adaptive":
+            raise ValueError(
+                f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
+            )
+        as_flag("compile", self.compile)
+
+    def _faster(self, density: PairDensity, example: Tensor) -> Density:
+        """Records the density as a graph where that pays; keeps it where that fails."""
+        gradients = self.num_steps * self.kernel.num_gradients
+        compiled = gradients >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile)
+        if not compiled and gradients < _CAPTURE_ABOVE:
+            return density
+        with warnings.catch_warnings():
+            # Our own evaluation runs all chains at once, so nothing is lost without a graph.
+            warnings.filterwarnings("ignore", message="the density is evaluated slowly")
+            captured = capture(
+                density.one_chain, example, num_chains=self.num_chains, compile=compiled
+            )
+        return captured if captured.mode in ("graph", "compiled") else density
+
+    def _path(self, density: Density, draw: Callable[[int], Tensor], seed: int) -> Path:
+        betas = None
+        if not isinstance(self.schedule, str):
+            betas = as_betas(self.schedule, self.num_steps)
+        elif self.num_steps == 1:
+            betas = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        position = draw(self.pilot.chains_for(self.num_chains))
+        if betas is not None and (self.step_size is not None or len(betas) == 2):
+            step_size = 1.0 if self.step_size is None else self.step_size
+            return Path(betas, self.kernel, TuningTable.constant(step_size, position[0]))
+        generator = seeded_generator(position.device, seed, "pilot")
+        outcome = run_pilot(
+            density, self.kernel, density(position), generator, settings=self.pilot
+        )
+        tuning = outcome.tuning
+        if self.step_size is not None:
+            tuning = TuningTable.constant(self.step_size, position[0])
+        if betas is None:
+            betas = adaptive_betas(outcome, self.num_steps)
+        return Path(betas, self.kernel, tuning)
+
+    def run(
+        self,
+        log_densities: Callable[[Tensor], tuple[Tensor, Tensor]],
+        bijection: Bijection,
+        draw: Callable[[int], Tensor],
+        z: Tensor,
+        *,
+        posterior: Tensor | None = None,
+        coupled_lower: bool = False,
+    ) -> AnnealedWeights:
+        """Runs forward and reverse chains for N pairs.
+
+        Args:
+            log_densities: Maps ``z [K, N, *z_event]`` to log densities of base and target.
+            bijection: From unconstrained vectors to z.
+            draw: Draws n values of the base per pair, ``[n, N, *z_event]``.
+            z: Starts of the reverse chains, ``[N, *z_event]``.
+            posterior: Further independent posterior samples, ``[K - 1, N, *z_event]``.
+            coupled_lower: Whether to run the chains of the CR lower bound.
+
+        Returns:
+            The log-weights.
+        """
+        seed = int(torch.randint(2**62, ()))
+
+        def base(count: int) -> Tensor:
+            return bijection.unconstrain(draw(count))
+
+        first = base(self.num_chains)
+        density = self._faster(PairDensity(log_densities, bijection), first[0])
+        path = self._path(density, base, seed)
+        start = density(first)
+        carry, statistics = run_chains(
+            density, path, start, direction="forward", seed=seed, stream="forward"
+        )
+
+        def reverse(position: Tensor, stream: str) -> Tensor:
+            state = density(position.contiguous())
+            return run_chains(density, path, state, direction="reverse", seed=seed, stream=stream)[
+                0
+            ].log_weights
+
+        num_pairs = z.shape[0]
+        exact = bijection.unconstrain(z.unsqueeze(0)).expand(self.num_chains, num_pairs, -1)
+        empty = carry.log_weights[:0]
+        coupled = independent = empty
+        if coupled_lower and self.num_chains > 1:
+            end = carry.state.position[:1].expand(self.num_chains - 1, num_pairs, -1)
+            coupled = reverse(end, "coupled reverse")
+        if posterior is not None:
+            independent = reverse(bijection.unconstrain(posterior), "independent reverse")
+        moves = statistics.accept_prob
+        return AnnealedWeights(
+            carry.log_weights,
+            reverse(exact, "reverse"),
+            coupled,
+            independent,
+            moves.mean() if len(moves) else moves.new_full((), torch.nan),
+        )

@@ -1,0 +1,1 @@
+"""How a Pyro model is one vector: sites, coordinates, densities, simulation."""

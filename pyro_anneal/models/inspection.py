@@ -1,0 +1,363 @@
+"""Runs a model and a guide a few times, and checks and works out their layout."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .checks import (
+    check_latents,
+    check_log_probs,
+    check_plates,
+    check_shape,
+    check_structure,
+    check_value_shapes,
+    explained,
+    outside_support,
+    plate_frames,
+    support_of,
+)
+from .sites import (
+    BatchPlate,
+    Layout,
+    Site,
+    base_distribution,
+    density_sites,
+    is_factor,
+    latent_sites,
+    observed_sites,
+)
+from .validation import validation_disabled
+
+__all__ = ["inspect_model"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _find_batch(
+    model_trace: Any, guide_trace: Any | None, requested: str | Sequence[str]
+) -> tuple[BatchPlate, ...]:
+    """Finds the plates that enclose every site, or checks those that the user named."""
+    model_sites = list(density_sites(model_trace))
+    guide_sites = [] if guide_trace is None else list(latent_sites(guide_trace).items())
+    both = (model_sites, guide_sites)
+    first = plate_frames(model_sites[0][1])
+    common: dict[str, BatchPlate] = {}
+    for name, frame in first.items():
+        frames = [[plate_frames(site).get(name) for _, site in sites] for sites in both]
+        if any(f is None or f.size != frame.size for group in frames for f in group):
+            continue
+        dims, guide_dims = ({f.dim for f in group if f is not None} for group in frames)
+        guide_dims = guide_dims or dims
+        if len(dims) == 1 and len(guide_dims) == 1:
+            common[name] = BatchPlate(name, frame.size, frame.dim, guide_dims.pop())
+    named = isinstance(requested, Sequence) and all(isinstance(n, str) for n in requested)
+    if requested != "auto" and (isinstance(requested, str) or not named):
+        raise ValueError(
+            f'batch_plates must be "auto" or a list of plate names, got {requested!r}'
+        )
+    if isinstance(requested, str):
+        chosen = list(common.values())
+    else:
+        for plate in requested:
+            if list(requested).count(plate) > 1:
+                raise ValueError(f'plate "{plate}" stands twice in batch_plates')
+            if plate not in common:
+                outside = [
+                    n for n, site in model_sites + guide_sites if plate not in plate_frames(site)
+                ]
+                raise ValueError(
+                    f'plate "{plate}" cannot be a batch dimension: it does not enclose '
+                    f"{outside or 'every site with one size and dim'}; leave it out of "
+                    "batch_plates, or move those sites inside the plate"
+                )
+        chosen = [common[name] for name in requested]
+    return tuple(sorted(chosen, key=lambda plate: plate.dim))
+
+
+def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
+    """Finds the common scale of all sites, and what makes the normalizer no log p(x)."""
+    notes = []
+    scales: dict[str, float | None] = {}
+    for name, site in density_sites(model_trace):
+        if is_factor(site):
+            notes.append(f'a normalizer, not log p(x): the model has pyro.factor("{name}")')
+        scale = site["scale"]
+        constant = not isinstance(scale, Tensor) or scale.numel() == 1
+        scales[name] = float(scale) if constant else None
+    values = set(scales.values())
+    if len(values) == 1 and None not in values:
+        common = next(iter(values))
+        assert common is not None
+        if common != 1.0:
+            notes.append(f"{common:g} times the log evidence: poutine.scale encloses every site")
+        return common, tuple(notes)
+    scaled = [name for name, value in scales.items() if value != 1.0]
+    notes.append(f"a normalizer, not log p(x): poutine.scale acts on {scaled}")
+    return 1.0, tuple(notes)
+
+
+def _make_site(
+    name: str, site: Mapping[str, Any], batch: Sequence[BatchPlate], start: int
+) -> Site:
+    fn = site["fn"]
+    if not isinstance(fn, TorchDistributionMixin):
+        raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
+    support = support_of(name, site)
+    try:
+        transform = biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f'at latent site "{name}": no bijection from R^n to the support {support} of '
+            f"{type(fn).__name__} is registered; reparameterize it (a correlation matrix through "
+            "LKJCholesky, say) or register one with torch.distributions.biject_to.register"
+        ) from error
+    rank = len(fn.batch_shape)
+    shape = torch.Size(transform.inverse_shape(fn.batch_shape + fn.event_shape))
+    axes = tuple(rank + plate.dim for plate in batch)
+    size = math.prod(n for i, n in enumerate(shape) if i not in axes)
+    by_axis = {frame.dim + rank: frame.name for frame in plate_frames(site).values()}
+    return Site(
+        name=name,
+        batch_shape=fn.batch_shape,
+        event_shape=fn.event_shape,
+        unconstrained_shape=shape,
+        batch_axes=axes,
+        plates=tuple(by_axis.get(axis) for axis in range(rank)),
+        transform=transform,
+        dtype=site["value"].dtype,
+        start=start,
+        stop=start + size,
+    )
+
+
+def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
+    """Computes the image of the unconstrained origin under each site's bijection."""
+    images = []
+    for site in sites:
+        node = trace.nodes[site.name]
+        origin = torch.zeros(
+            site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
+        )
+        images.append(biject_to(node["fn"].support)(origin))
+    return images
+
+
+def _supports_are_static(
+    model: Callable[..., Any], arguments: Arguments, first: Any, second: Any, sites: Sequence[Site]
+) -> bool:
+    """Tells whether no site's support depends on another latent.
+
+    Two draws of the latents must give the same supports, and autograd must find no path from a
+    latent to a support: ``Uniform(0, top.clamp(min=4))`` has the same support at most draws.
+    """
+    pairs = zip(_support_images(first, sites), _support_images(second, sites), strict=True)
+    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+        return False
+    latents = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+    with torch.enable_grad():
+        for value in latents.values():
+            value.requires_grad_(True)
+        trace = _trace(poutine.condition(model, data=latents), arguments)
+        images = [image for image in _support_images(trace, sites) if image.requires_grad]
+        if not images:
+            return True
+        total = torch.stack([image.sum() for image in images]).sum()
+        grads = torch.autograd.grad(total, list(latents.values()), allow_unused=True)
+    return all(grad is None for grad in grads)
+
+
+class _StartImproper(Messenger):  # type: ignore[misc]
+    """Gives sites with an improper prior, which cannot be sampled, some value in their support."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["value"] is None and isinstance(base_distribution(fn), dist.ImproperUniform):
+            transform = biject_to(fn.support)
+            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+            msg["value"] = transform(torch.randn(shape))
+            msg["done"] = True
+
+
+def _trace(function: Callable[..., Any], arguments: Arguments) -> Any:
+    args, kwargs = arguments
+    with explained(), _StartImproper():
+        return poutine.trace(function).get_trace(*args, **kwargs)
+
+
+def _check_observed(
+    model: Callable[..., Any], arguments: Arguments, trace: Any, guarded: Sequence[str]
+) -> None:
+    """Refuses observed values outside their support, unless the user switched validation off."""
+    found = {name: text for name, text in outside_support(trace).items() if name not in guarded}
+    if not found:
+        return
+    # the trace at hand has validation switched off everywhere: look at the user's own setting
+    with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=()):
+        validated = _trace(model, arguments)
+    for name, text in found.items():
+        if base_distribution(validated.nodes[name]["fn"])._validate_args:
+            raise ValueError(text)
+
+
+def _moving_supports(first: Any, second: Any) -> tuple[str, ...]:
+    """Names observed sites whose support depends on latents.
+
+    There a value may be impossible for some latents only, where torch, with validation off, may
+    give a finite density (``Pareto`` does).
+    """
+    moving = []
+    for name, site in observed_sites(first).items():
+        images = []
+        for fn in (site["fn"], second.nodes[name]["fn"]):
+            try:
+                transform = biject_to(fn.support)
+                shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+                images.append(transform(torch.zeros(shape, device=site["value"].device)))
+            except (AttributeError, NotImplementedError, RuntimeError):  # none, or discrete
+                continue
+        if len(images) == 2 and not torch.equal(*images):
+            moving.append(name)
+    return tuple(moving)
+
+
+def _trace_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+) -> tuple[Any, Any | None]:
+    if guide is None:
+        return _trace(model, model_args), None
+    guide_trace = _trace(guide, guide_args)
+    try:
+        trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
+    except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
+        check_value_shapes(_trace(model, model_args), guide_trace)
+        raise
+    check_value_shapes(trace, guide_trace)
+    return trace, guide_trace
+
+
+def inspect_model(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+    *,
+    batch_plates: str | Sequence[str] = "auto",
+    num_tries: int = 100,
+) -> Layout:
+    """Runs model and guide a few times and works out their layout.
+
+    Args:
+        model: Pyro model with its observations.
+        guide: Pyro guide, or None for the prior.
+        model_args: ``(args, kwargs)`` of the model.
+        guide_args: ``(args, kwargs)`` of the guide.
+        batch_plates: ``"auto"`` for every plate that encloses all sites, or plate names.
+        num_tries: Draws to try where a model raises for some values of its latents.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: If model and guide disagree, a latent is discrete and not enumerated, a plate
+            is subsampled, a site's shape is not covered by plates, nothing is latent or observed.
+    """
+    with torch.no_grad(), poutine.block(), validation_disabled():
+        first, second = _draw_two(model, guide, model_args, guide_args, num_tries)
+        trace, guide_trace = first
+        check_plates(trace)
+        if guide_trace is not None:
+            check_plates(guide_trace)
+        enumerated = check_latents(trace, guide_trace)
+        check_structure(trace, second[0])
+        check_log_probs(trace)
+        for name, site in density_sites(trace):
+            check_shape(name, site)
+        batch = _find_batch(trace, guide_trace, batch_plates)
+        sites: list[Site] = []
+        for name, site in latent_sites(trace).items():
+            if name not in enumerated:
+                sites.append(_make_site(name, site, batch, sites[-1].stop if sites else 0))
+        if sites[-1].stop == 0:
+            raise ValueError(
+                f"the latent sites {[site.name for site in sites]} have no elements, so there is "
+                "nothing to anneal: the log evidence is the log density itself"
+            )
+        is_static = _supports_are_static(model, model_args, trace, second[0], sites)
+        guarded = _moving_supports(trace, second[0])
+    _check_observed(model, model_args, trace, guarded)
+    scale, notes = _find_scale(trace)
+    if enumerated:
+        notes += (f"discrete sites {enumerated} are summed out: latents are the other sites",)
+    improper = tuple(
+        site.name
+        for site in sites
+        if isinstance(base_distribution(trace.nodes[site.name]["fn"]), dist.ImproperUniform)
+    )
+    if improper:
+        notes += (f"a normalizer, not log p(x): the prior of {list(improper)} is improper",)
+    dims = [
+        frame.dim
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in plate_frames(site).values()
+    ]
+    device = trace.nodes[sites[0].name]["value"].device
+    return Layout(
+        sites=tuple(sites),
+        batch=batch,
+        dtype=functools.reduce(torch.promote_types, [site.dtype for site in sites]),
+        device=device,
+        enumerated=tuple(enumerated),
+        max_plate_nesting=-min(dims, default=0),
+        scale=scale,
+        is_static=is_static,
+        guarded=guarded,
+        observed={
+            name: torch.as_tensor(site["value"], device=device).detach()
+            for name, site in observed_sites(trace).items()
+            if not is_factor(site)
+        },
+        improper=improper,
+        loops={
+            frame.name: list(range(frame.size))
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if not frame.vectorized and frame.name in trace.nodes
+        },
+        notes=notes,
+    )
+
+
+def _draw_two(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+    num_tries: int,
+) -> tuple[tuple[Any, Any | None], tuple[Any, Any | None]]:
+    """Traces model and guide twice; where some draws have no density, looks for two that have."""
+    traces: list[tuple[Any, Any | None]] = []
+    for attempt in range(num_tries):
+        try:
+            traces.append(_trace_pair(model, guide, model_args, guide_args))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if attempt == num_tries - 1:
+                raise
+        if len(traces) == 2:
+            break
+    return traces[0], traces[-1]

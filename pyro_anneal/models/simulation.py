@@ -1,0 +1,297 @@
+"""Exact pairs (z, x) simulated from a model, and the arguments a guide needs to see them.
+
+The reverse chains of a sandwich start from exact posterior samples. Simulation provides them: draw
+(z, x) from the model itself, condition the model on x, and z is an exact posterior sample.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .checks import explained
+from .sites import base_distribution, density_sites, is_deterministic, is_factor, unmasked
+from .validation import validation_disabled
+
+__all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+MakeArgs = Callable[[dict[str, Tensor]], Arguments]
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """One exact pair, drawn from the model."""
+
+    latents: dict[str, Tensor]  # by site, enumerated ones included
+    observed: dict[str, Tensor]  # by site
+    original: dict[str, Tensor]  # the user's values of the observed sites
+    log_joint: float  # log p(z, x) at the simulation, masked sites left out, nats
+
+
+def _check_exact(name: str, site: Mapping[str, Any]) -> None:
+    """Checks that simulating a site draws from the density that the model declares."""
+    fn = base_distribution(site["fn"])
+    scale = site["scale"]
+    if is_factor(site):
+        raise ValueError(
+            f'pyro.factor("{name}") changes the joint density without being simulated, so pairs '
+            "are not exact: express it as an observed site, or use run() for a lower bound"
+        )
+    if isinstance(scale, Tensor) or scale != 1.0:
+        raise ValueError(
+            f'poutine.scale acts on site "{name}": the scaled density is not the one that is '
+            "simulated; remove the scale, or use run() for a lower bound"
+        )
+    if isinstance(fn, dist.Delta) and bool((torch.as_tensor(fn.log_density) != 0).any()):
+        raise ValueError(
+            f'site "{name}" is a Delta with its own log_density, which simulation does not see; '
+            "express it as an observed site, or use run() for a lower bound"
+        )
+    if isinstance(fn, dist.ImproperUniform):
+        raise ValueError(f'site "{name}" is improper (ImproperUniform) and cannot be simulated')
+
+
+class _CheckExact(Messenger):  # type: ignore[misc]
+    """Checks each site before it is simulated."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) or is_deterministic(msg):
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f'plate "{frame.name}" is subsampled: pairs simulated under it are not '
+                    "exact; pass a plate of the subset's own size"
+                )
+        _check_exact(msg["name"], msg)
+
+
+class _Joint(NamedTuple):
+    """Log density of all sites at once."""
+
+    log_prob: float
+    size: float  # sum of absolute values, which bounds the rounding error
+    precision: float  # machine epsilon of the coarsest site
+
+    def agrees_with(self, other: _Joint) -> bool:
+        """Tells whether two evaluations are equal up to rounding."""
+        tolerance = 1e3 * self.precision * (1.0 + self.size)
+        return abs(self.log_prob - other.log_prob) <= tolerance
+
+
+def _joint(trace: Any) -> _Joint:
+    total, size, precision = 0.0, 0.0, 0.0
+    for name, site in density_sites(trace):
+        # A copy misses the cache of transforms, whose inverse would differ by rounding.
+        log_prob = site["fn"].log_prob(site["value"].clone())
+        log_prob = dist.util.scale_and_mask(log_prob, mask=site["mask"])
+        if not bool(log_prob.isfinite().all()):
+            raise ValueError(
+                f'at site "{name}" a value simulated from the model has log density '
+                f"{float(log_prob.sum())}: its distribution draws values outside its support, or "
+                "its parameters are not finite"
+            )
+        total += float(log_prob.double().sum())
+        size += float(log_prob.double().abs().sum())
+        precision = max(precision, torch.finfo(log_prob.dtype).eps)
+    return _Joint(total, size, precision)
+
+
+def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
+    """Draws (z, x) from the model, x in the shape of the user's data.
+
+    Args:
+        model: Pyro model with its observations.
+        arguments: ``(args, kwargs)`` of the model, used unchanged.
+
+    Returns:
+        The simulated pair.
+
+    Raises:
+        ValueError: If simulating does not draw from the declared joint density: ``pyro.factor``,
+            ``poutine.scale``, subsampled plates, a ``Delta`` with a log density, improper priors;
+            or if log p(z, x) of the simulation and of the conditioned model disagree, also when
+            the model's arguments hold the simulated data.
+    """
+    args, kwargs = arguments
+    with torch.no_grad(), validation_disabled(), poutine.block():
+        with explained(), _CheckExact():
+            trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        latents, observed, original, hidden = {}, {}, {}, {}
+        for name, site in density_sites(trace):
+            if site["infer"].get("was_observed"):
+                observed[name] = site["value"]
+                obs = site["infer"]["obs"]
+                original[name] = torch.as_tensor(obs, device=site["value"].device)
+                if site["mask"] is not None or unmasked(site["fn"]) is not site["fn"]:
+                    hidden[name] = _redraw_masked(site)
+            else:
+                latents[name] = site["value"]
+        joint = _joint(trace)
+
+        def again(values: dict[str, Tensor], arguments: Arguments) -> _Joint:
+            conditioned = poutine.condition(model, data={**latents, **values})
+            return _joint(poutine.trace(conditioned).get_trace(*arguments[0], **arguments[1]))
+
+        _check_agreement(joint, again(observed, arguments), observed, "")
+        if hidden:
+            message = f" (masked entries of {sorted(hidden)} influence other sites)"
+            _check_agreement(joint, again({**observed, **hidden}, arguments), observed, message)
+        replaced = _overwrite(arguments, original, observed).arguments
+        _check_agreement(joint, again(observed, replaced), observed, "")
+    return Simulation(latents, observed, original, joint.log_prob)
+
+
+def _check_agreement(
+    simulated: _Joint, conditioned: _Joint, observed: Mapping[str, Tensor], detail: str
+) -> None:
+    if not simulated.agrees_with(conditioned):
+        raise ValueError(
+            f"log p(z, x) is {simulated.log_prob:.6g} at the simulation but "
+            f"{conditioned.log_prob:.6g} for the model conditioned on it: the model uses its data "
+            f"elsewhere than at the observed sites {sorted(observed)}{detail}, as an "
+            "autoregressive mean or a normalization does; let the model use the value that "
+            "pyro.sample returns"
+        )
+
+
+def _redraw_masked(site: Mapping[str, Any]) -> Tensor:
+    """Draws the masked entries of an observed site again; the others keep their values."""
+    fn, value = site["fn"], site["value"]
+    keep = torch.ones((), dtype=torch.bool, device=value.device)
+    masks = [(site["mask"], len(fn.event_shape))]
+    while unmasked(fn) is not fn:
+        base = fn.base_dist
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(base.event_shape)))
+        fn = base
+    for mask, event_dim in masks:
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=value.device)
+            keep = keep & mask.reshape([*mask.shape, *[1] * event_dim])
+    return torch.where(keep, value, site["fn"].sample())
+
+
+def _addresses(value: Tensor) -> Tensor:
+    """Computes the address of each element in memory, in the order of ``flatten``."""
+    address = torch.zeros((), dtype=torch.long, device="cpu")
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        address = address.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
+    return value.data_ptr() + value.element_size() * address.flatten()
+
+
+def _as_tensor(leaf: Any) -> Tensor | None:
+    """Views a tensor or a NumPy array as a tensor that shares its memory; None for the rest."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of read-only arrays: this one is read
+            leaf = torch.as_tensor(leaf, device="cpu")
+    is_dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
+    return leaf if is_dense else None
+
+
+class _Overwritten(NamedTuple):
+    """Arguments with simulated values in place of the observed ones."""
+
+    arguments: Arguments
+    complete: set[str]  # sites all of whose elements were found in some argument
+    disputed: set[str]  # sites two of whose elements, or another site's, share memory
+
+
+def _overwrite(
+    arguments: Arguments, original: Mapping[str, Tensor], observed: Mapping[str, Tensor]
+) -> _Overwritten:
+    """Writes simulated data over the observed values wherever the arguments hold them.
+
+    Arguments that share no element with an observed value are kept as they are.
+    """
+    complete: set[str] = set()
+    disputed: set[str] = set()
+
+    def replace(leaf: Any) -> Any:
+        tensor = _as_tensor(leaf)
+        if tensor is None:
+            return leaf
+        where = _addresses(tensor)
+        claimed = torch.zeros_like(where, dtype=torch.bool)
+        flat = tensor.detach().clone().flatten()
+        for name, value in original.items():
+            same_kind = value.device == tensor.device and value.dtype == tensor.dtype
+            if not same_kind or value.numel() != observed[name].numel() or value.numel() == 0:
+                continue
+            order = _addresses(value).sort()
+            slot = torch.searchsorted(order.values, where).clamp(max=len(order.values) - 1)
+            found = order.values[slot] == where
+            if not bool(found.any()):
+                continue
+            if bool((found & claimed).any()) or bool((order.values.diff() == 0).any()):
+                disputed.add(name)
+                continue
+            claimed |= found
+            simulated = observed[name].flatten()[order.indices[slot[found]].to(tensor.device)]
+            flat[found.to(tensor.device)] = simulated.to(tensor.dtype)
+            if int(found.sum()) >= value.numel():
+                complete.add(name)
+        if not bool(claimed.any()):
+            return leaf
+        new = flat.reshape(tensor.shape)
+        return new if isinstance(leaf, Tensor) else new.numpy()
+
+    return _Overwritten(tree_map(replace, arguments), complete, disputed)
+
+
+def guide_arguments(
+    arguments: Arguments,
+    simulation: Simulation,
+    make_args: MakeArgs | None = None,
+) -> Arguments:
+    """Puts the simulated data in place of the user's in the arguments, for the guide alone.
+
+    Tensors and arrays are looked for in nested lists, tuples and dictionaries too. Wherever their
+    memory is that of an observed value (the same tensor, a view, a slice), the simulated values
+    are written over a copy; whatever shares no element with one (covariates) is kept.
+
+    Args:
+        arguments: The user's ``(args, kwargs)``.
+        simulation: The simulated pair, with the original observations.
+        make_args: The user's own rule, which then decides alone.
+
+    Returns:
+        Arguments for the guide.
+
+    Raises:
+        ValueError: If there are arguments, but an observed value is in none of them: one may be a
+            copy or a transform of it; or if two sites observe the same element.
+    """
+    if make_args is not None:
+        return make_args(simulation.observed)
+    new = _overwrite(arguments, simulation.original, simulation.observed)
+    if new.disputed:
+        raise ValueError(
+            f"observed site(s) {sorted(new.disputed)} share memory with another site, or within "
+            "themselves (expand), so it is ambiguous which simulated value the guide should see; "
+            "pass "
+            "make_args=lambda observed: (args, kwargs)"
+        )
+    plain = (bool, int, float, complex, str, bytes, type(None))
+    could_hold_data = any(not isinstance(leaf, plain) for leaf in tree_leaves(arguments))
+    missing = [name for name in simulation.original if name not in new.complete]
+    if could_hold_data and missing:
+        raise ValueError(
+            f"no argument of the guide holds the value of observed site(s) {missing} (it may be a "
+            "copy or a transform of one), so the guide cannot be shown the simulated data; pass "
+            "make_args=lambda observed: (args, kwargs)"
+        )
+    return new.arguments

@@ -1,0 +1,1 @@
+"""What is annealed, and from where."""

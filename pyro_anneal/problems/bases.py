@@ -1,0 +1,253 @@
+r"""Both ends of the annealing path as log densities of one flat unconstrained vector.
+
+For one chain at ``u`` of shape ``[*batch, D]`` each latent site is ``z = b(u)``. All densities are
+with respect to u:
+
+.. math::
+    \log p(x, u) = \log p(x, z) + \log |\partial z / \partial u|, \qquad
+    \log q(u) = \log q(z) + \log |\partial z / \partial u|
+
+The base q is the prior, a guide, or a Gaussian in u; a mask in the guide is ignored, as one on the
+model's latents is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ..models import autoguides
+from ..models.checks import explained
+from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
+from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
+from ..models.validation import validation_disabled
+
+__all__ = [
+    "Arguments",
+    "Base",
+    "GaussianBase",
+    "GuideBase",
+    "MixtureBase",
+    "ModelDensity",
+    "ModelEvaluation",
+    "PathDensity",
+    "PriorBase",
+    "StandardNormalBase",
+]
+
+
+class Base(Protocol):
+    """A normalized density to start from."""
+
+    def draw(self) -> Tensor:
+        """Draws ``u`` of shape ``[*batch, D]`` for one chain."""
+        ...
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes log q(u), shape ``[*batch]``."""
+        ...
+
+
+class PriorBase:
+    """Starts from the model's prior, enumerated sites summed out."""
+
+    def __init__(self, model: ModelDensity) -> None:
+        self.model = model
+
+    def draw(self) -> Tensor:
+        """Draws from the prior."""
+        return self.model.draw_prior()
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the log prior density of u."""
+        return evaluation.log_prior + evaluation.total_log_det
+
+
+class GuideBase:
+    """Starts from a Pyro guide: hand-written, an AutoGuide, or a list of both."""
+
+    def __init__(
+        self, guide: Callable[..., Any], model: ModelDensity, arguments: Arguments
+    ) -> None:
+        self.guide = guide
+        self.model = model
+        self.arguments = arguments
+        layout = model.layout
+        self._dims = [plate.guide_dim for plate in layout.batch]
+        derived = autoguides.derived_sites(guide) if autoguides.is_autoguide(guide) else set()
+        self._direct = [site.name for site in layout.sites if site.name not in derived]
+        if derived and not layout.is_static:
+            raise ValueError(
+                f"{type(guide).__name__} freezes the supports of one prototype run, but a support "
+                'of this model depends on another latent; use guide="auto", guide=None or a '
+                "hand-written guide"
+            )
+        with explained():
+            trace = self._trace(None)
+        known = {*self._direct, *derived, *self._auxiliary(trace)}
+        unknown = [name for name in latent_sites(trace) if name not in known]
+        if unknown:
+            raise ValueError(
+                f"the guide samples auxiliary sites {unknown}, which its density would have to "
+                'integrate out; use a guide without them, or guide="auto"'
+            )
+        for name in self._direct:
+            if isinstance(base_distribution(trace.nodes[name]["fn"]), dist.Delta):
+                raise ValueError(
+                    f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
+                    'from; use guide="auto" or a guide with a density'
+                )
+        self._check_supports()
+
+    def _auxiliary(self, trace: Any) -> set[str]:
+        """Collects the sites on which an AutoGuide is conditioned."""
+        if not autoguides.is_autoguide(self.guide):
+            return set()
+        return set(
+            autoguides.auxiliary_values(
+                self.guide, autoguides.unconstrained_values(self.guide, trace)
+            )
+        )
+
+    def _check_supports(self, num_points: int = 32) -> None:
+        """Checks that hand-written parts of the guide cover the model's support."""
+        layout = self.model.layout
+        shape = (*layout.batch_shape, layout.dim)
+        with torch.no_grad():
+            for _ in range(num_points if self._direct else 0):
+                position = torch.randn(shape, dtype=layout.dtype, device=layout.device)
+                values = self.model.unpack(position)
+                given = {name: values[name] for name in self._direct}
+                trace = self._trace(Substitute(constrained=given))
+                for name in self._direct:
+                    fn = trace.nodes[name]["fn"]
+                    if not bool(fn.support.check(values[name]).all()):
+                        raise ValueError(
+                            f'at site "{name}" the guide ({type(base_distribution(fn)).__name__}, '
+                            f"support {fn.support}) has no density at values that the model "
+                            "allows: no chain could reach them; use a guide with the model's "
+                            "support"
+                        )
+
+    def _trace(self, substitute: Messenger | None) -> Any:
+        args, kwargs = self.arguments
+        with validation_disabled(), poutine.block(), substitute or Messenger():
+            return poutine.trace(self.guide).get_trace(*args, **kwargs)
+
+    def draw(self) -> Tensor:
+        """Draws from the guide."""
+        trace = self._trace(None)
+        if not self._direct:
+            return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
+        names = [site.name for site in self.model.layout.sites]
+        return self.model.pack({name: trace.nodes[name]["value"] for name in names})
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the log density of the guide at u."""
+        given = {name: evaluation.values[name] for name in self._direct}
+        if autoguides.is_autoguide(self.guide):
+            given |= autoguides.auxiliary_values(self.guide, evaluation.unconstrained)
+        trace = self._trace(Substitute(constrained=given))
+        shape = self.model.layout.batch_shape
+        result: Tensor = torch.zeros(shape, dtype=position.dtype, device=position.device)
+        for name in given:
+            site = trace.nodes[name]
+            log_prob = site["fn"].log_prob(site["value"])
+            result = result + sum_to_batch(log_prob, self._dims, shape)
+            if name in evaluation.log_det:
+                result = result + evaluation.log_det[name]
+        return result
+
+
+class StandardNormalBase:
+    """Starts from a standard normal in unconstrained space, whatever the prior."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def draw(self) -> Tensor:
+        """Draws from the standard normal."""
+        layout = self.layout
+        shape = (*layout.batch_shape, layout.dim)
+        return torch.randn(shape, dtype=layout.dtype, device=layout.device)
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the standard normal's log density at u."""
+        normalizer = -0.5 * position.shape[-1] * math.log(2.0 * math.pi)
+        return normalizer - 0.5 * position.square().sum(-1)
+
+
+class GaussianBase:
+    """Starts from a Gaussian in unconstrained space, one per batch element."""
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.loc = loc  # [*batch, D]
+        self.scale_tril = scale_tril  # [*batch, D, D]
+        identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
+        self.whiten = torch.linalg.solve_triangular(
+            scale_tril, identity.expand_as(scale_tril), upper=False
+        )
+        log_scale = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self.log_normalizer = -0.5 * loc.shape[-1] * math.log(2.0 * math.pi) - log_scale
+
+    def draw(self) -> Tensor:
+        """Draws from the Gaussian."""
+        noise = torch.randn_like(self.loc)
+        return self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the Gaussian's log density at u."""
+        white = (self.whiten @ (position - self.loc).unsqueeze(-1)).squeeze(-1)
+        log_prob: Tensor = self.log_normalizer - 0.5 * white.square().sum(-1)
+        return log_prob
+
+
+class MixtureBase:
+    r"""Starts from a mixture, ``(1 - weight) first + weight second``: a defensive start.
+
+    A fitted base has light tails and one mode; a little of the prior in it reaches modes that the
+    fit missed. The mixture is normalized, so weights and bounds keep their guarantees.
+
+    Source: Hesterberg (1995), *Weighted average importance sampling and defensive mixture
+    distributions*.
+    """
+
+    def __init__(self, first: Base, second: Base, weight: float) -> None:
+        self.first = first
+        self.second = second
+        self.weight = weight
+
+    def draw(self) -> Tensor:
+        """Draws from the mixture, each batch element from a component of its own."""
+        first, second = self.first.draw(), self.second.draw()
+        take = torch.rand(first.shape[:-1], device=first.device) < self.weight
+        return torch.where(take.unsqueeze(-1), second, first)
+
+    def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
+        """Computes the mixture's log density at u."""
+        return torch.logaddexp(
+            math.log1p(-self.weight) + self.first.log_prob(evaluation, position),
+            math.log(self.weight) + self.second.log_prob(evaluation, position),
+        )
+
+
+class PathDensity:
+    """Both ends of the path for one chain: ``u`` to ``(log q(u), log p(x, u))``."""
+
+    def __init__(self, model: ModelDensity, base: Base) -> None:
+        self.model = model
+        self.base = base
+
+    def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluates ``u`` of shape ``[*batch, D]`` to two tensors of shape ``[*batch]``."""
+        with validation_disabled():
+            evaluation = self.model.evaluate(position)
+            log_base = self.base.log_prob(evaluation, position)
+        return log_base, evaluation.log_joint + evaluation.total_log_det

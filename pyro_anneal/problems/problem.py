@@ -1,0 +1,328 @@
+"""One annealing problem: a model and a base at given arguments, captured and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..graphs.captured import capture
+from ..kernels import State
+from ..models.autoguides import check_guide
+from ..models.inspection import inspect_model
+from ..models.sites import Layout, latent_sites, observed_sites
+from ..models.validation import validation_disabled
+from .bases import (
+    Arguments,
+    Base,
+    GuideBase,
+    MixtureBase,
+    ModelDensity,
+    PathDensity,
+    PriorBase,
+    StandardNormalBase,
+)
+from .fitted import Once, fit_start
+
+__all__ = ["Problem", "prepare"]
+
+Guide = Callable[..., Any] | Literal["auto"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model and a base, ready to be annealed."""
+
+    layout: Layout
+    model: ModelDensity
+    base: Base
+    function: PathDensity  # one chain, through Pyro
+    density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
+    fit_gradients: int  # spent on guide="auto", per batch element
+    from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
+
+    def draw(self, num_chains: int) -> Tensor:
+        """Draws positions ``[K, *batch, D]`` from the base.
+
+        A draw outside the model's support, or one for which the model raises, has no density: its
+        position is NaN and its weight zero. Drawing again would start from a truncated base whose
+        normalizer nobody knows, and overstate the evidence.
+        """
+        with torch.no_grad():
+            return torch.stack([self._draw_one(self.base) for _ in range(num_chains)])
+
+    def draw_prior(self, num_chains: int) -> Tensor:
+        """Draws positions ``[K, *batch, D]`` from the model's prior, likewise."""
+        base = PriorBase(self.model)
+        with torch.no_grad():
+            return torch.stack([self._draw_one(base) for _ in range(num_chains)])
+
+    def _draw_one(self, base: Base) -> Tensor:
+        layout = self.layout
+        try:
+            position = base.draw().to(layout.dtype)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            shape = (*layout.batch_shape, layout.dim)
+            position = torch.full(shape, torch.nan, dtype=layout.dtype, device=layout.device)
+        return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
+
+    def probe(self, *, num_tries: int = 100) -> Tensor:
+        """Finds a finite position ``[*batch, D]`` to look at the densities: not a draw of the base.
+
+        Batch elements are filled from several draws; zeros where none was finite.
+        """
+        with torch.no_grad():
+            position = self._draw_one(self.base)
+            for _ in range(num_tries):
+                if bool(position.isfinite().all()):
+                    break
+                position = torch.where(position.isfinite(), position, self._draw_one(self.base))
+        return position.nan_to_num()
+
+    def unpack(self, position: Tensor) -> dict[str, Tensor]:
+        """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
+        with torch.no_grad():
+            chains = [self.model.unpack(chain) for chain in position]
+        names = [site.name for site in self.layout.sites]
+        return {name: torch.stack([chain[name] for chain in chains]) for name in names}
+
+    def pack(self, values: dict[str, Tensor]) -> Tensor:
+        """Packs one value of each latent site into ``[*batch, D]``."""
+        with torch.no_grad():
+            return self.model.pack(values).to(self.layout.dtype)
+
+    def check_supports(self, values: dict[str, Tensor]) -> None:
+        """Checks that one value of each site lies inside its support.
+
+        Raises:
+            ValueError: If one does not; names the site.
+        """
+        args, kwargs = self.model.arguments
+        model = poutine.condition(self.model.model, data=values)
+        with torch.no_grad(), validation_disabled(), poutine.block():
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        for name, value in values.items():
+            support = trace.nodes[name]["fn"].support
+            if not bool(support.check(value).all()):
+                raise ValueError(
+                    f'a posterior sample of site "{name}" lies outside its support {support}'
+                )
+
+    def log_likelihood(self, position: Tensor) -> Tensor:
+        """Computes log p(x | z) of one chain, enumerated sites summed out, ``[*batch]``."""
+        with torch.no_grad(), validation_disabled():
+            evaluation = self.model.evaluate(position)
+        return evaluation.log_joint - evaluation.log_prior
+
+    def check_start(self, state: State, *, is_all: bool = True) -> None:
+        """Checks the log densities at the start of forward chains.
+
+        Args:
+            state: The chains' state.
+            is_all: Whether these are all chains of the run, so that one of each batch element must
+                have a density.
+
+        Raises:
+            ValueError: If a log density is +inf, or no chain of a batch element has any.
+        """
+        ratio = state.log_ratio()
+        infinite = (state.log_target == torch.inf) | (state.log_base == torch.inf)
+        infinite |= (state.log_base == -torch.inf) & state.position.isfinite().all(-1)
+        dead = ~(ratio > -torch.inf).any(dim=0)
+        if bool(infinite.any()):
+            chain = int(infinite.reshape(len(infinite), -1).any(1).nonzero()[0])
+            self._raise(state.position[chain], "is infinite")
+        if is_all and bool(dead.any()):
+            element = [int(i) for i in dead.nonzero()[0]]
+            where = f" (batch element {element})" if element else ""
+            self._raise(
+                state.position[0],
+                f"has no finite value at any of the {len(ratio)} starting points{where}",
+            )
+
+    def _raise(self, position: Tensor, problem: str) -> None:
+        sites = self._culprits(position)
+        named = f"at site(s) {sites} the log density" if sites else "the log density"
+        raise ValueError(
+            f"{named} {problem}: check the data for NaN or values outside the support, and the "
+            "guide for mass where the model has none"
+        )
+
+    def _culprits(self, position: Tensor) -> list[str]:
+        """Names the sites whose log density at ``position`` is not finite."""
+        culprits = []
+        args, kwargs = self.model.arguments
+        with torch.no_grad(), poutine.block(), validation_disabled():
+            try:
+                values = self.unpack(position.unsqueeze(0))
+                data = {name: value[0] for name, value in values.items()}
+                model = poutine.condition(self.model.model, data=data)
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+                for name, site in {**latent_sites(trace), **observed_sites(trace)}.items():
+                    if not bool(site["fn"].log_prob(site["value"]).isfinite().all()):
+                        culprits.append(name)
+                hand_written = isinstance(self.base, GuideBase)
+                if hand_written and not bool(self.function(position)[0].isfinite().all()):
+                    culprits.append("the guide")
+            except (ValueError, RuntimeError) as error:  # the model fails here
+                culprits.append(str(error).splitlines()[0])
+        return culprits
+
+
+def prepare(
+    model: Callable[..., Any],
+    guide: Guide,
+    model_args: Arguments,
+    guide_args: Arguments,
+    *,
+    num_chains: int,
+    batch_plates: str | Sequence[str],
+    compile: bool,
+    seed: int,
+    prior_weight: float = 0.0,
+    progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute: compute(),
+) -> Problem:
+    """Inspects, captures and checks a model and a base.
+
+    Args:
+        model: Pyro model with its observations.
+        guide: Guide, ``"auto"``, or None for the prior.
+        model_args: ``(args, kwargs)`` of the model.
+        guide_args: ``(args, kwargs)`` of the guide.
+        num_chains: Chains K that the capture is made for; others are captured when met.
+        batch_plates: ``"auto"`` or plate names.
+        compile: Whether to compile the captured graph.
+        seed: Seed of ``guide="auto"``.
+        prior_weight: Weight of the prior mixed into the base.
+        progress: Called with the steps of the automatic fit.
+        max_rows: Positions that the automatic fit may evaluate at once.
+        once: Calls the automatic fit, or returns what it gave before.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: For everything that :func:`~pyro_anneal.models.inspection.inspect_model` and the capture
+            refuse, and if rows of a requested batch plate influence each other.
+    """
+    if not (guide is None or guide == "auto" or callable(guide)):
+        raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
+    hand_written = None if isinstance(guide, str) else guide
+    check_guide(hand_written)
+    layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
+    if layout.improper and guide is None:
+        raise ValueError(
+            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform), so "
+            'chains cannot start from it; use guide="auto" or a guide with a density'
+        )
+    problem = _assemble(model, guide, model_args, guide_args, layout)
+    coupled = _coupled_plates(problem)
+    if coupled:
+        if batch_plates != "auto":
+            raise ValueError(
+                f"elements of plate(s) {coupled} influence each other's log density in spite of "
+                "the plate (a mean over rows, BatchNorm in the decoder): leave them out of "
+                "batch_plates to treat the plate jointly"
+            )
+        rest = [plate.name for plate in layout.batch if plate.name not in coupled]
+        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        note = f"elements of plate(s) {coupled} influence each other: they share one evidence"
+        layout = replace(layout, notes=(*layout.notes, note))
+        problem = _assemble(model, guide, model_args, guide_args, layout)
+    example = problem.probe()
+    if guide == "auto":
+        problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
+    if prior_weight > 0.0 and guide is not None:
+        base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
+        problem = replace(problem, base=base, function=PathDensity(problem.model, base))
+    density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+    return replace(problem, density=density)
+
+
+def _assemble(
+    model: Callable[..., Any],
+    guide: Guide,
+    model_args: Arguments,
+    guide_args: Arguments,
+    layout: Layout,
+) -> Problem:
+    model_density = ModelDensity(model, layout, model_args)
+    base: Base
+    if guide is None:
+        base = PriorBase(model_density)
+    elif isinstance(guide, str):  # until the Gaussian is fitted
+        base = StandardNormalBase(layout)
+    else:
+        base = GuideBase(guide, model_density, guide_args)
+    return Problem(layout, model_density, base, PathDensity(model_density, base), None, 0)
+
+
+def _fit(
+    problem: Problem,
+    example: Tensor,
+    num_chains: int,
+    seed: int,
+    progress: Callable[[int], object],
+    max_rows: int | None,
+    once: Once,
+) -> Problem:
+    """Replaces the prior by a fitted Gaussian, in the coordinates that suit it."""
+    start = fit_start(
+        problem.model,
+        example,
+        num_chains=num_chains,
+        seed=seed,
+        progress=progress,
+        max_rows=max_rows,
+        once=once,
+    )
+    return replace(
+        problem,
+        layout=start.model.layout,
+        model=start.model,
+        base=start.base,
+        function=PathDensity(start.model, start.base),
+        fit_gradients=start.num_gradients,
+        from_prior=start.from_prior,
+    )
+
+
+def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:
+    """Names the batch plates whose elements move each other's log densities.
+
+    Two draws a and b are mixed along one plate, half of its elements from each: an element whose
+    latents come from a must have the densities it has at a, whatever its neighbours do.
+    """
+    layout = problem.layout
+    if layout.batch_shape.numel() < 2:
+        return []
+    first, second = problem.probe(), problem.probe()
+    coupled = []
+    with torch.no_grad():
+        ends = problem.function(first), problem.function(second)
+        for axis, plate in enumerate(layout.batch):
+            shape = [plate.size if i == axis else 1 for i in range(len(layout.batch))]
+            for _ in range(num_tests if plate.size > 1 else 0):
+                order = torch.randperm(plate.size, device=first.device)
+                take = (order < plate.size // 2).reshape(shape)
+                mixed = problem.function(torch.where(take.unsqueeze(-1), second, first))
+                if any(
+                    _differ(torch.where(take, b, a), m)
+                    for a, b, m in zip(*ends, mixed, strict=True)
+                ):
+                    coupled.append(plate.name)
+                    break
+    return coupled
+
+
+def _differ(expected: Tensor, value: Tensor) -> bool:
+    """Compares log densities where they are finite, up to rounding."""
+    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-4
+    same = (value - expected).abs() <= tolerance * (1.0 + expected.abs())
+    return not bool((same | ~expected.isfinite()).all())

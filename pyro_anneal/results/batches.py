@@ -1,0 +1,99 @@
+"""What a run over batches of data returns: a few numbers per datum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .findings import Diagnostic
+from .tables import format_fields, format_value
+
+__all__ = ["EvidenceOfBatches"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class EvidenceOfBatches:
+    r"""Lower bounds on the log evidence of N data that came in batches.
+
+    .. math:: \log p(x_1, \dots, x_N) = \sum_n \log p(x_n) \ge \sum_n L_n
+
+    in expectation, for data that are independent given the model's parameters.
+    """
+
+    lower: Tensor  # IM lower bounds, nats, [N]
+    single: Tensor  # single-sample bounds, nats, [N]
+    std_error: Tensor  # of each lower bound, nats, [N]
+    ess: Tensor  # effective sample sizes, [N]
+    batch_sizes: tuple[int, ...]  # numbers per batch: one if the model has no batch plates
+    num_chains: int
+    num_steps: int
+    num_gradients: int  # per chain and batch
+    seconds: float  # of the chains, summed over batches
+    seed: int
+    scale: float = 1.0
+    notes: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches."""
+        return len(self.batch_sizes)
+
+    @property
+    def total(self) -> Tensor:
+        """Lower bound on the log evidence of all data, nats, scalar."""
+        return self.lower.sum()
+
+    @property
+    def total_std_error(self) -> Tensor:
+        """Standard error of ``total``, nats, scalar; NaN for one chain."""
+        return self.std_error.square().sum().sqrt()
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        r"""Computes a one-sided interval of the log evidence of all data.
+
+        Products of independent unbiased estimates are unbiased, so that Markov's inequality gives
+        :math:`P(\log p \ge \mathrm{total} - \log(1 / \alpha)) \ge 1 - \alpha = level`, at any number
+        of chains and steps.
+
+        Args:
+            level: Probability of coverage, in (0, 1).
+
+        Returns:
+            Ends of the interval in nats, scalars; the upper one is infinite.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+        margin = self.scale * math.log(1.0 / (1.0 - level))
+        return self.total - margin, torch.full_like(self.total, torch.inf)
+
+    def summary(self) -> str:
+        """Formats a short table."""
+        per_datum = f"{self.lower.mean().item():.4g} ({self.lower.min().item():.4g} to "
+        per_datum += f"{self.lower.max().item():.4g})"
+        ess = f"{self.ess.mean().item():.4g} of {self.num_chains} (at least "
+        ess += f"{self.ess.min().item():.4g})"
+        fields = [
+            (
+                "lower bound (nats, sum)",
+                format_value(self.total.item(), self.total_std_error.item()),
+            ),
+            ("lower bound per datum", per_datum),
+            ("single-sample bound (sum)", format_value(self.single.sum().item())),
+            ("effective sample size", ess),
+            ("cost", f"{self.num_gradients} gradients per chain and batch, {self.seconds:.2f} s"),
+        ]
+        title = (
+            f"EvidenceOfBatches: {len(self.lower)} data in {self.num_batches} batches, "
+            f"{self.num_chains} chains, {self.num_steps} steps"
+        )
+        return format_fields(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])

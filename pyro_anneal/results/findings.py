@@ -1,0 +1,53 @@
+"""What a diagnostic is, and how its warning is issued."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["AnnealingWarning", "Diagnostic", "warn"]
+
+
+class AnnealingWarning(UserWarning):
+    """A run finished, but its numbers look unreliable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """One finding about a result."""
+
+    name: str  # kind of finding: warnings are given once per name
+    severity: Literal["info", "warning"]
+    message: str  # what was seen and what to try
+    value: float  # the figure behind it
+
+
+def warn(diagnostics: Iterable[Diagnostic]) -> None:
+    """Issues one :class:`AnnealingWarning` per kind of finding of severity "warning".
+
+    The warning points at the innermost line outside this package.
+
+    Args:
+        diagnostics: Findings; the first of each kind speaks for it.
+
+    Example:
+        >>> warn([Diagnostic(name="gap", severity="info", message="wide", value=2.0)])
+    """
+    seen: set[str] = set()
+    for diagnostic in diagnostics:
+        if diagnostic.severity == "warning" and diagnostic.name not in seen:
+            seen.add(diagnostic.name)
+            warnings.warn(diagnostic.message, AnnealingWarning, stacklevel=_outside_level())
+
+
+def _outside_level() -> int:
+    """Counts the stack level, as ``warn`` must give it, of the first frame outside the package."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level

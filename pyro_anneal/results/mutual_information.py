@@ -1,0 +1,233 @@
+"""Bounds on mutual information: the one result type, whatever measured it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from torch import Tensor
+
+from .run import std_error_over_pairs
+from .sandwich import Sandwich
+from .tables import format_fields, format_value
+
+__all__ = ["MutualInformation"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MutualInformation:
+    r"""Bounds on mutual information from N pairs, in nats.
+
+    What is stored is one value per pair, whose mean is the bound. Where pairs serve as each other's
+    negatives the values are linearized (the empirical influence of the pair on the bound), so that
+    their spread gives the standard error without pretending that the terms are independent.
+
+    A sandwich can be tight pair by pair and yet off by the sampling of the pairs: ``gap`` speaks of
+    the method, ``lower_std_error`` and ``interval`` of the data.
+
+    Attributes:
+        method: Name of the bound.
+        pair_lower: Per-pair values of the lower bound, shape ``[N]``, or None.
+        pair_upper: Per-pair values of the upper bound, shape ``[N]``, or None.
+        pair_plug_in: Per-pair values of an estimate without direction, shape ``[N]``, or None.
+        terms: Means of the parts that add up to the lower bound (or the plug-in estimate), scalars
+            in nats: the ``variational`` (Barber-Agakov) and the ``contrastive`` term.
+        ceiling: Largest value that the contrastive term can take (``log K``), or for a plug-in
+            estimate can be trusted at (``log N``); None where there is no such limit.
+        saturated: Whether the contrastive term comes within 10% of the ceiling.
+        missing: Name of an unknown constant that was left out, for example ``"H(x)"``: then the
+            bounds are on I minus that constant. None if nothing is missing.
+        notes: What the directions depend on beyond independent exact pairs, and what I is about.
+        diagnostics: Further measured numbers, by name.
+
+    Example:
+        >>> estimate = MutualInformation(
+        ...     method="BarberAgakov", pair_lower=torch.tensor([1.0, 3.0])
+        ... )
+        >>> estimate.lower, estimate.lower_std_error
+        (tensor(2.), tensor(1.))
+    """
+
+    method: str
+    pair_lower: Tensor | None = None
+    pair_upper: Tensor | None = None
+    pair_plug_in: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    ceiling: float | None = None
+    saturated: bool = False
+    missing: str | None = None
+    notes: tuple[str, ...] = ()
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_sandwich(
+        cls, sandwich: Sandwich, *, notes: tuple[str, ...] = ()
+    ) -> MutualInformation:
+        r"""Computes bounds on I from bounds on the log evidence of simulated pairs.
+
+        .. math:: I = E[\log p(x | z)] - E[\log p(x)]
+
+        An upper bound on ``log p(x)`` gives the lower bound on I, and the reverse. The variational
+        term is the Barber-Agakov bound of the base q: the log ratio at which the reverse chains
+        start turns log p(x|z) into log q(z|x) - log p(z).
+
+        Source: Brekelmans et al. (2022), multi-sample AIS bounds.
+
+        Args:
+            sandwich: Bounds on simulated data that kept their pairs' log likelihood.
+            notes: Remarks to keep, such as which latents were summed out.
+
+        Returns:
+            The bounds on mutual information.
+
+        Raises:
+            ValueError: If the sandwich has no ``true_log_likelihood``.
+        """
+        log_likelihood = sandwich.true_log_likelihood
+        if log_likelihood is None:
+            raise ValueError("the sandwich has no true_log_likelihood of its pairs")
+        pair_lower = (log_likelihood - sandwich.upper).flatten()
+        variational = log_likelihood.mean() - sandwich.reverse.mean_log_ratio[-1]
+        return cls(
+            method="AIS",
+            pair_lower=pair_lower,
+            pair_upper=(log_likelihood - sandwich.lower).flatten(),
+            terms={"variational": variational, "contrastive": pair_lower.mean() - variational},
+            notes=(*sandwich.notes, *notes),
+        )
+
+    @property
+    def lower(self) -> Tensor | None:
+        """Lower bound in expectation, scalar in nats, or None."""
+        return None if self.pair_lower is None else self.pair_lower.mean()
+
+    @property
+    def upper(self) -> Tensor | None:
+        """Upper bound in expectation, scalar in nats, or None."""
+        return None if self.pair_upper is None else self.pair_upper.mean()
+
+    @property
+    def plug_in(self) -> Tensor | None:
+        """Estimate that is neither a lower nor an upper bound, scalar in nats, or None."""
+        return None if self.pair_plug_in is None else self.pair_plug_in.mean()
+
+    @property
+    def lower_std_error(self) -> Tensor | None:
+        """Standard error of ``lower`` over pairs, scalar in nats; NaN for a single pair."""
+        return None if self.pair_lower is None else std_error_over_pairs(self.pair_lower)
+
+    @property
+    def upper_std_error(self) -> Tensor | None:
+        """Standard error of ``upper`` over pairs, scalar in nats; NaN for a single pair."""
+        return None if self.pair_upper is None else std_error_over_pairs(self.pair_upper)
+
+    @property
+    def plug_in_std_error(self) -> Tensor | None:
+        """Standard error of ``plug_in`` over pairs, scalar in nats; NaN for a single pair."""
+        return None if self.pair_plug_in is None else std_error_over_pairs(self.pair_plug_in)
+
+    @property
+    def gap(self) -> Tensor | None:
+        """Upper minus lower bound, scalar in nats, or None unless both exist."""
+        if self.lower is None or self.upper is None:
+            return None
+        return self.upper - self.lower
+
+    @property
+    def num_pairs(self) -> int:
+        """Number N of pairs."""
+        for values in (self.pair_lower, self.pair_upper, self.pair_plug_in):
+            if values is not None:
+                return values.shape[0]
+        return 0
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        r"""Computes an interval for the mutual information from the bounds and their errors.
+
+        .. math:: [L - z\, \mathrm{se}(L),\; U + z\, \mathrm{se}(U)], \qquad
+            z = \Phi^{-1}\bigl(\tfrac{1 + level}{2}\bigr)
+
+        It rests on the central limit theorem over pairs. The side of a bound that does not exist
+        is infinite; a plug-in estimate has no interval for I, and both sides are infinite.
+
+        Args:
+            level: Probability of coverage, in (0, 1).
+
+        Returns:
+            Ends of the interval in nats.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+
+        Example:
+            >>> values = torch.tensor([1.0, 3.0])
+            >>> MutualInformation(method="IWAE", pair_upper=values).interval(0.6827)
+            (-inf, 3.0...)
+        """
+        low, high = self.lower_interval(level), self.upper_interval(level)
+        return (
+            -math.inf if low is None else low[0],
+            math.inf if high is None else high[1],
+        )
+
+    def lower_interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Computes an asymptotic interval of the expected lower bound, over pairs.
+
+        Args:
+            level: Coverage for many pairs, in (0, 1).
+
+        Returns:
+            Both ends in nats, or None without a lower bound.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        return _normal_interval(self.pair_lower, level)
+
+    def upper_interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Computes an asymptotic interval of the expected upper bound, over pairs.
+
+        Args:
+            level: Coverage for many pairs, in (0, 1).
+
+        Returns:
+            Both ends in nats, or None without an upper bound.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        return _normal_interval(self.pair_upper, level)
+
+    def summary(self) -> str:
+        """Formats a table of the bounds, their errors over pairs, and what to know about them."""
+        target = "I(x; z)" if self.missing is None else f"I(x; z) - {self.missing}"
+        fields = []
+        for name in ("lower", "upper", "plug_in"):
+            value, error = getattr(self, name), getattr(self, f"{name}_std_error")
+            if value is not None:
+                label = "plug-in (no direction)" if name == "plug_in" else f"{name} bound"
+                fields.append((label, format_value(float(value), float(error))))
+        if self.pair_lower is not None or self.pair_upper is not None:
+            low, high = self.interval(0.95)
+            fields.append(("95% interval (asymptotic over pairs)", f"[{low:.3f}, {high:.3f}]"))
+        fields += [
+            (name.replace("_", " ") + " term", f"{float(v):.3f}") for name, v in self.terms.items()
+        ]
+        if self.ceiling is not None:
+            at = ", and the estimate sits on it" if self.saturated else ""
+            fields.append(("ceiling", f"{self.ceiling:.3f}{at}"))
+        title = f"{self.method} on {target}, nats, from {self.num_pairs} pairs"
+        return format_fields(title, fields, self.notes)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+
+def _normal_interval(values: Tensor | None, level: float) -> tuple[float, float] | None:
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    if values is None:
+        return None
+    margin = NormalDist().inv_cdf(0.5 + 0.5 * level) * float(std_error_over_pairs(values))
+    return float(values.mean()) - margin, float(values.mean()) + margin

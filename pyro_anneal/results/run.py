@@ -1,0 +1,352 @@
+"""What an annealed run returns.
+
+Results store what was measured and derive the rest. All densities and bounds are in nats; a batch
+is the tuple of plates that enclose the whole model, in the order of ``AnnealedRun.plates``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import bounds
+from ..arguments import as_real
+from ..weights import (
+    effective_sample_size,
+    log_mean_exp,
+    log_normalized_weights,
+    resample_indices,
+)
+from .findings import Diagnostic
+from .tables import format_fields, format_value
+
+__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "std_error_over_pairs"]
+
+
+class Estimate(NamedTuple):
+    """An estimate, not a bound, with its standard error (NaN where it is unknown), in nats."""
+
+    value: Tensor
+    std_error: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PilotSummary:
+    """What the pilot found and what it cost; the run used it frozen."""
+
+    num_chains: int
+    num_gradients: int  # per chain
+    betas: Tensor  # knots of the tuning, [S]
+    step_size: Tensor  # [S], geometric mean over the batch
+    accept_prob: Tensor  # [S], mean over chains and batch
+    ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
+    length: float  # thermodynamic length of the path
+    seconds: float
+    correlation: float = math.nan  # of log p/q over one transition, to the same effect if constant
+    expected_variance: float = math.nan  # of log-weights at this T, per datum
+    expected_gap: float = math.nan  # of a sandwich at this K and T, nats per datum
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AnnealedRun:
+    r"""Outcome of K annealed chains over T steps in one direction.
+
+    Forward chains give a lower bound on the log evidence, reverse chains, started from exact
+    posterior samples, an upper one. A common ``poutine.scale`` s multiplies the bound outside the
+    logarithm, so that :math:`E[e^{L/s}] = Z`.
+    """
+
+    direction: Literal["forward", "reverse"]
+    log_weights: Tensor  # [K, *batch], float64
+    betas: Tensor  # [T + 1], from 0 to 1
+    accept_prob: Tensor  # [T - 1], mean over chains and batch
+    num_diverging: Tensor  # [T - 1], over chains and batch
+    step_size: Tensor  # [T - 1], geometric mean over the batch
+    mean_log_ratio: Tensor  # [T], of log p/q where increment t is taken, per datum
+    var_log_ratio: Tensor  # [T], over chains, per datum
+    log_evidence_ti: Tensor  # [K, *batch], each chain's integral of log p/q over beta
+    posterior: dict[str, Tensor]  # [K, *value_shape] by site, at the last weight
+    plates: dict[str, int]  # sizes of the batch plates, in the order of the batch
+    site_plates: dict[str, tuple[str | None, ...]]  # of a site's leading dims
+    num_gradients: int  # per chain: 1 + L (T - 1)
+    num_evaluations: int  # calls of the density, counted
+    seconds: float  # of the chains
+    seed: int | None
+    kernel: str
+    density_mode: str
+    pilot: PilotSummary | None = None
+    setup_seconds: float = 0.0  # inspection, capture and automatic guide; the pilot has its own
+    fit_gradients: int = 0  # single-chain gradients spent on guide="auto", per batch element
+    notes: tuple[str, ...] = ()
+    scale: float = 1.0
+    certified: bool = True
+    independent_starts: bool = (
+        False  # reverse only: one posterior sample per chain, not one in all
+    )
+    target_accept: float | None = None  # of the kernel; None if it has no step size to tune
+    observed: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    def __post_init__(self) -> None:
+        if tuple(self.plates.values()) != self.batch_shape:
+            raise ValueError(
+                f"plates {self.plates} do not name the batch of log_weights: expected sizes "
+                f"{list(self.batch_shape)}"
+            )
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    @property
+    def num_chains(self) -> int:
+        """Number K of chains."""
+        return self.log_weights.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """Number T of increments."""
+        return self.betas.shape[0] - 1
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the plates that enclose the whole model."""
+        return tuple(self.log_weights.shape[1:])
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.direction == "forward" else -1.0
+
+    @property
+    def lower(self) -> Tensor:
+        """IM lower bound on the log evidence, ``log mean_k w_k``, nats, shape ``batch``.
+
+        Raises:
+            ValueError: If the chains ran in reverse.
+        """
+        if self.direction == "reverse":
+            raise ValueError("reverse chains give no lower bound: use .upper of this run")
+        return self.scale * bounds.independent_multi_lower(self.log_weights)
+
+    @property
+    def upper(self) -> Tensor:
+        """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
+
+        It is one only if the posterior samples were exact (``certified``).
+
+        Raises:
+            ValueError: If the chains ran forward.
+        """
+        if self.direction == "forward":
+            raise ValueError(
+                "forward chains give no upper bound: use .lower, or sandwich() or run_reverse() "
+                "for an upper bound"
+            )
+        return self.scale * bounds.log_harmonic_mean(self.log_weights)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The bound of this direction: ``lower`` forward, ``upper`` in reverse, shape ``batch``."""
+        return self.lower if self.direction == "forward" else self.upper
+
+    @property
+    def single(self) -> Tensor:
+        """Single-sample bound, the mean log-weight: lower forward, upper in reverse."""
+        return self.scale * bounds.single_sample(self.log_weights)
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K]."""
+        return effective_sample_size(self._sign * self.log_weights)
+
+    @property
+    def largest_weight(self) -> Tensor:
+        """Largest share of the weight (of ``1 / w`` in reverse) that one chain holds, ``batch``."""
+        return log_normalized_weights(self._sign * self.log_weights).amax(dim=0).exp()
+
+    @property
+    def std_error(self) -> Tensor:
+        r"""Standard error of ``log_evidence`` by the delta method, nats, shape ``batch``.
+
+        .. math:: \sqrt{\mathrm{Var}(w) / K} \,/\, \bar w
+
+        An asymptotic figure: a mode that no chain visited does not show. NaN for one chain, and
+        for reverse chains that share their start (theirs comes from independent pairs only).
+        """
+        log_weights = self._sign * self.log_weights
+        relative = torch.exp(log_weights - log_mean_exp(log_weights))
+        return self.scale * self._std_error_of_mean(relative)
+
+    @property
+    def thermodynamic_integration(self) -> Estimate:
+        """Estimate of the log evidence by integrating ``log p/q`` over beta, shape ``batch``.
+
+        Not a bound: it carries the trapezoid's error and that of chains which lag behind.
+        """
+        value = self.scale * self.log_evidence_ti.mean(dim=0)
+        return Estimate(value, self.scale * self._std_error_of_mean(self.log_evidence_ti))
+
+    def _std_error_of_mean(self, values: Tensor) -> Tensor:
+        dependent = self.direction == "reverse" and not self.independent_starts
+        if self.num_chains == 1 or dependent:
+            return torch.full_like(values[0], torch.nan)
+        return values.std(dim=0) / math.sqrt(self.num_chains)
+
+    def interval(self, level: float = 0.95, *, total: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Computes a one-sided interval with a finite-sample guarantee.
+
+        .. math:: P\bigl(\log Z \ge L - \log(1 / \alpha)\bigr) \ge 1 - \alpha = level
+
+        By Markov's inequality on ``E[e^L] = Z``, at any K and T. Forward chains alone cannot
+        exclude evidence that none of them found, so the upper end is infinite; a reverse run has
+        the mirrored interval.
+
+        Args:
+            level: Probability of coverage, in (0, 1).
+            total: Whether to cover the sum over the batch instead of each element.
+
+        Returns:
+            Ends of the interval in nats, each of shape ``batch``, or scalars for the total.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1), or the run is not certified.
+        """
+        if not 0.0 < as_real("level", level) < 1.0:
+            raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+        if not self.certified:
+            raise ValueError(
+                "this run is not certified (its posterior samples are approximate), so no interval "
+                "has a guarantee; use sandwich() on simulated data"
+            )
+        bound = self.log_evidence.sum() if total else self.log_evidence
+        margin = self.scale * math.log(1.0 / (1.0 - level))
+        infinite = torch.full_like(bound, torch.inf)
+        if self.direction == "forward":
+            return bound - margin, infinite
+        return -infinite, bound + margin
+
+    def resample(self, num_samples: int, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws equally weighted posterior samples, per datum, by systematic resampling.
+
+        Each batch element has weights and indices of its own. A site outside some batch plate
+        has no weight of its own: it is kept if all chains agree on it, else left out.
+
+        Args:
+            num_samples: Number of draws.
+            seed: Seed of the draws; the global generator if ``None``.
+
+        Returns:
+            Values by site in the model's own space, shape ``[num_samples, *value_shape]``.
+
+        Raises:
+            ValueError: If the chains ran in reverse, or ``num_samples`` is below 1.
+        """
+        if self.direction == "reverse":
+            raise ValueError(
+                "reverse chains end at the base, not at the posterior: resample a forward run"
+            )
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=self.log_weights.device).manual_seed(seed)
+        indices = resample_indices(self.log_weights, num_samples, generator=generator)
+        draws = {}
+        for name, value in self.posterior.items():
+            missing = [p for p in self.plates if p not in self.site_plates[name]]
+            if not missing:
+                draws[name] = _take(value, indices, tuple(self.plates), self.site_plates[name])
+            elif bool((value == value[:1]).all()):
+                draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
+        return draws
+
+    def summary(self) -> str:
+        """Formats a short table of the run."""
+        name = f"{'lower' if self.direction == 'forward' else 'upper'} bound"
+        batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
+        total_error = self.std_error.square().sum().sqrt().item()
+        ti = self.thermodynamic_integration
+        fields = [
+            (
+                f"{name} (nats{', sum' if batch else ''})",
+                format_value(self.log_evidence.sum().item(), total_error),
+            ),
+            ("single-sample bound", format_value(self.single.sum().item())),
+            (
+                "thermodynamic integration (no bound)",
+                format_value(ti.value.sum().item(), ti.std_error.square().sum().sqrt().item()),
+            ),
+            ("effective sample size", _range(self.ess, f" of {self.num_chains}")),
+        ]
+        if batch:
+            fields.insert(1, (f"{name} per datum", _range(self.log_evidence)))
+        if self.num_steps > 1:
+            fields.append(("acceptance", _range(self.accept_prob)))
+            fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
+        cost = f"{self.num_gradients} gradients per chain"
+        extra = []
+        if self.pilot is not None:
+            extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
+            if not math.isnan(self.pilot.expected_gap):
+                fields.append(("expected gap per datum (pilot)", f"{self.pilot.expected_gap:.2g}"))
+        if self.fit_gradients:
+            extra.append(f"automatic guide: {self.fit_gradients} in all")
+        if extra:
+            cost += f" ({'; '.join(extra)})"
+        fields.append(("cost", f"{cost}, {self.seconds:.2f} s, {self.density_mode}"))
+        if self.direction == "reverse" or not self.certified:
+            fields.append(("certified", str(self.certified)))
+        title = (
+            f"AnnealedRun, {self.direction}: {self.num_chains} chains, {self.num_steps} steps, "
+            f"{self.kernel}{', batch ' + batch if batch else ''}"
+        )
+        notes = [*self.notes, *(d.message for d in self.diagnostics)]
+        if not self.certified and "uncertified" not in {d.name for d in self.diagnostics}:
+            notes.append("certified=False: the starts are approximate, so this is no bound")
+        return format_fields(title, fields, notes)
+
+    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+        """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
+        from .arviz import to_arviz
+
+        return to_arviz(self, resample=resample, seed=seed)
+
+    def plot(self) -> Any:
+        """Draws the run; see :func:`pyro_anneal.results.plotting.plot_run`."""
+        from .plotting import plot_run
+
+        return plot_run(self)
+
+
+def _take(
+    value: Tensor, indices: Tensor, plates: tuple[str, ...], names: tuple[str | None, ...]
+) -> Tensor:
+    """Takes particle ``indices[n, *batch]`` of a value whose dims carry the plates in any place."""
+    shape = list(value.shape[1:])
+    view = [1] * len(shape)
+    order = []
+    for position, name in enumerate(names):
+        if name in plates:  # a size of one stands for all rows of the plate
+            axis = 1 + plates.index(name)
+            view[position] = shape[position] = indices.shape[axis]
+            order.append(axis)
+    placed = indices.permute(0, *order).reshape(-1, *view)
+    expanded = value.expand(value.shape[0], *shape)
+    return expanded.gather(0, placed.expand(-1, *shape))
+
+
+def _range(values: Tensor, suffix: str = "") -> str:
+    if values.numel() == 1:
+        return f"{values.item():.4g}{suffix}"
+    return (
+        f"{values.mean().item():.4g}{suffix} "
+        f"({values.min().item():.4g} to {values.max().item():.4g})"
+    )
+
+
+def std_error_over_pairs(values: Tensor) -> Tensor:
+    """Computes the standard error of the mean of N independent values; NaN where N < 2."""
+    if values.numel() < 2:
+        return torch.full((), torch.nan, dtype=values.dtype, device=values.device)
+    return values.std() / math.sqrt(values.numel())

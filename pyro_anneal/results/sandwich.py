@@ -1,0 +1,191 @@
+"""What a sandwich returns: bounds from both sides on simulated data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .. import bounds
+from .findings import Diagnostic
+from .run import AnnealedRun, Estimate, std_error_over_pairs
+from .tables import format_fields, format_value
+
+__all__ = ["Sandwich", "check_names"]
+
+
+_LOWER = ("IM lower", "CR lower", "single lower")
+_UPPER = ("IM upper", "CR upper", "single upper")
+
+
+def check_names(names: Any) -> None:
+    """Checks the names of the two bounds that a sandwich shall report.
+
+    Raises:
+        ValueError: If they are not one of a lower and one of an upper bound, in this order.
+    """
+    is_pair = isinstance(names, tuple | list) and len(names) == 2
+    if not is_pair or names[0] not in _LOWER or names[1] not in _UPPER:
+        raise ValueError(
+            f"bounds must be a pair of one of {list(_LOWER)} and one of {list(_UPPER)}, got {names!r}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Sandwich:
+    r"""Lower and upper bounds on the log evidence of SIMULATED data.
+
+    Each pair (z, x) is drawn from the model, so that z is an exact posterior sample given x: the
+    reverse chains start there. The bounds speak of the simulated x, not of the user's data. For
+    several simulations the first plate of both runs counts them.
+    """
+
+    forward: AnnealedRun
+    reverse: AnnealedRun
+    coupled_reverse: Tensor | None = None  # [K - 1, *batch], from the end of forward chain 0
+    simulated: dict[str, Tensor] = field(default_factory=dict)  # observed sites' values
+    true_log_likelihood: Tensor | None = None  # log p(x | z) of the pairs, nats, [*batch]
+    lower_bound: str = "IM lower"
+    upper_bound: str = "CR upper"
+    notes: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.forward.direction != "forward" or self.reverse.direction != "reverse":
+            raise ValueError(
+                "a sandwich takes a forward and a reverse run, got "
+                f"{self.forward.direction} and {self.reverse.direction}"
+            )
+        if self.forward.batch_shape != self.reverse.batch_shape:
+            raise ValueError(
+                "forward and reverse runs must share their batch, got "
+                f"{list(self.forward.batch_shape)} and {list(self.reverse.batch_shape)}"
+            )
+        for name, end in ((self.lower_bound, "lower"), (self.upper_bound, "upper")):
+            if name not in self.bounds or not name.endswith(end):
+                available = [key for key in self.bounds if key.endswith(end)]
+                raise ValueError(f'no {end} bound "{name}" here: choose among {available}')
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    @property
+    def bounds(self) -> dict[str, Tensor]:
+        """All bounds by name, nats, shape ``batch``; see :mod:`pyro_anneal.bounds`."""
+        forward, reverse = self.forward.log_weights, self.reverse.log_weights
+        result = {
+            "IM lower": bounds.independent_multi_lower(forward),
+            "IM upper": bounds.independent_multi_upper(reverse[:1], forward[1:]),
+            "CR upper": bounds.coupled_upper(reverse),
+            "single lower": bounds.single_sample(forward),
+            "single upper": bounds.single_sample(reverse),
+        }
+        if self.coupled_reverse is not None:
+            result["CR lower"] = bounds.coupled_lower(forward[:1], self.coupled_reverse)
+        return {name: self.forward.scale * bound for name, bound in result.items()}
+
+    @property
+    def lower(self) -> Tensor:
+        """The lower bound named by ``lower_bound``, nats, shape ``batch``."""
+        return self.bounds[self.lower_bound]
+
+    @property
+    def upper(self) -> Tensor:
+        """The upper bound named by ``upper_bound``, nats, shape ``batch``."""
+        return self.bounds[self.upper_bound]
+
+    @property
+    def gap(self) -> Tensor:
+        """``upper - lower``: nonnegative in expectation, of either sign in one draw."""
+        return self.upper - self.lower
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of independent pairs (z, x): simulations times batch elements."""
+        return self.lower.numel()
+
+    @property
+    def bennett(self) -> Tensor:
+        """Bennett acceptance ratio estimate, where both weight sets cross, no bound."""
+        return self.forward.scale * bounds.bennett(
+            self.forward.log_weights, self.reverse.log_weights
+        )
+
+    @property
+    def thermodynamic_integration(self) -> Estimate:
+        """Mean of both directions' estimates, no bound; the lags of the two oppose each other.
+
+        The standard error is NaN: the reverse chains of a pair share their start.
+        """
+        forward, reverse = (r.thermodynamic_integration for r in (self.forward, self.reverse))
+        std_error = 0.5 * (forward.std_error.square() + reverse.std_error.square()).sqrt()
+        return Estimate(0.5 * (forward.value + reverse.value), std_error)
+
+    @property
+    def std_error(self) -> dict[str, Tensor]:
+        """Standard errors of the means over pairs of each bound and of the gap, by name.
+
+        They come from independent pairs only, since the reverse chains of a pair share one
+        posterior sample; NaN for a single pair.
+        """
+        quantities = {**self.bounds, "gap": self.gap}
+        return {name: std_error_over_pairs(value) for name, value in quantities.items()}
+
+    def interval(self, level: float = 0.95, *, total: bool = False) -> tuple[Tensor, Tensor]:
+        """Computes an interval that covers the log evidence with at least ``level``.
+
+        It holds in finite samples, at any K and T; see :func:`pyro_anneal.bounds.interval`.
+
+        Args:
+            level: Probability of coverage, in (0, 1).
+            total: Whether to cover the sum over all pairs instead of each.
+
+        Returns:
+            Ends of the interval in nats, each of shape ``batch``, or scalars for the total.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        lower, upper = (b.sum() if total else b for b in (self.lower, self.upper))
+        low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, level)
+        return self.forward.scale * low, self.forward.scale * high
+
+    def summary(self) -> str:
+        """Formats a short table of the bounds and estimates, as means over the pairs."""
+        several = self.num_pairs > 1
+        errors = self.std_error
+        fields = [
+            (name, format_value(value.mean().item(), errors[name].item()))
+            for name, value in sorted(self.bounds.items(), key=lambda item: item[0].split()[::-1])
+        ]
+        fields.append(("gap", format_value(self.gap.mean().item(), errors["gap"].item())))
+        low, high = self.interval(0.95)
+        ends = f"[{low.mean().item():.3f}, {high.mean().item():.3f}]"
+        fields.append(("95% interval (guaranteed)", ends))
+        for name, value in (
+            ("Bennett (no bound)", self.bennett),
+            ("thermodynamic integration (no bound)", self.thermodynamic_integration.value),
+        ):
+            error = std_error_over_pairs(value).item()
+            fields.append((name, format_value(value.mean().item(), error)))
+        batch = ", ".join(f"{plate}={size}" for plate, size in self.forward.plates.items())
+        title = (
+            f"Sandwich of the log evidence of SIMULATED data: {self.forward.num_chains} chains, "
+            f"{self.forward.num_steps} steps{', batch ' + batch if batch else ''}; nats"
+            f"{', means over ' + str(self.num_pairs) + ' pairs' if several else ''}"
+        )
+        notes = [*self.forward.notes, *self.notes, *(d.message for d in self.diagnostics)]
+        return format_fields(title, fields, notes)
+
+    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+        """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
+        from .arviz import to_arviz
+
+        return to_arviz(self, resample=resample, seed=seed)
+
+    def plot(self) -> Any:
+        """Draws the sandwich; see :func:`pyro_anneal.results.plotting.plot_sandwich`."""
+        from .plotting import plot_sandwich
+
+        return plot_sandwich(self)

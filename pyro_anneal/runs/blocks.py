@@ -1,0 +1,293 @@
+"""Chains in fixed blocks: each has random streams of its own, and one process runs it.
+
+Blocks depend on the number of chains and their size alone, so results do not depend on how many
+processes share them, in which order, or how often a process was restarted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..chains.loop import Carry, Direction, Path, Progress, StepStatistics, run_chains
+from ..kernels import Density, State
+from ..persistence.files import to_host
+from ..persistence.journal import Journal
+from ..persistence.randomness import derived_seed, own_randomness, random_state, set_random_state
+
+__all__ = ["DEFAULT_SIZE", "Blockwise", "Ends", "anneal_blocks", "split"]
+
+DEFAULT_SIZE = 4096
+
+Record = dict[str, Any]  # tensors and plain values
+
+
+class Ends(NamedTuple):
+    """Where all chains of a run ended."""
+
+    log_weights: Tensor  # [K, *batch], float64
+    integral: Tensor  # [K, *batch], float64
+    position: Tensor  # at the last weight, [K, *batch, D]
+    statistics: StepStatistics
+    num_evaluations: int
+    seconds: float  # of the slowest process
+
+
+class Blockwise:
+    """Evaluates a density at most ``size`` positions at a time.
+
+    Args:
+        density: The density.
+        size: Positions per call, exactly: the last call is filled up, so that one graph serves all.
+    """
+
+    def __init__(self, density: Density, size: int) -> None:
+        self.density = density
+        self.size = size
+
+    def __call__(self, position: Tensor) -> State:
+        """Evaluates K positions."""
+        count = len(position)
+        if count <= self.size:
+            return self.density(position)
+        filler = position[:1].expand(-count % self.size, *position.shape[1:])
+        pieces = torch.cat([position, filler]).split(self.size)
+        states = [self.density(piece) for piece in pieces]
+        return State(*(torch.cat(parts)[:count] for parts in zip(*states, strict=True)))
+
+
+def split(num_chains: int, size: int | None) -> list[range]:
+    """Splits chains into blocks of ``size``, the last one shorter where K is no multiple.
+
+    Example:
+        >>> split(5, 2)
+        [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    size = DEFAULT_SIZE if size is None else size
+    return [range(k, min(k + size, num_chains)) for k in range(0, num_chains, size)]
+
+
+def anneal_blocks(
+    density: Any,
+    path: Path,
+    blocks: Sequence[range],
+    start: Callable[[range], State],
+    *,
+    direction: Direction,
+    stream: str,
+    seed: int,
+    journal: Journal,
+    name: str,
+    check: Callable[[Tensor], object] = lambda positions: None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Ends:
+    """Runs this process's blocks of chains, and gathers all.
+
+    Args:
+        density: Evaluates base and target, and counts its evaluations.
+        path: Frozen betas, kernel and tuning.
+        blocks: The chains of each block.
+        start: Makes the first state of a block's chains.
+        direction: ``"forward"`` or ``"reverse"``.
+        stream: Name of the stream of noise.
+        seed: Seed of the noise.
+        journal: Where progress is kept, and whose processes share the blocks.
+        name: Name of this run of chains in the journal.
+        check: Called with the first and last position of each block, ``[2, *batch, D]``.
+        progress: Called with the number of steps done since the last call.
+
+    Returns:
+        The ends of all chains, on every process.
+    """
+    example = density.example
+    outcome = journal.get(name)
+    if outcome is None:
+        world = journal.world
+        if world.rank == 0 and len(blocks) < world.size:
+            total = blocks[-1].stop
+            warnings.warn(
+                f"{total} chains are {len(blocks)} block(s), so {world.size - len(blocks)} of "
+                f"{world.size} processes have nothing to do: set chain_batch_size to at most "
+                f"{-(-total // world.size)}",
+                stacklevel=2,
+            )
+        own = {}
+        for number in range(world.rank, len(blocks), world.size):
+            block = _Block(density, path, direction, seed, _stream_of(stream, number))
+            found = journal.block(name, number)
+            record = block.begin(blocks[number], start, number) if found is None else found
+
+            def keep(record: Record, steps: int, number: int = number) -> None:
+                journal.record(name, number, record, steps=steps)
+
+            own[number] = block.finish(record, keep, check, progress)
+        mine = own if world.size == 1 else to_host(own)
+        outcome = _merge(world.gather(mine, f"the {stream} chains"))
+        journal.put(name, outcome)
+    set_random_state(outcome["random_state"])
+    return Ends(
+        outcome["log_weights"].to(example.device),
+        outcome["integral"].to(example.device),
+        outcome["position"].to(example.device),
+        StepStatistics(*(value.to(example.device) for value in outcome["statistics"])),
+        outcome["num_evaluations"],
+        outcome["seconds"],
+    )
+
+
+class _Block:
+    """Runs one block of chains from wherever it stands to its end."""
+
+    def __init__(
+        self, density: Any, path: Path, direction: Direction, seed: int, stream: str
+    ) -> None:
+        self.density = density
+        self.path = path
+        self.direction = direction
+        self.seed = seed
+        self.stream = stream
+
+    def begin(self, chains: range, start: Callable[[range], State], number: int) -> Record:
+        """Makes the record of a block before its first step."""
+        began, before = time.perf_counter(), self.density.num_evaluations
+        if number == 0:
+            state = start(chains)
+        else:
+            with own_randomness(derived_seed(self.seed, self.stream, "start")):
+                state = start(chains)
+        first = state.position[:1].clone()
+        cost = {
+            "num_evaluations": self.density.num_evaluations - before,
+            "seconds": time.perf_counter() - began,
+        }
+        own = {"first": first, "random_state": random_state(), "finished": False}
+        return own | cost | _describe(Progress.beginning(state, self.path.num_steps))
+
+    def finish(
+        self,
+        record: Record,
+        keep: Callable[[Record, int], object],
+        check: Callable[[Tensor], object],
+        progress: Callable[[int], object],
+    ) -> Record:
+        """Runs the rest of a block; ``keep`` is given its record after each chunk."""
+        if record["finished"]:
+            progress(self.path.num_steps)
+            return record
+        began, before, latest = time.perf_counter(), self.density.num_evaluations, record
+
+        def on_chunk(now: Progress) -> None:
+            nonlocal latest
+            cost = {
+                "num_evaluations": record["num_evaluations"]
+                + self.density.num_evaluations
+                - before,
+                "seconds": record["seconds"] + time.perf_counter() - began,
+            }
+            steps = now.num_steps - latest["num_steps"]
+            latest = record | cost | _describe(now)
+            keep(latest, steps)
+
+        progress(record["num_steps"])
+        carry, _ = run_chains(
+            self.density,
+            self.path,
+            _restore(record, self.density.example.device),
+            direction=self.direction,
+            seed=self.seed,
+            stream=self.stream,
+            progress=progress,
+            record=on_chunk,
+        )
+        position = carry.state.position
+        check(torch.cat([record["first"].to(position), position[:1]]).nan_to_num())
+        latest = latest | {"finished": True, "state": [position]}
+        keep(latest, 0)
+        return latest
+
+
+def _describe(progress: Progress) -> Record:
+    carry = progress.carry
+    return {
+        "num_chunks": progress.num_chunks,
+        "num_steps": progress.num_steps,
+        "state": list(carry.state),
+        "log_weights": carry.log_weights,
+        "integral": carry.integral,
+        "statistics": list(progress.statistics),
+    }
+
+
+def _restore(record: Record, device: torch.device) -> Progress:
+    state = State(*(value.to(device) for value in record["state"]))
+    carry = Carry(state, record["log_weights"].to(device), record["integral"].to(device))
+    statistics = StepStatistics(*(value.to(device) for value in record["statistics"]))
+    return Progress(record["num_chunks"], carry, statistics)
+
+
+def _stream_of(stream: str, number: int) -> str:
+    """Names the noise of a block; that of the first is the noise of chains in one block."""
+    return stream if number == 0 else f"{stream}, block {number}"
+
+
+def _merge(gathered: Sequence[dict[int, Record]]) -> Record:
+    """Merges the records of all blocks, in their order, as each process gives its own."""
+    everything = {number: r for records in gathered for number, r in records.items()}
+    records = [everything[number] for number in range(len(everything))]
+    statistics = merge_statistics(
+        [StepStatistics(*record["statistics"]) for record in records],
+        [len(record["log_weights"]) for record in records],
+    )
+    return {
+        "log_weights": _joined([record["log_weights"] for record in records]),
+        "integral": _joined([record["integral"] for record in records]),
+        "position": _joined([record["state"][0] for record in records]),
+        "statistics": list(statistics),
+        "num_evaluations": sum(record["num_evaluations"] for record in records),
+        "seconds": max(sum(r["seconds"] for r in own.values()) for own in gathered),
+        "random_state": records[0]["random_state"],
+    }
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    return torch.cat([value.to(values[0].device) for value in values])
+
+
+def merge_statistics(parts: Sequence[StepStatistics], counts: Sequence[int]) -> StepStatistics:
+    """Merges the averages of several blocks of chains.
+
+    The variance over chains is pooled within blocks, where each block's own mean is subtracted:
+    the same quantity in expectation as over all chains at once. NaN if every block has one chain.
+
+    Args:
+        parts: Averages of each block.
+        counts: Chains of each block.
+
+    Returns:
+        Averages over all chains.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(counts)
+    device = parts[0].mean_log_ratio.device
+    shares = torch.tensor(counts, dtype=torch.float64, device=device) / total
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return (torch.stack([value.to(device) for value in values]) * shares.unsqueeze(1)).sum(0)
+
+    freedom = total - len(parts)
+    unbiased = (total - 1) / freedom if freedom else math.nan
+    return StepStatistics(
+        mean([part.mean_log_ratio for part in parts]),
+        mean([part.var_log_ratio for part in parts]) * unbiased,
+        mean([part.accept_prob for part in parts]),
+        torch.stack([part.num_diverging.to(device) for part in parts]).sum(0),
+    )

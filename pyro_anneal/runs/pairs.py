@@ -1,0 +1,294 @@
+"""Runs on simulated pairs, one data set after another, merged as they come.
+
+Of each simulated data set only log-weights are kept: curves over T are summed, and posterior
+samples and data are dropped unless they are asked for. So memory does not grow with T or the size
+of latents and data times the number of simulations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..models.autoguides import sees_arguments
+from ..models.simulation import Arguments, Simulation, guide_arguments, simulate
+from ..persistence.journal import Journal
+from ..persistence.memory import released
+from ..results.run import AnnealedRun, PilotSummary
+from ..results.sandwich import Sandwich
+from .run import Settings, forward, freeze, make_problem, progress_bar, reverse
+
+__all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
+
+# Fields of a run that are added up over data sets; curves become averages, for each data set had
+# a pilot of its own.
+_TOTALS = ("num_diverging", "num_evaluations", "seconds")
+_CURVES = ("betas", "accept_prob", "step_size", "mean_log_ratio", "var_log_ratio")
+_SUMMED = (*_TOTALS, *_CURVES)
+# Fields that are kept for each data set, and where several are stacked.
+_PER_PAIR = ("log_weights", "log_evidence_ti")
+_BY_SITE = {"posterior": 1, "observed": 0}
+
+
+class Pair(NamedTuple):
+    """What one simulated data set gave."""
+
+    forward: AnnealedRun
+    reverse: AnnealedRun
+    coupled_reverse: Tensor | None  # log-weights from the end of forward chain 0
+    observed: dict[str, Tensor]  # empty if samples are not kept
+    log_likelihood: Tensor  # log p(x | z), [*batch]
+
+
+def simulate_pair(
+    settings: Settings,
+    arguments: Arguments,
+    journal: Journal,
+    prefix: str = "",
+    *,
+    seed: int,
+    coupled: bool,
+    keep_samples: bool,
+) -> Pair:
+    """Simulates a data set, and runs chains in both directions on it.
+
+    Args:
+        settings: Settings.
+        arguments: ``(args, kwargs)`` of model and guide.
+        journal: Where progress is kept.
+        prefix: Distinguishes this data set in the journal.
+        seed: Seed of the data set and its runs.
+        coupled: Whether to run reverse chains from the end of a forward one.
+        keep_samples: Whether to keep posterior samples and data.
+    """
+    conditioned, guide_args, simulation = _simulated(settings, arguments, seed)
+    frozen = freeze(settings, conditioned, arguments, guide_args, journal, prefix, seed=seed)
+    run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
+    exact = frozen.problem.pack(simulation.latents)
+    count = settings.num_chains
+    back = reverse(
+        settings,
+        frozen,
+        exact.expand(count, *exact.shape),
+        journal,
+        prefix,
+        keep_samples=keep_samples,
+    )
+    extra = None
+    if coupled and count > 1:
+        first = end.expand(count - 1, *exact.shape)
+        extra = reverse(
+            settings,
+            frozen,
+            first,
+            journal,
+            prefix,
+            stream="coupled reverse",
+            keep_samples=False,
+        ).log_weights
+    log_likelihood = frozen.problem.log_likelihood(exact)
+    return Pair(run, back, extra, simulation.observed if keep_samples else {}, log_likelihood)
+
+
+def _simulated(
+    settings: Settings, arguments: Arguments, seed: int
+) -> tuple[Any, Arguments, Simulation]:
+    """Simulates a data set: the model conditioned on it, and the guide's arguments."""
+    torch.manual_seed(seed)
+    simulation = simulate(settings.model, arguments)
+    conditioned = poutine.condition(settings.model, data=simulation.observed)
+    guide_args = arguments
+    if sees_arguments(settings.guide) or settings.make_args is not None:
+        guide_args = guide_arguments(arguments, simulation, settings.make_args)
+    return conditioned, guide_args, simulation
+
+
+def simulate_pairs(
+    settings: Settings,
+    arguments: Arguments,
+    journal: Journal,
+    *,
+    num_simulations: int,
+    coupled: bool,
+    keep_samples: bool,
+) -> PairSum:
+    """Simulates data sets one after another, and goes on where a journal ends.
+
+    Args:
+        settings: Settings.
+        arguments: ``(args, kwargs)`` of model and guide.
+        journal: Where progress is kept.
+        num_simulations: Number of data sets.
+        coupled: As in :func:`simulate_pair`.
+        keep_samples: Likewise.
+    """
+    stored, seed = journal.get("pairs"), journal.seed
+    total = PairSum()
+    if stored is not None:  # by a model that must be what it was: the first data set shows it
+        model, guide_args, _ = _simulated(settings, arguments, seed)
+        problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
+        total = PairSum.from_dict(stored, problem.layout.device)
+    visible = settings.progress_bar and num_simulations > 1
+    with progress_bar(visible, "simulations", num_simulations) as bar:
+        bar.update(total.count)
+        for index in range(total.count, num_simulations):
+            prefix = f"{index}/"
+            with released():
+                pair = simulate_pair(
+                    settings,
+                    arguments,
+                    journal,
+                    prefix,
+                    seed=seed + index,
+                    coupled=coupled,
+                    keep_samples=keep_samples,
+                )
+            total.add(pair)
+            journal.forget(prefix, keep=("0/problem", "0/fit"))
+            journal.put("pairs", total.to_dict)
+            bar.update(1)
+    return total
+
+
+class RunSum:
+    """Runs on different data, merged: log-weights side by side, averages of their curves."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shared: dict[str, Any] = {}  # other fields of the first run
+        self.per_pair: dict[str, list[Tensor]] = {name: [] for name in _PER_PAIR}
+        self.by_site: dict[str, list[dict[str, Tensor]]] = {name: [] for name in _BY_SITE}
+        self.sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
+
+    def add(self, run: AnnealedRun) -> None:
+        """Adds one run."""
+        fields = dict(vars(run))
+        for name in _PER_PAIR:
+            self.per_pair[name].append(fields.pop(name))
+        for name in _BY_SITE:
+            self.by_site[name].append(fields.pop(name))
+        for name in _SUMMED:
+            self.sums[name] = self.sums[name] + fields.pop(name)
+        if self.count == 0:
+            self.shared = fields
+        self.count += 1
+
+    def result(self) -> AnnealedRun:
+        """Builds the merged run; with several runs its first plate counts them."""
+        shared = dict(self.shared)
+        fields: dict[str, Any] = {
+            name: total if name in _TOTALS else total / self.count
+            for name, total in self.sums.items()
+        }
+        if self.count == 1:
+            fields |= {name: values[0] for name, values in self.per_pair.items()}
+            fields |= {name: values[0] for name, values in self.by_site.items()}
+        else:
+            fields |= {name: torch.stack(values, 1) for name, values in self.per_pair.items()}
+            fields |= {
+                name: _stack(values, _BY_SITE[name]) for name, values in self.by_site.items()
+            }
+            shared["plates"] = {"simulation": self.count, **shared["plates"]}
+            shared["site_plates"] = {
+                name: ("simulation", *rest) for name, rest in shared["site_plates"].items()
+            }
+        return AnnealedRun(**shared, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describes the runs by tensors and plain values."""
+        pilot = self.shared["pilot"]
+        return {
+            "count": self.count,
+            "shared": self.shared | {"pilot": None if pilot is None else vars(pilot)},
+            "per_pair": {name: torch.stack(values) for name, values in self.per_pair.items()},
+            "by_site": {name: _stack(values, 0) for name, values in self.by_site.items()},
+            "sums": self.sums,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> RunSum:
+        """Undoes :meth:`to_dict`."""
+        total = cls()
+        total.count, total.sums = content["count"], dict(content["sums"])
+        total.shared = dict(content["shared"])
+        if total.shared["pilot"] is not None:
+            total.shared["pilot"] = PilotSummary(**total.shared["pilot"])
+        total.per_pair = {name: list(values) for name, values in content["per_pair"].items()}
+        for name, values in content["by_site"].items():
+            total.by_site[name] = _unstack(values, total.count)
+        return total
+
+
+class PairSum:
+    """Pairs, merged as they come."""
+
+    def __init__(self) -> None:
+        self.forward, self.reverse = RunSum(), RunSum()
+        self.coupled: list[Tensor] = []
+        self.observed: list[dict[str, Tensor]] = []
+        self.log_likelihood: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Number of simulated data sets."""
+        return self.forward.count
+
+    def add(self, pair: Pair) -> None:
+        """Adds what one data set gave."""
+        self.forward.add(pair.forward)
+        self.reverse.add(pair.reverse)
+        if pair.coupled_reverse is not None:
+            self.coupled.append(pair.coupled_reverse)
+        self.observed.append(pair.observed)
+        self.log_likelihood.append(pair.log_likelihood)
+
+    def sandwich(self, bounds: tuple[str, str]) -> Sandwich:
+        """Builds the sandwich; one data set keeps its batch, several get a leading plate."""
+        one = self.count == 1
+        coupled = torch.stack(self.coupled, 1) if self.coupled else None
+        return Sandwich(
+            forward=self.forward.result(),
+            reverse=self.reverse.result(),
+            coupled_reverse=coupled.squeeze(1) if one and coupled is not None else coupled,
+            simulated=self.observed[0] if one else _stack(self.observed, 0),
+            true_log_likelihood=(
+                self.log_likelihood[0] if one else torch.stack(self.log_likelihood)
+            ),
+            lower_bound=bounds[0],
+            upper_bound=bounds[1],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describes the pairs by tensors and plain values."""
+        return {
+            "forward": self.forward.to_dict(),
+            "reverse": self.reverse.to_dict(),
+            "coupled": torch.stack(self.coupled) if self.coupled else None,
+            "observed": _stack(self.observed, 0),
+            "log_likelihood": torch.stack(self.log_likelihood),
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], device: torch.device) -> PairSum:
+        """Undoes :meth:`to_dict`, with the tensors on a device."""
+        content = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, content)
+        total = cls()
+        total.forward = RunSum.from_dict(content["forward"])
+        total.reverse = RunSum.from_dict(content["reverse"])
+        total.coupled = [] if content["coupled"] is None else list(content["coupled"])
+        total.observed = _unstack(content["observed"], total.count)
+        total.log_likelihood = list(content["log_likelihood"])
+        return total
+
+
+def _stack(values: Sequence[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    return {name: torch.stack([value[name] for value in values], dim) for name in values[0]}
+
+
+def _unstack(values: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    return [{name: value[i] for name, value in values.items()} for i in range(count)]

@@ -1,0 +1,163 @@
+"""The scout: a short tempered run from the prior that looks for modes which a fitted start missed.
+
+Chains from a base that misses a mode have flawless weights. Particles that come down from the
+prior know nothing of that base: where they end at places as dense as the run's, but where the base
+has no density to speak of, or find more evidence than the run, the run missed posterior mass. The
+scout may itself miss modes, and chains that got stuck prove nothing: particles at places less
+dense than the run's do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chains.pilot import Pilot, run_pilot
+from ..kernels import Density, Kernel, State
+from ..persistence.journal import Journal
+from ..persistence.randomness import seeded_generator
+from ..problems.problem import Problem
+from ..results.findings import Diagnostic
+from ..results.run import AnnealedRun
+from .blocks import Blockwise
+
+__all__ = ["Scouting", "diagnose_scouting", "scout", "scout_run"]
+
+SETTINGS = Pilot(num_chains=64, num_moves=4, ess_fraction=0.5, max_stages=60)
+
+
+@dataclass(frozen=True, eq=False)
+class Scouting:
+    """Where particles from the prior ended, and the evidence that they found."""
+
+    state: State  # at the target, with the log densities of the run's own path, [M, *batch]
+    log_evidence: Tensor  # estimate of sequential Monte Carlo in nats, [*batch]
+    num_gradients: int  # per particle
+
+
+def scout(
+    from_prior: Density,
+    draw_prior: Callable[[int], Tensor],
+    density: Density,
+    kernel: Kernel,
+    *,
+    seed: int,
+    settings: Pilot = SETTINGS,
+) -> Scouting | None:
+    """Runs the pilot's tempered particles from the prior.
+
+    Args:
+        from_prior: Density of the path from the prior.
+        draw_prior: Draws M positions from the prior.
+        density: Density of the run's path.
+        kernel: Kernel of the run.
+        seed: Seed of the run.
+        settings: Settings of the scout.
+
+    Returns:
+        What it found, or None if no particle has any density under the model.
+    """
+    with torch.no_grad():
+        state = from_prior(draw_prior(settings.num_chains or 64))
+        if not bool((state.log_ratio() > -torch.inf).any(0).all()):
+            return None
+        generator = seeded_generator(state.position.device, seed, "scout")
+        outcome = run_pilot(from_prior, kernel, state, generator, settings=settings)
+        assert outcome.log_evidence is not None
+        return Scouting(density(outcome.position), outcome.log_evidence, outcome.num_gradients)
+
+
+def scout_run(
+    problem: Problem,
+    run: AnnealedRun,
+    kernel: Kernel,
+    seed: int,
+    journal: Journal,
+    *,
+    max_rows: int | None = None,
+) -> Diagnostic | None:
+    """Sends the scout down beside a finished run, and compares.
+
+    Args:
+        problem: The run's problem, whose guide was fitted.
+        run: A forward run, with its posterior samples.
+        kernel: Its kernel.
+        seed: Its seed.
+        journal: Where the finding is kept.
+        max_rows: Positions that may be evaluated at once.
+
+    Returns:
+        What :func:`diagnose_scouting` finds.
+    """
+
+    def compute() -> dict[str, Any]:
+        assert problem.from_prior is not None
+        rows = max_rows or max(SETTINGS.num_chains or 64, run.num_chains)
+        density, from_prior = (Blockwise(d, rows) for d in (problem.density, problem.from_prior()))
+        seen = scout(from_prior, problem.draw_prior, density, kernel, seed=seed)
+        if seen is None:
+            return {}
+        chains = [
+            problem.pack({name: value[k] for name, value in run.posterior.items()})
+            for k in range(run.num_chains)
+        ]
+        with torch.no_grad():
+            end = density(torch.stack(chains))
+        found = diagnose_scouting(run, end, seen)
+        return {} if found is None else asdict(found)
+
+    found = journal.once("scout", compute)
+    return Diagnostic(**found) if found else None
+
+
+def diagnose_scouting(
+    run: AnnealedRun,
+    end: State,
+    found: Scouting,
+    *,
+    margin: float = 10.0,
+    min_mass: float = 0.2,
+    tolerance: float = 3.0,
+) -> Diagnostic | None:
+    r"""Compares where a run ended with where the scout did.
+
+    A particle u is unseen if :math:`\log q(u)` lies ``margin`` below its least value at the ends of
+    the run's chains, although :math:`\log p(x, u)` is no less than its least value there. The
+    share of unseen particles times the scout's evidence estimates the posterior mass out of the
+    run's reach, here relative to the run's evidence. The scout's evidence is that of an unbiased
+    weight, so it exceeds the truth by b nats with probability :math:`e^{-b}` at most.
+
+    Args:
+        run: A forward run.
+        end: The state at its last weight, ``[K, *batch]``.
+        found: What the scout found.
+        margin: In nats.
+        min_mass: Unseen mass that counts, over the run's evidence.
+        tolerance: Nats of evidence beyond the run's, and five standard errors, that count.
+
+    Returns:
+        A warning whose value is the largest share of unseen particles over the batch, or None.
+    """
+    unseen = found.state.log_base < end.log_base.amin(0) - margin
+    unseen &= found.state.log_target >= end.log_target.amin(0)
+    share = unseen.double().mean(0)
+    excess = found.log_evidence - run.lower / run.scale
+    errors = run.std_error.nan_to_num(0.0) / run.scale
+    missed = (share * excess.exp() >= min_mass) | (excess > tolerance + 5.0 * errors)
+    if not bool(missed.any()):
+        return None
+    of_batch = f" for {missed.double().mean().item():.0%} of the batch" if share.dim() else ""
+    return Diagnostic(
+        name="modes",
+        severity="warning",
+        message=f"particles that came down from the prior disagree with this start{of_batch}: up to "
+        f"{share.max().item():.0%} of them ended in places as dense as the run's where the start "
+        f"has no density, and they found {excess.max().item():+.2g} nats of evidence beside the "
+        "run's. Posterior modes are probably missed and the evidence is too low: compare with "
+        "guide=None, prior_weight=0.5 or cross_check=True",
+        value=share.max().item(),
+    )

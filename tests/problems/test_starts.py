@@ -1,0 +1,109 @@
+"""Starts that hold: the defensive mixture, and the cross-check from the prior."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy.integrate import quad
+
+from pyro_anneal import AnnealedImportance, AnnealingWarning
+from pyro_anneal.problems.problem import prepare
+
+X = torch.tensor(9.0)
+
+
+def two_modes(x):
+    """Posterior modes near -3 and 3, unequal: the prior leans to the right."""
+    z = pyro.sample("z", dist.Normal(0.5, 3.0))
+    pyro.sample("x", dist.Normal(z.square(), 0.5), obs=x)
+
+
+def one_mode(x):
+    z = pyro.sample("z", dist.Normal(0.5, 3.0))
+    pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def _normal(value, loc, scale):
+    return np.exp(-0.5 * ((value - loc) / scale) ** 2) / (scale * math.sqrt(2.0 * math.pi))
+
+
+def _truth():
+    density = lambda z: _normal(z, 0.5, 3.0) * _normal(9.0, z**2, 0.5)
+    return math.log(quad(density, -5, 0, points=[-3])[0] + quad(density, 0, 5, points=[3])[0])
+
+
+def engine(model, **options):
+    settings = {"num_chains": 64, "num_steps": 300, "progress_bar": False, "seed": 0}
+    return AnnealedImportance(model, "auto", **{**settings, **options})
+
+
+def test_a_fitted_start_misses_a_mode_without_knowing():
+    """The failure that the other tests guard against: a good effective sample size, wrong."""
+    run = engine(two_modes, cross_check=False).run(X)
+    assert run.ess > 60.0
+    assert run.diagnostics == ()
+    assert run.lower < _truth() - 0.3
+
+
+def test_the_scout_sees_the_other_mode_by_default():
+    with pytest.warns(AnnealingWarning, match="from the prior disagree with this start"):
+        run = engine(two_modes).run(X)
+    (found,) = run.diagnostics
+    assert found.name == "modes"
+    assert 0.2 < found.value < 0.8  # about half of the mass lies in the other mode
+
+
+def test_the_scout_passes_an_easy_posterior():
+    assert engine(one_mode).run(X).diagnostics == ()
+
+
+def test_cross_check_says_that_starts_disagree():
+    with (
+        pytest.warns(AnnealingWarning, match="from the prior finds .* nats more evidence"),
+        pytest.warns(AnnealingWarning, match="came down from the prior disagree"),
+    ):
+        run = engine(two_modes, cross_check=True).run(X)
+    assert [found.name for found in run.diagnostics] == ["modes", "starts"]
+
+
+def test_cross_check_passes_an_easy_posterior():
+    assert engine(one_mode, cross_check=True).run(X).diagnostics == ()
+
+
+def test_a_defensive_start_finds_both_modes():
+    run = engine(two_modes, prior_weight=0.5).run(X)
+    assert abs(run.lower - _truth()) < 5.0 * run.std_error
+    assert run.std_error < 0.15  # half the mass of a mode is 0.3 nats and more
+
+
+def test_the_mixture_is_normalized():
+    """Its density, through the captured graph, integrates to one over u."""
+    arguments = ((X,), {})
+    problem = prepare(
+        one_mode,
+        "auto",
+        arguments,
+        arguments,
+        num_chains=4001,
+        batch_plates="auto",
+        compile=False,
+        seed=0,
+        prior_weight=0.3,
+    )
+    grid = torch.linspace(-25.0, 25.0, 4001)
+    total = torch.trapezoid(problem.density(grid.unsqueeze(-1)).log_base.exp(), grid)
+    assert float(total) == pytest.approx(1.0, abs=1e-8)
+
+
+def test_cross_check_is_checked():
+    with pytest.raises(ValueError, match='cross_check must be "auto", True or False'):
+        engine(one_mode, cross_check="always")
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.0])
+def test_the_weight_is_checked(weight):
+    with pytest.raises(ValueError, match=r"prior_weight must lie in \[0, 1\)"):
+        engine(one_mode, prior_weight=weight)

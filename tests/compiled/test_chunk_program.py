@@ -485,7 +485,7 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    for module in ("compile_choice", "capture"):
+    for module in ("compiled.choice", "graphs.captured"):
         monkeypatch.setattr(f"pyro_anneal.{module}.compiler_problem", lambda device: "no g++")
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(torch.tensor(2.0))

@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 
-from pyro_anneal.losses import AIWAE
+from pyro_anneal.losses import AIWAE, problem_cache
 from pyro_anneal.schedules import Sigmoid
 
 DATA = torch.tensor([0.2, 1.9, -0.4, 3.0, 0.7], dtype=torch.float64)
@@ -124,9 +124,9 @@ def test_step_sizes_move_between_minibatches_toward_the_target():
 @VECTORIZE
 def test_new_data_and_parameters_need_no_new_capture(vectorize, monkeypatch):
     captures = []
-    prepare = annealing.prepare
+    prepare = problem_cache.prepare
     monkeypatch.setattr(
-        annealing, "prepare", lambda *a, **k: (captures.append(1), prepare(*a, **k))[1]
+        problem_cache, "prepare", lambda *a, **k: (captures.append(1), prepare(*a, **k))[1]
     )
     loc = torch.nn.Parameter(torch.tensor(0.5))
 

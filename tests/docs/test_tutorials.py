@@ -95,8 +95,8 @@ def test_discrete_latents(run):
     curve = found["exact_curve"](found["log_q"])
     assert torch.trapezoid(curve, found["betas"]).item() == pytest.approx(truth, abs=1e-2)
     assert (curve.diff() >= -1e-5).all()  # it rises
-    assert max(found["left"].values()) < truth
-    assert found["right"][2] < truth < found["right"][50]  # the failure shown
+    assert max(found["lower"].values()) < truth
+    assert found["upper"][2] < truth < found["upper"][50]  # the failure shown
 
 
 def test_mutual_information(run):
@@ -131,7 +131,7 @@ def test_posterior_quality(run):
         assert elbo < found["evidence"].lower + 1.0
     sandwich = found["sandwich"]
     assert sandwich.upper - sandwich.lower > -10.0  # by Markov, up to e^-10
-    right, wrong = found["right"], found["wrong"]
+    right, wrong = found["upper"], found["wrong"]
     assert torch.equal(right.simulated["x"], wrong.simulated["x"])
     error = right.std_error["gap"]
     assert -5 * error < right.gap.mean() < 0.2

@@ -131,7 +131,7 @@ def test_posterior_quality(run):
         assert elbo < found["evidence"].lower + 1.0
     sandwich = found["sandwich"]
     assert sandwich.upper - sandwich.lower > -10.0  # by Markov, up to e^-10
-    right, wrong = found["upper"], found["wrong"]
+    right, wrong = found["right"], found["wrong"]
     assert torch.equal(right.simulated["x"], wrong.simulated["x"])
     error = right.std_error["gap"]
     assert -5 * error < right.gap.mean() < 0.2

@@ -23,6 +23,7 @@ from .arguments import (
 from .chains.pilot import Pilot
 from .diagnostics import checks as diagnostics
 from .kernels import HMC, Kernel
+from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments, MakeArgs
 from .persistence.fingerprints import describe, describe_arguments
 from .persistence.journal import Journal, keep_journal
@@ -32,6 +33,7 @@ from .results.mutual_information import MutualInformation
 from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
+from .runs.exact import exact_run
 from .runs.pairs import simulate_pairs
 from .runs.run import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .runs.scout import scout_run
@@ -194,6 +196,13 @@ class AnnealedImportance:
             ValueError: If model, guide or data do not allow it; the message names the site.
         """
         arguments = (args, kwargs)
+        try:
+            return self._run(arguments)
+        except NothingToAnneal as error:
+            layout = error.layout
+        return exact_run(self.model, arguments, layout, num_chains=self.num_chains)
+
+    def _run(self, arguments: Arguments) -> AnnealedRun:
         with self._journal("run", arguments, cross_check=self.cross_check) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
@@ -208,7 +217,7 @@ class AnnealedImportance:
 
     def run_reverse(
         self,
-        posterior_samples: Mapping[str, Tensor],
+        posterior_samples: Mapping[str, Tensor] | Any,
         *args: Any,
         exact: bool = False,
         **kwargs: Any,
@@ -216,7 +225,8 @@ class AnnealedImportance:
         """Runs reverse chains from K independent posterior samples: the IR upper bound.
 
         Args:
-            posterior_samples: Values of every latent site, ``[K, *value_shape]``.
+            posterior_samples: Values of every latent site, ``[K, *value_shape]``, or an object
+                whose ``get_samples()`` returns them, as ``pyro.infer.MCMC`` after its run.
             *args: Arguments of model and guide, passed unchanged.
             exact: Whether the samples are exact draws from p(z | x); only then is the bound
                 certified.
@@ -229,6 +239,8 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments = (args, kwargs)
+        if callable(getattr(posterior_samples, "get_samples", None)):
+            posterior_samples = posterior_samples.get_samples()
         options = {"exact": exact, "posterior_samples": posterior_samples}
         with self._journal("run_reverse", arguments, **options) as journal:
             settings = self._settings(journal)

@@ -1,13 +1,12 @@
 """Decoders trained on real images: the paper's picture at small scale (its Fig. 3)."""
 
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from datafiles import find_or_skip
 from torch import nn
 
 from pyro_anneal import mi
@@ -21,12 +20,7 @@ def digits():
 
 
 def mnist():
-    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mnist"
-    folder = Path(os.environ.get("PYRO_ANNEAL_MNIST", folder))
-    files = sorted(folder.glob("*images*")) if folder.is_dir() else []
-    if not files:
-        pytest.skip(f"no MNIST images in {folder}")
-    return read_mnist(files)
+    return read_mnist(sorted(find_or_skip("mnist").glob("*images*")))
 
 
 def read_mnist(files):

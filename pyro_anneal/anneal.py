@@ -217,7 +217,7 @@ class AnnealedImportance:
 
     def run_reverse(
         self,
-        posterior_samples: Mapping[str, Tensor] | Any,
+        posterior_samples: Any,
         *args: Any,
         exact: bool = False,
         **kwargs: Any,

@@ -315,9 +315,7 @@ def inspect_model(
                 f"the latent sites {[site.name for site in sites]} have no elements, so there is "
                 "nothing to anneal: leave them out, and run() returns the log density itself"
             )
-        is_static = is_empty or _supports_are_static(
-            model, model_args, trace, second[0], sites
-        )
+        is_static = is_empty or _supports_are_static(model, model_args, trace, second[0], sites)
         guarded = _moving_supports(trace, second[0])
     _check_observed(model, model_args, trace, guarded)
     scale, notes = _find_scale(trace)
@@ -383,7 +381,10 @@ def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:
 def _dtype(trace: Any, sites: Sequence[Site]) -> torch.dtype:
     """Finds the precision to compute in: the widest of all latents and log densities."""
     dtypes = [site["unscaled_log_prob"].dtype for _, site in density_sites(trace)]
-    return functools.reduce(torch.promote_types, [*dtypes, *[site.dtype for site in sites]])
+    widest: torch.dtype = functools.reduce(
+        torch.promote_types, [*dtypes, *[site.dtype for site in sites]]
+    )
+    return widest
 
 
 def _draw_two(

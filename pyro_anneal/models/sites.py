@@ -135,7 +135,9 @@ def plate_size(frame: Any, sites: Iterable[Mapping[str, Any]]) -> int:
     """
     if frame.size >= 0:
         return int(frame.size)
-    shapes = [site["unscaled_log_prob"].shape for site in sites if frame.name in plate_frames(site)]
+    shapes = [
+        site["unscaled_log_prob"].shape for site in sites if frame.name in plate_frames(site)
+    ]
     return max((shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim), default=1)
 
 

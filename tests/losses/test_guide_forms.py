@@ -140,7 +140,10 @@ def mixture_guide(x):
 
 def mixture_evidence():
     wide = (1.0 + 0.49) ** 0.5
-    terms = [0.7 * dist.Normal(0.0, wide).log_prob(X).exp(), 0.3 * dist.Normal(2.0, wide).log_prob(X).exp()]
+    terms = [
+        0.7 * dist.Normal(0.0, wide).log_prob(X).exp(),
+        0.3 * dist.Normal(2.0, wide).log_prob(X).exp(),
+    ]
     return float((terms[0] + terms[1]).log())
 
 

@@ -250,10 +250,7 @@ def test_samples_of_mcmc_start_reverse_chains():
     mcmc.run(x)
     ais = annealed(hierarchical, num_steps=10)
     truth = gaussian_evidence(x, 1.0, 1.0)
-    runs = [
-        ais.run_reverse(samples, x)
-        for samples in (mcmc, mcmc.get_samples())
-    ]
+    runs = [ais.run_reverse(samples, x) for samples in (mcmc, mcmc.get_samples())]
     assert all(torch.equal(run.log_weights, runs[0].log_weights) for run in runs)
     assert runs[0].num_chains == 8
     assert abs(float(runs[0].upper) - truth) < 1.0

@@ -24,6 +24,7 @@ from .arguments import (
 from .chains.pilot import Pilot
 from .diagnostics import checks as diagnostics
 from .kernels import HMC, Kernel
+from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments, MakeArgs
 from .persistence.fingerprints import describe, describe_arguments
 from .persistence.journal import Journal, keep_journal
@@ -34,6 +35,7 @@ from .results.provenance import Provenance
 from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
+from .runs.exact import exact_run
 from .runs.pairs import simulate_pairs
 from .runs.run import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .runs.scout import scout_run
@@ -195,7 +197,15 @@ class AnnealedImportance:
         Raises:
             ValueError: If model, guide or data do not allow it; the message names the site.
         """
-        arguments, began = (args, kwargs), time.perf_counter()
+        arguments = (args, kwargs)
+        try:
+            return self._run(arguments)
+        except NothingToAnneal as error:
+            layout = error.layout
+        return exact_run(self.model, arguments, layout, num_chains=self.num_chains)
+
+    def _run(self, arguments: Arguments) -> AnnealedRun:
+        began = time.perf_counter()
         with self._journal("run", arguments, cross_check=self.cross_check) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
@@ -210,7 +220,7 @@ class AnnealedImportance:
 
     def run_reverse(
         self,
-        posterior_samples: Mapping[str, Tensor],
+        posterior_samples: Any,
         *args: Any,
         exact: bool = False,
         **kwargs: Any,
@@ -218,7 +228,8 @@ class AnnealedImportance:
         """Runs reverse chains from K independent posterior samples: the IR upper bound.
 
         Args:
-            posterior_samples: Values of every latent site, ``[K, *value_shape]``.
+            posterior_samples: Values of every latent site, ``[K, *value_shape]``, or an object
+                whose ``get_samples()`` returns them, as ``pyro.infer.MCMC`` after its run.
             *args: Arguments of model and guide, passed unchanged.
             exact: Whether the samples are exact draws from p(z | x); only then is the bound
                 certified.
@@ -231,6 +242,8 @@ class AnnealedImportance:
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments, began = (args, kwargs), time.perf_counter()
+        if callable(getattr(posterior_samples, "get_samples", None)):
+            posterior_samples = posterior_samples.get_samples()
         options = {"exact": exact, "posterior_samples": posterior_samples}
         with self._journal("run_reverse", arguments, **options) as journal:
             settings = self._settings(journal)

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import as_count
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
     Evaluation,
     ParticleELBO,
+    PyroOptions,
     doubly_reparameterized,
     finite_or_zero,
     require_pathwise,
@@ -93,12 +95,7 @@ class IWAE(ParticleELBO):
     Args:
         num_particles: Number K of particles.
         gradient: Estimator of the guide's gradient.
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to draw all particles in one run.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
         ValueError: If ``gradient`` is unknown, or ``"vimco"`` has fewer than two particles.
@@ -117,13 +114,7 @@ class IWAE(ParticleELBO):
         self,
         num_particles: int = 10,
         gradient: Literal["auto", "reparam", "dreg", "vimco"] = "auto",
-        *,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
+        **options: Unpack[PyroOptions],
     ) -> None:
         if gradient not in _SAMPLING:
             raise ValueError(f"gradient must be one of {list(_SAMPLING)}, got {gradient!r}")
@@ -135,14 +126,12 @@ class IWAE(ParticleELBO):
             )
         super().__init__(
             num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
+            **options,
         )
         self.gradient = gradient
+
+    def _fields(self) -> dict[str, object]:
+        return super()._fields() | {"gradient": self.gradient}
 
     def _evaluate(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments

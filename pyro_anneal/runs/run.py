@@ -181,11 +181,11 @@ def _path(
     )
     fixed = None
     if settings.step_size is not None:
-        fixed = TuningTable.constant(settings.step_size, example)
+        fixed = TuningTable.constant(settings.step_size, example, settings.kernel)
     if betas is None and settings.num_steps == 1:
         betas = _on_host([0.0, 1.0])
     if betas is not None and (fixed is not None or settings.num_steps == 1):
-        fixed = fixed or TuningTable.constant(1.0, example)
+        fixed = fixed or TuningTable.constant(1.0, example, settings.kernel)
         return Path(betas, settings.kernel, fixed), None
     spent = 0
     if settings.target_gap is not None:

@@ -41,7 +41,7 @@ class Guards:
 
 
 def _equal_with_nan(old: Tensor, new: Tensor) -> bool:
-    return bool(((old == new) | ((old != old) & (new != new))).all())
+    return bool(((old == new) | (old.isnan() & new.isnan())).all())
 
 
 def split_guards(
@@ -65,7 +65,7 @@ def split_guards(
     if not count:
         return None
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-    outputs = tuple(output.args[0])  # type: ignore[arg-type]
+    outputs = tuple(output.args[0])
     guards = copy.deepcopy(graph.graph)
     (guarded,) = [node for node in guards.nodes if node.op == "output"]
     guarded.args = (tuple(guarded.args[0])[-count:],)

@@ -262,7 +262,6 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
         Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
             raise, for example at a branch that depends on the position.
     """
-
     graph, constants, noted = record(lambda leaf: evaluate(function, leaf), position)
     refuse_writes(graph)
     guards = split_guards(graph, position, constants, noted)

@@ -30,6 +30,7 @@ from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import Guide, Problem, prepare
+from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun, PilotSummary
 from .blocks import Blockwise, Ends, anneal_blocks, split
 
@@ -452,6 +453,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         notes=(*layout.notes, *loop_notes(problem.density)),
         scale=layout.scale,
         observed=layout.observed if keep_samples else {},
+        data_digest=digest_of_data(layout.observed),
     )
 
 

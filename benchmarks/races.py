@@ -208,19 +208,19 @@ def evidence_cases():
     """Name to (model, arguments, truth); arguments are what the peers' script knows by kind."""
     import cases
     import hard_problems
+    from datafiles import find
 
     found = {}
     names = ("E18 eight schools", "E08 pima-768", "E15 german", "E12 ionosphere")
-    for name in names if cases.DATA.exists() else names[:1]:
+    for name in names:
         case = cases.CASES[name]()
         kind = "schools" if "schools" in name else "logistic"
         found[name] = (kind, case.model, case.args, case.truth)
-    if cases.DATA.exists():
-        sonar = np.load(cases.DATA / "sonar/sonar_full.npz")
-        y = (sonar["y"] + 1) / 2 if sonar["y"].min() < 0 else sonar["y"]
-        design = cases._pad(cases._standardize(sonar["X"]))
-        args = (cases._tensor(design), cases._tensor(y), 1.0)
-        found["sonar, d=61"] = ("logistic", cases.logistic, args, SONAR_TRUTH)
+    sonar = np.load(find("sonar/sonar_full.npz"))
+    y = (sonar["y"] + 1) / 2 if sonar["y"].min() < 0 else sonar["y"]
+    design = cases._pad(cases._standardize(sonar["X"]))
+    args = (cases._tensor(design), cases._tensor(y), 1.0)
+    found["sonar, d=61"] = ("logistic", cases.logistic, args, SONAR_TRUTH)
     problem = hard_problems.HARD_PROBLEMS["AR(5), N(0,10)"]()
     found["AR(5), N(0,10)"] = ("autoregression", problem.model, problem.args, problem.truth())
     return found

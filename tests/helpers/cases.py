@@ -1,22 +1,20 @@
 """Real problems whose log evidence is known, for tests and benchmarks.
 
-Data come from ``../shared/data`` beside the checkout and are never copied; where the folder is
-absent, cases that need it are skipped.
+Small tables lie in ``tests/data``; a case whose table is too large for it raises FileNotFoundError
+where ``PYRO_ANNEAL_DATA`` names no folder that holds it.
 """
 
 import csv
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+from datafiles import find
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ def _tensor(values):
 
 
 def _rows(name):
-    with (DATA / name).open() as file:
+    with find(name).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -74,7 +72,7 @@ def _regression(x, y):
 
 
 def _radiata(column, truth):
-    data = json.loads((DATA / "radiata/pines.data.json").read_text())
+    data = json.loads(find("radiata/pines.data.json").read_text())
     return Case(_regression, (_tensor(data[column]), _tensor(data["y"])), truth)
 
 
@@ -96,7 +94,7 @@ SCHOOLS_SIGMA = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
 
 
 def _dogs():
-    y = np.array(json.loads((DATA / "posteriordb/dogs.json").read_text())["y"], dtype=np.float64)
+    y = np.array(json.loads(find("posteriordb/dogs.json").read_text())["y"], dtype=np.float64)
     shock = np.cumsum(y, 1) - y
     avoid = np.cumsum(1 - y, 1) - (1 - y)
     design = np.stack([np.ones_like(y), avoid, shock], -1).reshape(-1, 3)
@@ -113,7 +111,7 @@ def _brownian_model(y, seen):
 
 
 def _brownian():
-    y = np.genfromtxt(DATA / "inference_gym/brownian_observed_loc.csv")
+    y = np.genfromtxt(find("inference_gym/brownian_observed_loc.csv"))
     y = _tensor(y)
     seen = torch.ones(30, dtype=torch.bool)
     seen[10:20] = False
@@ -141,7 +139,7 @@ def _hierarchical(y):
 
 
 def _bridgesampling():
-    y = _tensor(np.genfromtxt(DATA / "bridgesampling/vignette_y.csv"))
+    y = _tensor(np.genfromtxt(find("bridgesampling/vignette_y.csv")))
     return Case(_hierarchical, (y,), -37.534131)
 
 
@@ -167,7 +165,7 @@ def _autoregression(y):
 
 
 def _google():
-    with (DATA / "autobdmc/google_stock.txt").open() as file:
+    with find("autobdmc/google_stock.txt").open() as file:
         y = [float(line.split()[1]) for line in list(file)[1:] if line.strip()]
     return Case(_autoregression, (_tensor(y),), -310.256041)
 
@@ -180,7 +178,7 @@ def _blr(design, y):
 
 
 def _sblri():
-    data = json.loads((DATA / "posteriordb/sblri.json").read_text())
+    data = json.loads(find("posteriordb/sblri.json").read_text())
     return Case(_blr, (_tensor(data["X"]), _tensor(data["y"])), -184.773172)
 
 
@@ -269,16 +267,16 @@ CASES = {
 
 
 def _pima768():
-    data = np.genfromtxt(DATA / "pima/pima-indians-diabetes.data", delimiter=",")
+    data = np.genfromtxt(find("pima/pima-indians-diabetes.data"), delimiter=",")
     return _logistic_case(_pad(_standardize(data[:, :-1])), data[:, -1], 1.0, -383.8820, 4e-4)
 
 
 def _ionosphere():
-    data = np.load(DATA / "ionosphere/ionosphere_full.npz")
+    data = np.load(find("ionosphere/ionosphere_full.npz"))
     y = (data["y"] + 1) / 2
     return _logistic_case(_pad(_standardize(data["X"])), y, 1.0, -111.6122, 2e-3)
 
 
 def _german():
-    data = np.genfromtxt(DATA / "german/german.data-numeric")
+    data = np.genfromtxt(find("german/german.data-numeric"))
     return _logistic_case(_pad(_standardize(data[:, :-1])), data[:, -1] - 1, 1.0, -529.1768, 1e-3)

@@ -1,12 +1,12 @@
 """What the losses learn, at a small scale on real digits; the tables are in benchmarks/."""
 
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from datafiles import find_or_skip
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -57,10 +57,7 @@ def test_the_order_of_vae_iwae_and_aiwae():
 @pytest.mark.slow
 def test_the_order_on_mnist():
     """The same on MNIST, averaged to 14 x 14. After 1000 steps, half of these, IWAE is still level."""
-    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mnist"
-    folder = Path(os.environ.get("PYRO_ANNEAL_MNIST", folder))
-    if not folder.is_dir():
-        pytest.skip(f"no MNIST in {folder}; set PYRO_ANNEAL_MNIST to a folder of its idx files")
+    folder = find_or_skip("mnist")
     settings = {"steps": 2000, "ais_steps": 150, "num_test": 100}
     vae, iwae, aiwae = _autoencoders(load_mnist(folder), "AIWAE T=11", **settings)
     assert aiwae["NLL"] < iwae["NLL"] < vae["NLL"]

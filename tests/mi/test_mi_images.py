@@ -1,13 +1,12 @@
 """Decoders trained on real images: the paper's picture at small scale (its Fig. 3)."""
 
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from datafiles import find_or_skip
 from torch import nn
 
 from pyro_anneal import mi
@@ -21,12 +20,7 @@ def digits():
 
 
 def mnist():
-    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mnist"
-    folder = Path(os.environ.get("PYRO_ANNEAL_MNIST", folder))
-    files = sorted(folder.glob("*images*")) if folder.is_dir() else []
-    if not files:
-        pytest.skip(f"no MNIST images in {folder}")
-    return read_mnist(files)
+    return read_mnist(sorted(find_or_skip("mnist").glob("*images*")))
 
 
 def read_mnist(files):
@@ -164,7 +158,7 @@ def test_the_papers_picture(load, train):
         }
     for name, est in results.items():
         print(f"{name:<20} {est}")
-    print(results["MINEAIS"].diagnostics)
+    print(results["MINEAIS"].measurements)
     ais = results["AIS"]
     assert -0.1 < ais.gap < 1.0
     assert results["IWAE from the prior"].lower < ais.lower - 10.0

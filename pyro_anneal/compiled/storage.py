@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.path import StepTable
 from ..graphs.repetition import narrowed, repeated_dims
 
 __all__ = [
     "Layout",
     "Shared",
-    "StepTable",
     "Template",
     "by_dtype",
     "pack",
@@ -29,16 +29,6 @@ _PACK_UP_TO = 4096
 # it is stored as often as it repeats, unless that takes too many numbers.
 _SHORT_ROW = 64
 _STORE_REPEATED_UP_TO = 2**18
-
-
-class StepTable(NamedTuple):
-    """What changes from step to step apart from the noise, one row per step."""
-
-    beta: Tensor  # [n], of the position's dtype
-    step_size: Tensor  # [n, *batch]
-    scale: Tensor  # [n, *batch, D]
-    width: Tensor  # beta_t - beta_{t-1} of the increment after the move, float64, [n]
-    quadrature: Tensor  # weight of the state after the move in the integral over beta, [n]
 
 
 class Template(NamedTuple):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._version import __version__
-from ..problems.problem import Problem
 
-__all__ = ["describe", "describe_arguments", "describe_problem", "versions"]
+__all__ = ["Fingerprint", "describe", "describe_arguments", "digest", "versions"]
 
 Fingerprint = dict[str, str]
 
 
-def _digest(*parts: bytes) -> str:
+def digest(*parts: bytes) -> str:
+    """Digests bytes into 16 hexadecimal digits."""
     hasher = hashlib.blake2b(digest_size=8)
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little") + part)
@@ -48,18 +48,20 @@ def describe(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        return f"{kind} {_digest(_tensor_bytes(value))}"
+        return f"{kind} {digest(_tensor_bytes(value))}"
     if isinstance(value, np.ndarray):
         content = repr(value.tolist()) if value.dtype.hasobject else value.tobytes().hex()
-        return f"{value.dtype}{list(value.shape)} {_digest(content.encode())}"
+        return f"{value.dtype}{list(value.shape)} {digest(content.encode())}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(describe(entry) for entry in value)}]"
     if isinstance(value, nn.Module):
         named = [*value.named_parameters(), *value.named_buffers()]
         content = "".join(f"{name}: {describe(tensor)}\n" for name, tensor in named)
-        return f"{type(value).__qualname__} {_digest(content.encode())}"
+        return f"{type(value).__qualname__} {digest(content.encode())}"
     is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
     if value is None or is_record or isinstance(value, bool | int | float | complex | str | bytes):
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-        return text if len(text) < 200 else f"{text[:100]}... {_digest(text.encode())}"
+        return text if len(text) < 200 else f"{text[:100]}... {digest(text.encode())}"
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
@@ -76,39 +78,6 @@ def describe_arguments(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> 
         leaves, _ = pytree.tree_flatten_with_path(part)
         for path, leaf in leaves:
             found[f"argument {name}{pytree.keystr(path)}"] = describe(leaf)
-    return found
-
-
-def describe_problem(problem: Problem) -> Fingerprint:
-    """Describes the densities of a problem: sites, data, the recorded graph and what it reads.
-
-    Where there is no graph, the densities' values at the unconstrained origin stand for it.
-    """
-    layout, density = problem.layout, problem.density
-    plates = ", ".join(f"{plate.name}={plate.size}" for plate in layout.batch)
-    found = {
-        "batch plates": plates or "none",
-        "dtype": str(layout.dtype),
-        "device": layout.device.type,
-        "enumerated sites": ", ".join(layout.enumerated) or "none",
-        "poutine.scale": repr(layout.scale),
-    }
-    for site in layout.sites:
-        kind = type(site.transform).__name__
-        found[f'latent site "{site.name}"'] = f"{site.dtype} {list(site.value_shape)} {kind}"
-    for name, value in layout.observed.items():
-        found[f'data at site "{name}"'] = describe(value)
-    if density.code is not None:
-        found["operations of the density"] = _digest(density.code.encode())
-        tensors = [describe(constant) for constant in density.constants]
-        found["tensors that the density reads (parameters, data, guide)"] = (
-            f"{len(tensors)}, {_digest(repr(tensors).encode())}"
-        )
-        return found
-    origin = torch.zeros(*layout.batch_shape, layout.dim, dtype=layout.dtype, device=layout.device)
-    with torch.no_grad():
-        state = density(origin.unsqueeze(0))
-    found["densities at the origin"] = _digest(repr([describe(v) for v in state]).encode())
     return found
 
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..chains.loop import seeded_generator
 from ..kernels import Density
+from ..persistence.randomness import seeded_generator
 
 __all__ = ["GaussianFit", "fit_gaussian"]
 

@@ -19,8 +19,8 @@ from pyro_anneal.chains.budget import (
     weight_variance,
 )
 from pyro_anneal.chains.fluctuations import Pieces
-from pyro_anneal.chains.loop import seeded_generator
 from pyro_anneal.chains.pilot import Pilot, run_pilot
+from pyro_anneal.persistence.randomness import seeded_generator
 
 
 def linear_vae(x):

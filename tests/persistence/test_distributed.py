@@ -25,7 +25,7 @@ from resumable import (
 
 import pyro_anneal
 import pyro_anneal.chains.loop
-from pyro_anneal.chains.loop import StepStatistics
+from pyro_anneal.chains.path import StepStatistics
 from pyro_anneal.persistence import files as checkpoint
 from pyro_anneal.persistence.journal import Journal
 from pyro_anneal.runs import blocks

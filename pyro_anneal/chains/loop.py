@@ -25,7 +25,6 @@ from .path import Carry, Direction, Path, StepStatistics, StepTable
 __all__ = ["CHUNK_SIZE", "ChunkRunner", "Progress", "final_move", "run_chains"]
 
 CHUNK_SIZE = 100
-_ROWS = (4, 16, CHUNK_SIZE)  # sizes of the programs that a density may prepare for its chunks
 
 
 @runtime_checkable
@@ -49,7 +48,7 @@ class ChunkRunner(Protocol):
             table: One row per step.
             generator: Source of the noise, used as the loop itself would; left as it was if the
                 answer is None.
-            rows: The most steps that any chunk of this run has.
+            rows: The most steps that any chunk has.
 
         Returns:
             Where the chains stand after the last step, and the statistics of each step ``[n, 4]``
@@ -176,7 +175,7 @@ def _run_chunk(
         table = StepTable(*(column[1:] for column in table))
     kernel = path.kernel if direction == "forward" else path.kernel.reversal()
     if len(table.beta):
-        carry, seen = _move(density, kernel, carry, table, generator, path.num_steps - 1)
+        carry, seen = _move(density, kernel, carry, table, generator)
         _write(statistics, slice(steps.stop - len(seen), steps.stop), seen)
     return carry
 
@@ -187,12 +186,10 @@ def _move(
     carry: Carry,
     table: StepTable,
     generator: torch.Generator,
-    num_moves: int,
 ) -> tuple[Carry, Tensor]:
-    """Runs the steps of a table, at once where the density can, of a run of ``num_moves``."""
+    """Runs the steps of a table, at once where the density can."""
     if isinstance(density, ChunkRunner):
-        rows = next((size for size in _ROWS if size >= num_moves), CHUNK_SIZE)
-        outcome = density.run_chunk(kernel, carry, table, generator, rows=rows)
+        outcome = density.run_chunk(kernel, carry, table, generator, rows=CHUNK_SIZE)
         if outcome is not None:
             return outcome
     seen = []
@@ -259,5 +256,5 @@ def final_move(
     table = StepTable(one.to(state.position), *path.tuning.at_all(one), none, none)
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)
     carry = Carry(state, weights, weights)
-    carry, seen = _move(density, path.kernel, carry, table, generator, path.num_steps - 1)
+    carry, seen = _move(density, path.kernel, carry, table, generator)
     return carry.state, seen[0, 2]

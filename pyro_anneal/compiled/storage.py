@@ -128,7 +128,7 @@ class Layout:
         tables = []
         for group in by_dtype([template.dtype for template in self.noise]):
             rows = [parts[i].movedim(1, -1).reshape(len(steps), -1, self.count) for i in group]
-            table = rows[0].new_zeros(size, sum(x.shape[1] for x in rows), self.lanes)
+            table = rows[0].new_empty(size, sum(x.shape[1] for x in rows), self.lanes)
             filled = table[: len(steps)]
             torch.cat(rows, 1, out=filled[..., : self.count])
             filled[..., self.count :] = filled[..., : self.lanes - self.count]
@@ -192,7 +192,7 @@ def unpack(buffers: Sequence[Tensor], templates: Sequence[Template], count: int)
 def _padded(tensor: Tensor, size: int) -> Tensor:
     if len(tensor) == size:
         return tensor.contiguous()
-    table = tensor.new_zeros(size, *tensor.shape[1:])
+    table = tensor.new_empty(size, *tensor.shape[1:])  # nobody reads the rest
     table[: len(tensor)] = tensor
     return table
 

@@ -71,14 +71,19 @@ class Settings(PathOptions):
 
     def describe(self) -> Fingerprint:
         """Describes what a checkpoint must share with a run that continues it."""
-        told = [option.name for option in fields(self) if option.metadata.get("told", True)]
-        found = versions() | {name: describe(getattr(self, name)) for name in told}
-        betas = self.plan.betas
-        return found | {
-            "num_chains": str(self.plan.num_chains),
-            "num_steps": str(self.plan.num_steps),
-            "schedule": "adaptive" if betas is None else describe(betas),
+        plan = self.plan
+        decided = {  # by what was decided, not by what was told
+            "num_chains (K)": str(plan.num_chains),
+            "num_steps (T)": str(plan.num_steps),
+            "schedule": "adaptive" if plan.betas is None else describe(plan.betas),
+            "kernel": describe(self.kernel if len(plan.kernels) > 1 else plan.kernel),
+            "pilot": describe(plan.pilot),
+            "batch_plates": str(self.batch_plates),
         }
+        done = {name.split()[0] for name in decided}
+        told = [option.name for option in fields(self) if option.metadata.get("told", True)]
+        rest = {name: describe(getattr(self, name)) for name in told if name not in done}
+        return versions() | rest | decided
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -221,6 +221,7 @@ def test_batches_share_the_budget_of_the_first(tmp_path):
         assert torch.equal(other.lower, results[0].lower)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
 def test_an_object_keeps_nothing_of_a_call():
     ais = AnnealedImportance(
         far_from_the_prior, target_gap=0.5, compile=False, seed=0, progress_bar=False

@@ -11,7 +11,7 @@ names none (the thermodynamic losses); a caller that names one must agree with i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -163,11 +163,14 @@ class LogUniform:
         return _pin_ends(torch.cat([positive.new_zeros(1), positive]))
 
 
-def as_betas(schedule: Callable[..., Tensor] | Tensor, num_steps: int | None = None) -> Tensor:
+def as_betas(
+    schedule: Callable[..., Tensor] | Tensor | Sequence[float], num_steps: int | None = None
+) -> Tensor:
     r"""Turns a schedule or a tensor into checked betas.
 
     Args:
-        schedule: A callable of the number of steps, or betas themselves, shape ``[T + 1]``.
+        schedule: A callable of the number of steps, or betas themselves: a tensor of shape
+            ``[T + 1]`` or a list of numbers.
         num_steps: Number of steps T; ``None`` takes it from the tensor, or from the
             ``partitions`` of the schedule.
 
@@ -187,11 +190,14 @@ def as_betas(schedule: Callable[..., Tensor] | Tensor, num_steps: int | None = N
     """
     if num_steps is not None:
         num_steps = as_count("num_steps", num_steps)
+    if isinstance(schedule, list | tuple):
+        numbers = [as_real(f"betas[{index}]", beta) for index, beta in enumerate(schedule)]
+        schedule = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if not isinstance(schedule, Tensor):
         check_function(
-            "schedule", schedule, what="a schedule such as Linear(), or a tensor of betas"
+            "schedule", schedule, what="a schedule such as Linear(), or betas as a list or tensor"
         )
-    betas = schedule if isinstance(schedule, Tensor) else schedule(num_steps)
+    betas = schedule if isinstance(schedule, Tensor) else schedule(num_steps)  # type: ignore[operator]
     if not isinstance(betas, Tensor) or betas.is_complex():
         kind = betas.dtype if isinstance(betas, Tensor) else type(betas).__name__
         raise ValueError(f"betas must be a real tensor of shape [T + 1], got {kind}")

@@ -28,7 +28,7 @@ class TuningTable:
     """Step sizes and scales at the pilot's betas, interpolated between them, and frozen."""
 
     betas: tuple[float, ...]  # S knots, increasing
-    log_step_size: Tensor  # [S, *batch]
+    log_step_size: Tensor  # [S, *batch]; of a kernel of M parts, [S, *batch, M]
     log_scale: Tensor  # [S, *batch, D]
 
     def at(self, beta: float) -> Tuning:
@@ -66,12 +66,15 @@ class TuningTable:
         return Tuning(interpolate(self.log_step_size), interpolate(self.log_scale))
 
     @staticmethod
-    def constant(step_size: float | Tensor, example: Tensor) -> TuningTable:
+    def constant(
+        step_size: float | Tensor, example: Tensor, kernel: Kernel | None = None
+    ) -> TuningTable:
         """Builds the table of one step size for all betas and unit scales.
 
         Args:
             step_size: Number, or tensor of shape ``[*batch]``.
             example: Position of one chain, ``[*batch, D]``.
+            kernel: A kernel of several parts gives each of them this step size.
         """
         step = torch.as_tensor(step_size, dtype=example.dtype, device=example.device)
         batch = example.shape[:-1]
@@ -81,6 +84,9 @@ class TuningTable:
                 f"{list(batch)}"
             )
         log_step = step.log().expand(batch)
+        parts = getattr(kernel, "num_step_sizes", None)
+        if parts is not None:
+            log_step = log_step.unsqueeze(-1).expand(*batch, parts)
         return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
 
 
@@ -119,7 +125,7 @@ class StepTable(NamedTuple):
     """What changes from step to step apart from the noise, one row per step."""
 
     beta: Tensor  # [n], of the position's dtype
-    step_size: Tensor  # [n, *batch]
+    step_size: Tensor  # [n, *batch]; of a kernel of M parts, [n, *batch, M]
     scale: Tensor  # [n, *batch, D]
     width: Tensor  # beta_t - beta_{t-1} of the increment after the move, float64, [n]
     quadrature: Tensor  # weight of the state after the move in the integral over beta, [n]

@@ -138,9 +138,9 @@ def tune(
         plan = plan.with_budget(budget.kernel(plan.kernel), budget.num_steps)
     fixed = None
     if plan.step_size is not None:
-        fixed = TuningTable.constant(plan.step_size, example)
+        fixed = TuningTable.constant(plan.step_size, example, plan.kernel)
     if plan.betas is not None and (fixed is not None or len(plan.betas) == 2):
-        fixed = fixed or TuningTable.constant(1.0, example)
+        fixed = fixed or TuningTable.constant(1.0, example, plan.kernel)
         return Tuned(Path(plan.betas, plan.kernel, fixed), None, budget)
     kept = once("pilot", lambda: particles.walk(plan.kernel, plan.pilot, plan.num_chains))
     outcome = _outcome(kept, example, spent)

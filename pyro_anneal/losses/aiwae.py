@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pyro import poutine
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import as_count, as_real
 from ..chains.loop import final_move, run_chains
@@ -16,7 +17,14 @@ from ..chains.path import Path, TuningTable
 from ..kernels import HMC, State
 from ..schedules import Linear, as_betas
 from ..weights import log_mean_exp, log_normalized_weights
-from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero, require_pathwise
+from .base import (
+    Evaluation,
+    ParticleELBO,
+    PyroOptions,
+    along_the_path,
+    finite_or_zero,
+    require_pathwise,
+)
 from .particles import Particles, collect
 from .problem_cache import (
     FixedBatch,
@@ -65,12 +73,7 @@ class AIWAE(ParticleELBO):
         step_size: Step size to begin with, at every temperature.
         compile: Whether to compile the captured densities; ``"auto"`` does so at the 100th step on
             data of one shape (which takes some ten seconds, once).
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to run guide and model for all particles at once.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -95,24 +98,14 @@ class AIWAE(ParticleELBO):
         schedule: Callable[..., Tensor] | Tensor | None = None,
         step_size: float = 0.1,
         compile: bool | Literal["auto"] = "auto",
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
+        **options: Unpack[PyroOptions],
     ) -> None:
         num_steps = as_count("num_steps", num_steps)
         if not 0.0 < as_real("step_size", step_size) < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
         super().__init__(
             num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
+            **options,
         )
         self.kernel = HMC(num_leapfrog, target_accept)
         self.betas = as_betas(Linear() if schedule is None else schedule, num_steps)

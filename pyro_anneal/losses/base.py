@@ -7,13 +7,15 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import as_count
 from .particles import PARTICLE_PLATE, Particles, Sampling, collect
@@ -22,11 +24,13 @@ from .traces import Arguments, EnumerationNeeded, Gates, Run, run_guide
 __all__ = [
     "Evaluation",
     "ParticleELBO",
+    "PyroOptions",
     "along_the_path",
     "doubly_reparameterized",
     "finite_or_zero",
     "require_pathwise",
     "weighted_sum",
+    "without_parameters",
 ]
 
 
@@ -35,6 +39,26 @@ class Evaluation(NamedTuple):
 
     value: Tensor  # what is minimized, nats, scalar, detached
     surrogate: Tensor | None  # scalar whose gradient estimates that of the objective
+
+
+class PyroOptions(TypedDict, total=False):
+    """The options that every loss here shares with Pyro's losses, all by keyword.
+
+    Args:
+        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
+        vectorize_particles: Whether to draw all particles in one run, inside an outermost plate.
+        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
+        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
+        jit_options: Accepted for compatibility with Pyro's losses.
+        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+    """
+
+    max_plate_nesting: float
+    vectorize_particles: bool
+    strict_enumeration_warning: bool
+    ignore_jit_warnings: bool
+    jit_options: dict[str, Any] | None
+    retain_graph: bool | None
 
 
 class ParticleELBO(ELBO):  # type: ignore[misc]
@@ -46,41 +70,39 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     Args:
         num_particles: Number K of particles.
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to draw all particles in one run, inside an outermost plate.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`PyroOptions`.
     """
 
     num_particles: int
     vectorize_particles: bool
     max_plate_nesting: float
 
-    def __init__(
-        self,
-        num_particles: int,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
-    ) -> None:
+    def __init__(self, num_particles: int, **options: Unpack[PyroOptions]) -> None:
+        unknown = sorted(options.keys() - PyroOptions.__annotations__.keys())
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no option {unknown[0]!r}; besides its own it takes "
+                f"those of Pyro's losses: {', '.join(PyroOptions.__annotations__)}"
+            )
         num_particles = as_count("num_particles", num_particles)
-        if max_plate_nesting != math.inf:
-            max_plate_nesting = as_count("max_plate_nesting", max_plate_nesting, least=0)
-        super().__init__(
-            num_particles=num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            strict_enumeration_warning=strict_enumeration_warning,
-            ignore_jit_warnings=ignore_jit_warnings,
-            jit_options=jit_options,
-            retain_graph=retain_graph,
-        )
+        nesting = options.get("max_plate_nesting", math.inf)
+        if nesting != math.inf:
+            options["max_plate_nesting"] = as_count("max_plate_nesting", nesting, least=0)
+        super().__init__(num_particles=num_particles, **options)
         self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self._fields().items())
+        return f"{type(self).__name__}({fields})"
+
+    def _fields(self) -> dict[str, object]:
+        """Returns what tells this loss from others of its class, for its repr."""
+        shown: dict[str, object] = {"num_particles": self.num_particles}
+        if self.vectorize_particles:
+            shown["vectorize_particles"] = True
+        if self.max_plate_nesting != math.inf:
+            shown["max_plate_nesting"] = int(self.max_plate_nesting)
+        return shown
 
     @abstractmethod
     def _evaluate(
@@ -252,6 +274,11 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
     def _in_particle_plate(self, fn: Callable[..., Any], count: int) -> Callable[..., Any]:
         plate = pyro.plate(PARTICLE_PLATE, count, dim=-int(self.max_plate_nesting))
         return plate(fn)  # type: ignore[no-any-return]
+
+
+def without_parameters(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Hides the model's parameters from an enclosing SVI, so that no optimizer moves them."""
+    return poutine.block(model, hide_types=["param"])  # type: ignore[no-any-return]
 
 
 def finite_or_zero(values: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import as_count, as_real
 from ..problems.bases import PathDensity
 from ..weights import log_mean_exp
-from .base import Evaluation, ParticleELBO, require_pathwise
+from .base import Evaluation, ParticleELBO, PyroOptions, require_pathwise
 from .particles import collect
 from .problem_cache import ProblemCache, pack_draws
 from .traces import Arguments
@@ -53,12 +54,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         step_size: Step size to begin with, at every temperature.
         damping: Share gamma of the momentum that is kept, to begin with, in (0, 1).
         name: Name of the path's parameters in Pyro's parameter store.
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to run the guide for all particles at once.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -84,12 +80,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         step_size: float = 0.1,
         damping: float = 0.9,
         name: str = "differentiable_ais",
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
+        **options: Unpack[PyroOptions],
     ) -> None:
         num_steps = as_count("num_steps", num_steps)
         if not 0.0 < as_real("step_size", step_size) < math.inf:
@@ -100,12 +91,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         ParticleELBO.__init__(
             self,
             num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
+            **options,
         )
         self.name = name
         self.logit_increments = torch.nn.Parameter(torch.zeros(num_steps))

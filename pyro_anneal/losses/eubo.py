@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from typing_extensions import Unpack
 
 from ..arguments import as_count
 from ..models.autoguides import (
@@ -22,7 +22,14 @@ from ..models.autoguides import (
 )
 from ..models.simulation import MakeArgs, Simulation, guide_arguments, simulate
 from ..weights import log_mean_exp, log_normalized_weights
-from .base import Evaluation, ParticleELBO, along_the_path, finite_or_zero
+from .base import (
+    Evaluation,
+    ParticleELBO,
+    PyroOptions,
+    along_the_path,
+    finite_or_zero,
+    without_parameters,
+)
 from .iwae import score_weights
 from .particles import Particles, collect
 from .traces import Arguments, Gates
@@ -41,11 +48,6 @@ class _Clamp(Messenger):  # type: ignore[misc]
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-
-
-def _without_parameters(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Hides the model's parameters from an enclosing SVI, so that no optimizer moves them."""
-    return poutine.block(model, hide_types=["param"])  # type: ignore[no-any-return]
 
 
 def _clamped_values(guide: Any, simulation: Simulation, arguments: Arguments) -> dict[str, Tensor]:
@@ -106,12 +108,7 @@ class EUBO(ParticleELBO):
         posterior: Where posterior samples come from.
         make_args: For ``"simulated"``: a function of the simulated observations, by site, that
             returns the guide's ``(args, kwargs)``, where it is ambiguous which argument is data.
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to draw all particles in one run.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
         ValueError: If ``posterior`` is unknown, or ``"importance"`` has fewer than two particles.
@@ -132,12 +129,7 @@ class EUBO(ParticleELBO):
         posterior: Literal["importance", "simulated"] = "importance",
         *,
         make_args: MakeArgs | None = None,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
+        **options: Unpack[PyroOptions],
     ) -> None:
         if posterior not in ("importance", "simulated"):
             raise ValueError(f'posterior must be "importance" or "simulated", got {posterior!r}')
@@ -149,22 +141,20 @@ class EUBO(ParticleELBO):
             )
         super().__init__(
             num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
+            **options,
         )
         self.posterior = posterior
         self.make_args = make_args
+
+    def _fields(self) -> dict[str, object]:
+        return super()._fields() | {"posterior": self.posterior}
 
     def _evaluate(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         if self.posterior == "importance":
-            return self._importance(_without_parameters(model), guide, arguments)
-        return self._simulated(_without_parameters(model), guide, arguments)
+            return self._importance(without_parameters(model), guide, arguments)
+        return self._simulated(without_parameters(model), guide, arguments)
 
     def _importance(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments

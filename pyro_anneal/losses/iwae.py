@@ -7,14 +7,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import as_count
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
     Evaluation,
     ParticleELBO,
+    PyroOptions,
     doubly_reparameterized,
     finite_or_zero,
     require_pathwise,
@@ -77,7 +80,9 @@ class IWAE(ParticleELBO):
     .. math:: L = \log \frac{1}{K} \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k | x)}, \qquad z_k \sim q
 
     The loss is **minus** the bound, summed over data. ``E[L]`` is a lower bound on ``log p(x)`` and
-    grows with K. With one particle it is Pyro's ``Trace_ELBO`` in value and gradient.
+    grows with K. With one particle it is Pyro's ``Trace_ELBO`` in value and gradient, or
+    ``TraceEnum_ELBO`` where the guide marks sites for enumeration; with more particles such sites
+    are sampled like others, since a weight needs a value.
 
     Gradients of the guide:
 
@@ -93,12 +98,7 @@ class IWAE(ParticleELBO):
     Args:
         num_particles: Number K of particles.
         gradient: Estimator of the guide's gradient.
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to draw all particles in one run.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
         ValueError: If ``gradient`` is unknown, or ``"vimco"`` has fewer than two particles.
@@ -117,13 +117,7 @@ class IWAE(ParticleELBO):
         self,
         num_particles: int = 10,
         gradient: Literal["auto", "reparam", "dreg", "vimco"] = "auto",
-        *,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
+        **options: Unpack[PyroOptions],
     ) -> None:
         if gradient not in _SAMPLING:
             raise ValueError(f"gradient must be one of {list(_SAMPLING)}, got {gradient!r}")
@@ -135,19 +129,19 @@ class IWAE(ParticleELBO):
             )
         super().__init__(
             num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
+            **options,
         )
         self.gradient = gradient
+
+    def _fields(self) -> dict[str, object]:
+        return super()._fields() | {"gradient": self.gradient}
 
     def _evaluate(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         particles = self._particles(model, guide, arguments, _SAMPLING[self.gradient])
+        if self.num_particles == 1 and self.gradient == "auto" and particles.runs[0].marked:
+            return self._enumerated(model, guide, arguments)
         log_weights = particles.log_weights.detach()
         bound = log_mean_exp(log_weights)
         value = -particles.total(bound).detach()
@@ -163,6 +157,21 @@ class IWAE(ParticleELBO):
         if self.num_particles == 1:
             return Evaluation(value, -_single_particle(particles))
         return Evaluation(value, -weighted_sum(particles, weights, score_weights(log_weights)))
+
+    def _enumerated(
+        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
+    ) -> Evaluation:
+        """Takes the guide's expectation over the sites that it enumerates, as Pyro's ELBO does."""
+        elbo = TraceEnum_ELBO(
+            max_plate_nesting=self.max_plate_nesting,
+            strict_enumeration_warning=self.strict_enumeration_warning,
+        )
+        args, kwargs = arguments
+        if not torch.is_grad_enabled():
+            value = elbo.loss(model, guide, *args, **kwargs)
+            return Evaluation(torch.as_tensor(value, device="cpu"), None)
+        loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+        return Evaluation(loss.detach(), loss)
 
 
 def score_weights(log_weights: Tensor) -> Tensor:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import as_count
 from ..schedules import LogUniform, as_betas
 from .base import (
     Evaluation,
     ParticleELBO,
+    PyroOptions,
     doubly_reparameterized,
     finite_or_zero,
     require_pathwise,
     weighted_sum,
+    without_parameters,
 )
 from .particles import Particles, Sampling
 from .traces import Arguments
@@ -181,6 +183,38 @@ class Moments:
         return torch.cat([values.new_zeros(1), inner, values.new_ones(1)])
 
 
+def _check_sides(bound: str, integration: str | None, gradient: str) -> None:
+    """Checks that an objective has a direction.
+
+    Raises:
+        ValueError: If it has none; the message says what to use.
+    """
+    if bound not in ("lower", "upper"):
+        raise ValueError(f'bound must be "lower" or "upper", got {bound!r}')
+    if integration == "right":
+        raise ValueError(
+            'integration="right" bounds from above, so that maximizing it runs away; use '
+            'bound="upper", which minimizes it over the guide with the model held fixed'
+        )
+    if integration == "trapezoid":
+        raise ValueError(
+            'integration="trapezoid" bounds from neither side, so that it cannot be trained on; '
+            'train on bound="lower" or "upper", and report '
+            'thermodynamic(log_weights, betas, integration="trapezoid").value'
+        )
+    if integration not in (None, "left"):
+        raise ValueError(
+            f'integration must be "left" or None, got {integration!r}; the side is chosen by bound='
+        )
+    if bound == "upper" and integration == "left":
+        raise ValueError('integration="left" is the lower bound: pass bound="upper" alone')
+    if bound == "upper" and gradient != "covariance":
+        raise ValueError(
+            f'bound="upper" has no gradient={gradient!r}: along sampling paths the sum over '
+            'particles itself would be minimized, which has no lower limit; use "covariance"'
+        )
+
+
 class TVO(ParticleELBO):
     r"""Thermodynamic variational objective, a Riemann sum of the log evidence over temperatures.
 
@@ -189,13 +223,20 @@ class TVO(ParticleELBO):
         \pi_\beta(z) \propto q(z | x)^{1 - \beta} p(x, z)^\beta, \quad w = p(x, z) / q(z | x)
 
     The expectations are self-normalized importance sums over S particles of the guide, the same
-    for all betas, so more betas cost next to nothing. The loss is **minus** the sum.
+    for all betas, so more betas cost next to nothing.
 
-    * ``integration="left"``: a lower bound in expectation, never above the IWAE bound of the same
-      particles. With betas (0, 1) it is the ELBO.
-    * ``"right"``: above the IWAE bound of the same particles and an upper bound in the limit of
-      many. At finite S it is **not** an upper bound.
-    * ``"trapezoid"``: between the two; neither.
+    * ``bound="lower"``: the left Riemann sum, a lower bound in expectation, never above the IWAE
+      bound of the same particles. The loss is **minus** the sum; model and guide learn. With betas
+      (0, 1) it is the ELBO.
+    * ``bound="upper"``: the right Riemann sum, an upper bound in the limit of many particles. The
+      loss is **plus** the sum, and only the guide learns: it is drawn toward the posterior from the
+      other side, as by the wake phase of wake-sleep, which is the case of betas (0, 1). The model's
+      parameters get no gradient and an enclosing ``SVI`` does not see them, since a model that
+      minimizes its own evidence runs away. At finite S the value lies above the IWAE bound of the
+      same particles and need **not** bound log p(x).
+
+    The trapezoid rule lies between the two sums and bounds nothing, so it is no objective: its value
+    is an estimate to report, ``thermodynamic(log_weights, betas, integration="trapezoid").value``.
 
     Gradients of the guide:
 
@@ -209,24 +250,24 @@ class TVO(ParticleELBO):
     through the model; ``"covariance"`` is the cheapest, since nothing is differentiated with
     respect to z, and in few dimensions beats ``"reparam"``.
 
-    Source: Masrani, Le and Wood (2019), Eq. 8 to 13, and appendix for the correction; Brekelmans
-    et al. (2020) for :class:`Moments`.
+    ``bound="upper"`` takes ``"covariance"`` alone: along sampling paths one would minimize the
+    S-particle sum itself, which has no lower limit.
+
+    Source: Masrani, Le and Wood (2019), Eq. 8 to 13, Table 2 and appendix C for the upper bound,
+    and appendix for the correction; Brekelmans et al. (2020) for :class:`Moments`.
 
     Args:
         num_particles: Number S of particles, at least 2.
         schedule: ``LogUniform(beta_1, partitions)``, another schedule with ``partitions``,
-            :class:`Moments`, or a tensor of betas from 0 to 1.
-        integration: Riemann sum or trapezoid rule.
+            :class:`Moments`, or betas from 0 to 1 as a list or tensor.
+        bound: The side: ``"lower"`` is maximized, ``"upper"`` is minimized over the guide.
         gradient: Estimator of the guide's gradient.
+        integration: ``"left"``, another word for ``bound="lower"``. The other rules are refused,
+            with the reason.
         correction: Factor of the sample covariance, as in :func:`thermodynamic`; it acts where
             some site's gradient is taken by the score. Against exact gradients of small problems
             ``"particles"`` had less bias and less noise than ``"weighted"``.
-        max_plate_nesting: Bound on the number of nested plates; guessed where it is needed.
-        vectorize_particles: Whether to draw all particles in one run.
-        strict_enumeration_warning: Accepted for compatibility with Pyro's losses.
-        ignore_jit_warnings: Accepted for compatibility with Pyro's losses.
-        jit_options: Accepted for compatibility with Pyro's losses.
-        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+        **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
         ValueError: If ``num_particles`` is below 2, the betas do not increase from 0 to 1, or an
@@ -245,17 +286,13 @@ class TVO(ParticleELBO):
     def __init__(
         self,
         num_particles: int = 10,
-        schedule: Callable[..., Tensor] | Tensor | None = None,
-        integration: Integration = "left",
+        schedule: Callable[..., Tensor] | Tensor | Sequence[float] | None = None,
+        bound: Literal["lower", "upper"] = "lower",
         gradient: Literal["covariance", "reparam", "dreg", "auto"] = "covariance",
         *,
+        integration: str | None = None,
         correction: Correction = "particles",
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
+        **options: Unpack[PyroOptions],
     ) -> None:
         num_particles = as_count("num_particles", num_particles, least=-(2**63))
         if num_particles < 2:
@@ -265,34 +302,30 @@ class TVO(ParticleELBO):
             )
         if gradient not in _SAMPLING:
             raise ValueError(f"gradient must be one of {list(_SAMPLING)}, got {gradient!r}")
-        if integration not in ("left", "right", "trapezoid"):
-            raise ValueError(
-                f'integration must be "left", "right" or "trapezoid", got {integration!r}'
-            )
+        _check_sides(bound, integration, gradient)
         if correction not in ("weighted", "particles", "none"):
             raise ValueError(
                 f'correction must be "weighted", "particles" or "none", got {correction!r}'
             )
         super().__init__(
             num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
+            **options,
         )
         schedule = LogUniform(beta_1=0.025, partitions=2) if schedule is None else schedule
         self._moments = schedule if isinstance(schedule, Moments) else None
         self._betas = None if isinstance(schedule, Moments) else as_betas(schedule)
         self._ungated = False  # whether gates do not work with this guide
         self.schedule = schedule
-        self.integration: Integration = integration
+        self.bound: Literal["lower", "upper"] = bound
         self.gradient = gradient
         self.correction: Correction = correction
 
     def _is_linear(self) -> bool:
-        return self._betas is not None and len(self._betas) == 2 and self.integration == "left"
+        return self._betas is not None and len(self._betas) == 2 and self.bound == "lower"
+
+    def _fields(self) -> dict[str, object]:
+        fields = super()._fields() | {"schedule": self.schedule, "bound": self.bound}
+        return fields | {"gradient": self.gradient}
 
     def betas(self, log_weights: Tensor) -> Tensor:
         """Returns the betas used at these log-weights, ``[S, *batch]``, as a tensor ``[K + 1]``."""
@@ -304,12 +337,13 @@ class TVO(ParticleELBO):
     def _evaluate(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
+        if self.bound == "upper":
+            return self._evaluate_upper(model, guide, arguments)
         particles = self._draw(model, guide, arguments)
         log_weights = particles.log_weights.detach()
         parts = thermodynamic(
             log_weights,
             self.betas(log_weights),
-            integration=self.integration,
             correction="none" if particles.score is None else self.correction,
             path=self.gradient in ("dreg", "auto"),
         )
@@ -324,6 +358,26 @@ class TVO(ParticleELBO):
         if self.gradient == "reparam":
             require_pathwise(particles, 'gradient="reparam"', 'gradient="covariance" or "auto"')
         return Evaluation(value, -weighted_sum(particles, parts.weights, parts.score_weights))
+
+    def _evaluate_upper(
+        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
+    ) -> Evaluation:
+        """Evaluates the right sum, whose gradient reaches the guide alone."""
+        detached = without_parameters(model)
+        particles = self._particles(
+            detached, guide, arguments, "score", model_context=torch.no_grad
+        )
+        log_weights = particles.log_weights.detach()
+        parts = thermodynamic(
+            log_weights,
+            self.betas(log_weights),
+            integration="right",
+            correction=self.correction,
+        )
+        value = particles.total(parts.value)
+        if not torch.is_grad_enabled():
+            return Evaluation(value, None)
+        return Evaluation(value, weighted_sum(particles, parts.weights, parts.score_weights))
 
     def _draw(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments

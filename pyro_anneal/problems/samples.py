@@ -16,8 +16,8 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     """Packs K posterior samples and checks that there is one of every site, inside its support."""
     if not isinstance(samples, Mapping):
         raise ValueError(
-            "posterior samples must be a mapping from site names to tensors [K, *value_shape], got "
-            f"{type(samples).__name__}"
+            "posterior samples must be a mapping from site names to tensors [K, *value_shape], or "
+            f"an object with get_samples() as Pyro's MCMC, got {type(samples).__name__}"
         )
     device = problem.layout.device
     samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
@@ -30,9 +30,11 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     for site in problem.layout.sites:
         shape = samples[site.name].shape
         if shape[1:] != site.value_shape or not shape:
+            grouped = len(shape) > 1 and shape[2:] == site.value_shape
+            hint = "; join samples grouped by chain with value.flatten(0, 1)" if grouped else ""
             raise ValueError(
                 f'posterior samples of site "{site.name}" have shape {list(shape)}, expected '
-                f"[K, {', '.join(map(str, site.value_shape))}]"
+                f"[K, {', '.join(map(str, site.value_shape))}]{hint}"
             )
         counts.add(shape[0])
     if counts == {0}:

@@ -18,6 +18,7 @@ from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..persistence.randomness import derived_seed, random_state, set_random_state
 from ..results.batches import EvidenceOfBatches
+from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
 from .run import forward, freeze, make_problem, particles
@@ -221,6 +222,7 @@ def _reduce(run: AnnealedRun) -> dict[str, Any]:
     """Keeps a few numbers per datum of a run."""
     kept: dict[str, Any] = {n: getattr(run, n).detach().cpu().flatten() for n in _PER_DATUM}
     kept |= {name: getattr(run, name) for name in (*_SHARED, "seconds")}
+    kept["data_digest"] = run.data_digest
     notes = [] if run.plates else [_JOINT_NOTE]
     return kept | {
         "notes": [*run.notes, *notes],
@@ -242,6 +244,7 @@ class _Batches:
         self.per_datum: dict[str, list[Tensor]] = {name: [] for name in _PER_DATUM}
         self.shared: dict[str, Any] = {}  # of the first batch
         self.seconds = 0.0
+        self.data_digest = ""
         self.diagnostics: dict[str, dict[str, Any]] = {}  # the worst of each kind
 
     @property
@@ -262,6 +265,7 @@ class _Batches:
                 f"{shared['scale']} in batch {self.count - 1}: their evidence cannot be added"
             )
         self.seconds += batch["seconds"]
+        self.data_digest = add_digests([self.data_digest, batch["data_digest"]])
         for found in batch["diagnostics"]:
             known = self.diagnostics.get(found["name"])
             worst = found | {"batch": self.count - 1}
@@ -290,6 +294,7 @@ class _Batches:
             batch_sizes=tuple(self.sizes),
             seconds=self.seconds,
             seed=seed,
+            data_digest=self.data_digest,
             diagnostics=tuple(found),
         )
 
@@ -301,6 +306,7 @@ class _Batches:
             "per_datum": {name: torch.cat(values) for name, values in self.per_datum.items()},
             "shared": self.shared,
             "seconds": self.seconds,
+            "data_digest": self.data_digest,
             "diagnostics": self.diagnostics,
         }
 
@@ -311,5 +317,6 @@ class _Batches:
         total.digests, total.sizes = list(content["digests"]), list(content["sizes"])
         total.per_datum = {name: [values] for name, values in content["per_datum"].items()}
         total.shared, total.seconds = content["shared"], content["seconds"]
+        total.data_digest = content["data_digest"]
         total.diagnostics = dict(content["diagnostics"])
         return total

@@ -20,6 +20,7 @@ from ..models.simulation import Arguments
 from ..persistence.journal import Journal
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import Problem, prepare
+from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import Ends, anneal_blocks, split
 from .settings import Frozen, Settings, progress_bar
@@ -293,4 +294,5 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         notes=(*layout.notes, *loop_notes(problem.density)),
         scale=layout.scale,
         observed=layout.observed if keep_samples else {},
+        data_digest=digest_of_data(layout.observed),
     )

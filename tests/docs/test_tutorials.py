@@ -95,8 +95,8 @@ def test_discrete_latents(run):
     curve = found["exact_curve"](found["log_q"])
     assert torch.trapezoid(curve, found["betas"]).item() == pytest.approx(truth, abs=1e-2)
     assert (curve.diff() >= -1e-5).all()  # it rises
-    assert max(found["left"].values()) < truth
-    assert found["right"][2] < truth < found["right"][50]  # the failure shown
+    assert max(found["lower"].values()) < truth
+    assert found["upper"][2] < truth < found["upper"][50]  # the failure shown
 
 
 def test_mutual_information(run):

@@ -191,7 +191,9 @@ def test_the_page_shows_these_lines():
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     for line in (
         "IWAE(1)",
-        "TVO(num_particles=S, schedule=torch.tensor([0.0, 1.0]))",
+        "TVO(num_particles=S, schedule=[0.0, 1.0])",
+        "TVO(S, schedule=LogUniform(beta_1, partitions=K))",
+        'TVO(S, schedule=LogUniform(beta_1, partitions=K), bound="upper")',
         "IWAE(K).differentiable_loss(model, torch.no_grad()(guide), x)",
         "EUBO(K)",
         'EUBO(1, posterior="simulated")',

@@ -23,6 +23,7 @@ from ..problems.problem import Problem, prepare
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import Ends, anneal_blocks, split
+from .continuation import Continuation
 from .settings import Frozen, Settings, progress_bar
 
 __all__ = ["forward", "freeze", "make_problem", "particles", "reverse"]
@@ -185,7 +186,12 @@ def forward(
     # A density that froze something, or changed under way, shows at one end or the other.
     check = problem.density.check
     ends = _anneal(frozen, journal, prefix, blocks, start, "forward", stream, check)
-    return _result(frozen, ends, "forward", keep_samples), ends.position[0]
+    run = _result(frozen, ends, "forward", keep_samples)
+    if keep_samples:
+        rows = frozen.chain_batch_size
+        handle = Continuation(problem, frozen.path, ends.position, ends.log_weights, rows)
+        run = replace(run, continuation=handle)
+    return run, ends.position[0]
 
 
 def reverse(

@@ -1,10 +1,10 @@
 """Certified bounds on log evidence and mutual information for any Pyro model."""
 
-from . import datasets, eim, losses, mi
+from . import datasets, eim, losses, mi, oed
 from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
 from .chains.pilot import Pilot
-from .kernels import HMC, Kernel, RandomWalk
+from .kernels import HMC, Composite, DiscreteLangevin, Kernel, RandomWalk, SingleSite
 from .results import (
     AnnealedRun,
     AnnealingWarning,
@@ -24,7 +24,9 @@ __all__ = [
     "AnnealedRun",
     "AnnealingWarning",
     "Comparison",
+    "Composite",
     "Diagnostic",
+    "DiscreteLangevin",
     "Estimate",
     "EvidenceOfBatches",
     "Kernel",
@@ -37,6 +39,7 @@ __all__ = [
     "Sandwich",
     "Schedule",
     "Sigmoid",
+    "SingleSite",
     "__version__",
     "compare",
     "datasets",
@@ -44,4 +47,5 @@ __all__ = [
     "log_evidence",
     "losses",
     "mi",
+    "oed",
 ]

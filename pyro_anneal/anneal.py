@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +24,18 @@ from .arguments import (
 from .chains.pilot import Pilot
 from .diagnostics import checks as diagnostics
 from .kernels import HMC, Kernel
+from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments, MakeArgs
 from .persistence.fingerprints import describe, describe_arguments
 from .persistence.journal import Journal, keep_journal
 from .problems.problem import Guide
 from .results.batches import EvidenceOfBatches
 from .results.mutual_information import MutualInformation
+from .results.provenance import Provenance
 from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
+from .runs.exact import exact_run
 from .runs.pairs import simulate_pairs
 from .runs.run import Frozen, Settings, forward, freeze, pack_samples, reverse
 from .runs.scout import scout_run
@@ -194,6 +198,14 @@ class AnnealedImportance:
             ValueError: If model, guide or data do not allow it; the message names the site.
         """
         arguments = (args, kwargs)
+        try:
+            return self._run(arguments)
+        except NothingToAnneal as error:
+            layout = error.layout
+        return exact_run(self.model, arguments, layout, num_chains=self.num_chains)
+
+    def _run(self, arguments: Arguments) -> AnnealedRun:
+        began = time.perf_counter()
         with self._journal("run", arguments, cross_check=self.cross_check) as journal:
             settings = self._settings(journal)
             frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
@@ -204,11 +216,11 @@ class AnnealedImportance:
             if self.cross_check is True and self.guide is not None:
                 found = (*found, *self._compare_with_prior(run, arguments, journal))
         diagnostics.warn(found)
-        return replace(run, diagnostics=found)
+        return replace(run, diagnostics=found, provenance=_provenance("run", began, run))
 
     def run_reverse(
         self,
-        posterior_samples: Mapping[str, Tensor],
+        posterior_samples: Any,
         *args: Any,
         exact: bool = False,
         **kwargs: Any,
@@ -216,7 +228,8 @@ class AnnealedImportance:
         """Runs reverse chains from K independent posterior samples: the IR upper bound.
 
         Args:
-            posterior_samples: Values of every latent site, ``[K, *value_shape]``.
+            posterior_samples: Values of every latent site, ``[K, *value_shape]``, or an object
+                whose ``get_samples()`` returns them, as ``pyro.infer.MCMC`` after its run.
             *args: Arguments of model and guide, passed unchanged.
             exact: Whether the samples are exact draws from p(z | x); only then is the bound
                 certified.
@@ -228,7 +241,9 @@ class AnnealedImportance:
         Raises:
             ValueError: If a latent site has no samples, or some outside its support.
         """
-        arguments = (args, kwargs)
+        arguments, began = (args, kwargs), time.perf_counter()
+        if callable(getattr(posterior_samples, "get_samples", None)):
+            posterior_samples = posterior_samples.get_samples()
         options = {"exact": exact, "posterior_samples": posterior_samples}
         with self._journal("run_reverse", arguments, **options) as journal:
             settings = self._settings(journal)
@@ -237,7 +252,7 @@ class AnnealedImportance:
             run = reverse(settings, frozen, position, journal, certified=exact)
         found = diagnostics.diagnose(run)
         diagnostics.warn(found)
-        return replace(run, diagnostics=found)
+        return replace(run, diagnostics=found, provenance=_provenance("run_reverse", began, run))
 
     def sandwich(
         self,
@@ -351,10 +366,19 @@ class AnnealedImportance:
             >>> bool((evidence.total / 6 + 1.2655).abs() < 0.1)  # log N(0; 0, sqrt 2) = -1.2655
             True
         """
+        began = time.perf_counter()
         with self._journal("run_batches") as journal:
             result = run_batches(self._settings(journal), batches, journal, arguments, on_batch)
         diagnostics.warn(result.diagnostics)
-        return result
+        provenance = Provenance(
+            task="run_batches",
+            seed=result.seed,
+            kernel=repr(self.kernel),
+            device=str(result.lower.device),
+            seconds={"chains": result.seconds, "total": time.perf_counter() - began},
+            gradients={"chains": result.num_gradients},
+        )
+        return replace(result, provenance=provenance)
 
     def thermodynamic_curve(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Estimates E_beta[log p/q] along the path, whose integral is the log evidence.
@@ -399,6 +423,7 @@ class AnnealedImportance:
         bounds: tuple[str, str],
         keep_samples: bool | None,
     ) -> Sandwich:
+        began = time.perf_counter()
         num_simulations = as_count("num_simulations", num_simulations)
         check_names(bounds)
         coupled = "CR lower" in bounds
@@ -416,7 +441,8 @@ class AnnealedImportance:
         result = pairs.sandwich(bounds)
         found = diagnostics.diagnose_sandwich(result)
         diagnostics.warn(found)
-        return replace(result, diagnostics=found)
+        provenance = _provenance(task, began, result.forward, result.reverse)
+        return replace(result, diagnostics=found, provenance=provenance)
 
     def _settings(self, journal: Journal | None = None) -> Settings:
         """Collects what this object was told; only rank 0 shows progress."""
@@ -456,6 +482,24 @@ class AnnealedImportance:
         return keep_journal(
             task, identity, path=self.checkpoint, every=self.checkpoint_every, seed=self.seed
         )
+
+
+def _provenance(task: str, began: float, *runs: AnnealedRun) -> Provenance:
+    """Records how runs were computed that share a problem and a pilot."""
+    first = runs[0]
+    seconds, gradients = {"fit": first.setup_seconds}, {"fit": first.fit_gradients}
+    if first.pilot is not None:
+        seconds["pilot"], gradients["pilot"] = first.pilot.seconds, first.pilot.num_gradients
+    seconds["chains"] = sum(run.seconds for run in runs)
+    gradients["chains"] = sum(run.num_gradients for run in runs)
+    return Provenance(
+        task=task,
+        seed=first.seed,
+        kernel=first.kernel,
+        device=str(first.log_weights.device),
+        seconds=seconds | {"total": time.perf_counter() - began},
+        gradients=gradients,
+    )
 
 
 def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AnnealedRun:

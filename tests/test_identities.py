@@ -90,7 +90,7 @@ def frozen_path(density, kernel, step_size, schedule, *, num_repeats=NUM_REPEATS
     copies = num_repeats // NUM_PILOTS
     knots, log_step_size, log_scale = (
         outcome.tuning.betas,
-        outcome.tuning.log_step_size.repeat(1, copies),
+        torch.cat([outcome.tuning.log_step_size] * copies, dim=1),
         outcome.tuning.log_scale.repeat(1, copies, 1),
     )
     table = TuningTable(knots, log_step_size, log_scale)

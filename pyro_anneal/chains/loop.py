@@ -13,7 +13,8 @@ the device.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from ..compiled.program import LoopedDensity
 from ..compiled.storage import StepTable
 from ..kernels import Density, Kernel, State, Tuning
 from ..persistence.randomness import seeded_generator
+from .resampling import Lineage, Reference, Resampling
 
 __all__ = [
     "CHUNK_SIZE",
@@ -34,6 +36,7 @@ __all__ = [
     "StepStatistics",
     "TuningTable",
     "final_move",
+    "reversed_paths",
     "run_chains",
     "seeded_generator",
 ]
@@ -47,7 +50,7 @@ class TuningTable:
     """Step sizes and scales at the pilot's betas, interpolated between them, and frozen."""
 
     betas: tuple[float, ...]  # S knots, increasing
-    log_step_size: Tensor  # [S, *batch]
+    log_step_size: Tensor  # [S, *batch]; of a kernel of M parts, [S, *batch, M]
     log_scale: Tensor  # [S, *batch, D]
 
     def at(self, beta: float) -> Tuning:
@@ -85,12 +88,15 @@ class TuningTable:
         return Tuning(interpolate(self.log_step_size), interpolate(self.log_scale))
 
     @staticmethod
-    def constant(step_size: float | Tensor, example: Tensor) -> TuningTable:
+    def constant(
+        step_size: float | Tensor, example: Tensor, kernel: Kernel | None = None
+    ) -> TuningTable:
         """Builds the table of one step size for all betas and unit scales.
 
         Args:
             step_size: Number, or tensor of shape ``[*batch]``.
             example: Position of one chain, ``[*batch, D]``.
+            kernel: A kernel of several parts gives each of them this step size.
         """
         step = torch.as_tensor(step_size, dtype=example.dtype, device=example.device)
         batch = example.shape[:-1]
@@ -100,6 +106,9 @@ class TuningTable:
                 f"{list(batch)}"
             )
         log_step = step.log().expand(batch)
+        parts = getattr(kernel, "num_step_sizes", None)
+        if parts is not None:
+            log_step = log_step.unsqueeze(-1).expand(*batch, parts)
         return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
 
 
@@ -138,20 +147,20 @@ class Progress(NamedTuple):
     """Where chains stand between two chunks: all that the rest of a run depends on."""
 
     num_chunks: int  # done
+    num_steps: int  # done
     carry: Carry
     statistics: StepStatistics  # of the steps done; later entries mean nothing yet
-
-    @property
-    def num_steps(self) -> int:
-        """Steps done."""
-        return min(self.num_chunks * CHUNK_SIZE, len(self.statistics.mean_log_ratio))
+    lineage: Lineage | None = None  # where chains are resampled
 
     @staticmethod
-    def beginning(state: State, num_steps: int) -> Progress:
+    def beginning(state: State, num_steps: int, num_populations: int | None = None) -> Progress:
         """Places chains at ``state`` before the first of ``num_steps`` steps."""
         weights = torch.zeros_like(state.log_target, dtype=torch.float64)
         statistics = _empty_statistics(num_steps, state.position.device)
-        return Progress(0, Carry(state, weights, weights), statistics)
+        lineage = None
+        if num_populations is not None:
+            lineage = Lineage.beginning(weights, num_populations)
+        return Progress(0, 0, Carry(state, weights, weights), statistics, lineage)
 
 
 def _trapezoid_weights(betas: Tensor, direction: Direction) -> Tensor:
@@ -187,6 +196,9 @@ def run_chains(
     direction: Direction,
     seed: int,
     stream: str,
+    stops: Sequence[int] = (),
+    resampling: Resampling | None = None,
+    reference: Reference | None = None,
     progress: Callable[[int], object] = lambda count: None,
     record: Callable[[Progress], object] = lambda progress: None,
 ) -> tuple[Carry, StepStatistics]:
@@ -201,29 +213,90 @@ def run_chains(
         direction: ``"forward"`` or ``"reverse"``.
         seed: Seed of the noise.
         stream: Name of the stream of noise, so that the runs of a sandwich are independent.
+        stops: Steps done at which to end a chunk, beside those of ``resampling``.
+        resampling: Which chains are resampled, and when; None for none.
+        reference: Reversed paths to hold in the first slot of each population.
         progress: Called with the number of steps done since the last call.
         record: Called after each chunk with all that the rest of the run depends on.
 
     Returns:
-        The carry whose state is the one at which the last weight was taken, and the statistics.
+        The carry whose state is the one at which the last weight was taken, and the statistics;
+        the lineage of chains that were resampled is in what ``record`` was given last.
     """
     if isinstance(start, State):
-        start = Progress.beginning(start, path.num_steps)
-    done, carry, statistics = start
+        populations = None if resampling is None else resampling.num_populations
+        start = Progress.beginning(start, path.num_steps, populations)
+    done, _, carry, statistics, lineage = start
     device = carry.state.position.device
-    for chunk, steps in enumerate(_chunks(path.num_steps)):
+    points = () if resampling is None else resampling.points
+    for chunk, steps in enumerate(_chunks(path.num_steps, {*stops, *points})):
         if chunk < done:
             continue
         generator = seeded_generator(device, seed, stream, chunk)
         carry = _run_chunk(density, path, carry, statistics, steps, direction, generator)
+        if resampling is not None and steps.stop in (*points, path.num_steps):
+            assert lineage is not None
+            generator = seeded_generator(device, seed, stream, "resampling", steps.stop)
+            state, log_weights, lineage = resampling.at(
+                steps.stop, carry.state, carry.log_weights, lineage, generator, reference
+            )
+            carry = Carry(state, log_weights, carry.integral)
         progress(len(steps))
-        record(Progress(chunk + 1, carry, statistics))
+        record(Progress(chunk + 1, steps.stop, carry, statistics, lineage))
     return carry, statistics
 
 
-def _chunks(num_steps: int) -> Iterator[range]:
-    for start in range(0, num_steps, CHUNK_SIZE):
-        yield range(start, min(start + CHUNK_SIZE, num_steps))
+def reversed_paths(
+    density: Density,
+    path: Path,
+    state: State,
+    resampling: Resampling,
+    *,
+    seed: int,
+    stream: str,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Reference:
+    """Draws paths that end at posterior samples, for populations to hold.
+
+    Args:
+        density: Evaluates base and target.
+        path: Frozen betas, kernel and tuning.
+        state: Exact posterior samples, one per population, or more; ``[R, *batch]``.
+        resampling: Of the populations.
+        seed: Seed of the noise.
+        stream: Name of the stream of noise.
+        progress: Called with the number of steps done since the last call.
+
+    Returns:
+        The paths of the first R samples, at the points of ``resampling``.
+    """
+    stops = resampling.reverse_points(path.num_steps)
+    passed: list[tuple[State, Tensor]] = []
+
+    def record(now: Progress) -> None:
+        if now.num_steps in stops:
+            passed.append((now.carry.state, now.carry.log_weights))
+
+    carry, _ = run_chains(
+        density,
+        path,
+        state,
+        direction="reverse",
+        seed=seed,
+        stream=stream,
+        stops=stops,
+        progress=progress,
+        record=record,
+    )
+    paths = Reference.from_reverse(state, carry.log_weights, passed, resampling.points, path.betas)
+    return paths.first(resampling.num_populations)
+
+
+def _chunks(num_steps: int, stops: Iterable[int] = ()) -> Iterator[range]:
+    """Cuts the steps at every hundredth, and at ``stops``."""
+    ends = {*range(CHUNK_SIZE, num_steps, CHUNK_SIZE), *stops, num_steps}
+    for start, stop in itertools.pairwise(sorted({0, *ends})):
+        yield range(start, stop)
 
 
 def _empty_statistics(num_steps: int, device: torch.device) -> StepStatistics:

@@ -36,6 +36,8 @@ __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
+# Kernels whose proposals are always accepted would lengthen their steps for ever.
+_LARGEST_LOG_STEP = 50.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def run_pilot(
     log_scale = _log_scale(state.position, None)
     dim = state.position.shape[-1]
     log_step = torch.full_like(log_scale[..., 0], -0.25 * math.log(dim))
+    parts = getattr(kernel, "num_step_sizes", None)
+    if parts is not None:  # one step size for each kernel of a composite
+        log_step = log_step.unsqueeze(-1).repeat(*(1 for _ in log_step.shape), parts)
     knots, steps, scales, lengths, accepts, fractions = [], [], [], [], [], []
     fluctuations = Fluctuations()
     num_moves = 0
@@ -278,7 +283,7 @@ def _tune_and_move(
         ``[N + 1, M, *batch]``.
     """
     log_step, log_scale = log_tuning
-    target = kernel.target_accept
+    target = _target_accept(kernel, log_step)
     scale = log_scale.exp()
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
     late, late_accept = torch.zeros_like(log_step), torch.zeros_like(log_step)
@@ -288,13 +293,24 @@ def _tune_and_move(
         noise = kernel.noise(state, generator)
         state, info = kernel.step(state, density, on_device, tuning, noise)
         ratios.append(_finite_ratio(state.log_ratio()))
-        accept_prob = info.accept_prob.mean(0)
+        by_part = info.accept_by_part
+        accept_prob = (info.accept_prob if by_part is None else by_part).mean(0)
         if target is not None:
-            log_step = log_step + first_gain / (1.0 + move) ** 0.6 * (accept_prob - target)
+            change = first_gain / (1.0 + move) ** 0.6 * (accept_prob - target)
+            log_step = (log_step + change).clamp(max=_LARGEST_LOG_STEP)
         if move >= num_moves // 2:  # Polyak average: acceptance over few chains is noisy
             late = late + log_step / (num_moves - num_moves // 2)
             late_accept = late_accept + accept_prob / (num_moves - num_moves // 2)
     return state, late, float(late_accept.mean()), torch.stack(ratios)
+
+
+def _target_accept(kernel: Kernel, like: Tensor) -> Tensor | None:
+    """Collects the acceptance to steer toward; NaN-free, one per step size, None without any."""
+    targets = getattr(kernel, "target_accepts", (kernel.target_accept,))
+    if all(target is None for target in targets):
+        return None
+    found = [1.0 if target is None else target for target in targets]
+    return torch.tensor(found, dtype=like.dtype, device=like.device)
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:

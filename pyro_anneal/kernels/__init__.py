@@ -1,15 +1,23 @@
 """Transition kernels and what they share."""
 
 from .base import Density, Info, Kernel, State, Tuning
+from .composite import Composite
+from .discrete import DiscreteLangevin, SingleSite
 from .hmc import HMC, accept, leapfrog
+from .lattice import Block, Lattice
 from .random_walk import RandomWalk
 
 __all__ = [
     "HMC",
+    "Block",
+    "Composite",
     "Density",
+    "DiscreteLangevin",
     "Info",
     "Kernel",
+    "Lattice",
     "RandomWalk",
+    "SingleSite",
     "State",
     "Tuning",
     "accept",

@@ -52,7 +52,7 @@ class Density(Protocol):
 class Tuning(NamedTuple):
     """What a pilot chose for one beta and froze."""
 
-    step_size: Tensor  # per batch element, [*batch]
+    step_size: Tensor  # per batch element, [*batch]; of a kernel of M parts, [*batch, M]
     scale: Tensor  # standard deviation per coordinate (inverse mass = scale ** 2), [*batch, D]
 
 
@@ -61,6 +61,7 @@ class Info(NamedTuple):
 
     accept_prob: Tensor  # [K, *batch]
     diverging: Tensor  # bool, [K, *batch]
+    accept_by_part: Tensor | None = None  # of a kernel of M parts, [K, *batch, M]
 
 
 def normal_and_uniform(state: State, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

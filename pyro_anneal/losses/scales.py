@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.sites import sum_to_batch
-from .traces import Run, Site, density_sites
+from ..models.sites import density_sites, sum_to_batch
+from .traces import Run, Site
 
 __all__ = ["Scales", "same_scale"]
 

@@ -31,7 +31,7 @@ class AIS(Bound):
     a guide). The gap shrinks as 1 / T.
 
     Chains of all pairs of a batch run together, and any number of pairs streams through
-    ``estimate`` in bounded memory. The result's ``diagnostics`` hold every bound that was run, by
+    ``estimate`` in bounded memory. The result's ``measurements`` hold every bound that was run, by
     names such as ``"CR lower"``, and the mean acceptance.
 
     Source: Brekelmans et al. (2022), multi-sample AIS bounds.
@@ -160,5 +160,5 @@ class AIS(Bound):
             lower=lower,
             upper=statistics[f"{self.upper_kind} upper"],
             terms={"variational": variational, "contrastive": lower - variational},
-            diagnostics={name: value.mean() for name, value in statistics.items()},
+            measurements={name: value.mean() for name, value in statistics.items()},
         )

@@ -39,7 +39,7 @@ class Values:
     terms: dict[str, Tensor] = field(default_factory=dict)
     ceiling: float | None = None
     notes: tuple[str, ...] = ()
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    measurements: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Bound(nn.Module, ABC):
@@ -237,7 +237,7 @@ class Bound(nn.Module, ABC):
             saturated=saturated,
             missing=self._missing(),
             notes=values.notes,
-            diagnostics=values.diagnostics,
+            measurements=values.measurements,
         )
 
     def _missing(self) -> str | None:

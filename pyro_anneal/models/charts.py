@@ -40,7 +40,7 @@ def _logit(share: Tensor) -> Tensor:
     return share.log() - torch.log1p(-share)
 
 
-class CircleTransform(Transform):  # type: ignore[misc]
+class CircleTransform(Transform):
     r"""Maps the reals onto one period, ``angle = centre + 2 pi (sigmoid(u) - 1/2)``, wrapped.
 
     The cut, where u is infinite, lies opposite to the centre: a density around it stays in one
@@ -66,10 +66,10 @@ class CircleTransform(Transform):  # type: ignore[misc]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Computes log of the angle per unit of u."""
-        return math.log(2.0 * math.pi) + _log_slope(x)
+        return _log_slope(x) + math.log(2.0 * math.pi)
 
 
-class SphereTransform(Transform):  # type: ignore[misc]
+class SphereTransform(Transform):
     r"""Maps n - 1 reals onto the unit sphere of R^n by its angles, the last one a full circle.
 
     .. math:: dS = \prod_{k=1}^{n-2} \sin^{n-1-k}\theta_k \; d\theta_1 \cdots d\theta_{n-1}
@@ -132,7 +132,7 @@ class SphereTransform(Transform):  # type: ignore[misc]
         return torch.Size([*shape[:-1], shape[-1] - 1])
 
 
-class PositiveDefiniteTransform(Transform):  # type: ignore[misc]
+class PositiveDefiniteTransform(Transform):
     r"""Maps n (n + 1) / 2 reals to ``L L^T``, L lower triangular with an exponentiated diagonal.
 
     .. math:: \log|J| = n \log 2 + \sum_{i=1}^n (n - i + 2) \log L_{ii}
@@ -160,14 +160,16 @@ class PositiveDefiniteTransform(Transform):  # type: ignore[misc]
         diagonal = lower.diagonal(dim1=-2, dim2=-1).log()
         lower = lower.tril(-1) + diagonal.diag_embed()
         rows, columns = torch.tril_indices(size, size, device=y.device).unbind()
-        return lower[..., rows, columns]
+        packed: Tensor = lower[..., rows, columns]
+        return packed
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Computes log of the matrices' volume per unit of u."""
         size = y.shape[-1]
         ends = torch.arange(1, size + 1, device=x.device)
         log_diagonal = x[..., ends * (ends + 1) // 2 - 1]
-        return size * math.log(2.0) + ((size + 2 - ends) * log_diagonal).sum(-1)
+        weights: Tensor = (size + 2 - ends) * log_diagonal
+        return size * math.log(2.0) + weights.sum(-1)
 
     def forward_shape(self, shape: Any) -> torch.Size:
         """Returns the shape of values."""

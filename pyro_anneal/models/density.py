@@ -23,7 +23,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .coordinates import bijection
-from .sites import Layout, is_flat, latent_sites, observed_sites, sum_to_batch, unmasked
+from .sites import (
+    Layout,
+    is_flat,
+    latent_sites,
+    mark_points,
+    observed_sites,
+    sum_to_batch,
+    unmasked,
+)
 from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
@@ -47,8 +55,10 @@ class Substitute(Messenger):  # type: ignore[misc]
         record: frozenset[str] = frozenset(),
         loops: Mapping[str, list[int]] | None = None,
         noncentred: frozenset[str] = frozenset(),
+        ignore_masks: bool = False,
     ) -> None:
         super().__init__()
+        self.ignore_masks = ignore_masks  # of guides, which are densities whatever masks say
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
         self.record = record  # sites whose unconstrained value is wanted, sampled if not given
@@ -64,7 +74,7 @@ class Substitute(Messenger):  # type: ignore[misc]
                 msg["value"], msg["done"] = self.loops[name], True
             return
         if not msg["is_observed"]:
-            flat, fn = is_flat(msg), unmasked(msg["fn"])
+            flat, fn = is_flat(msg) and not self.ignore_masks, unmasked(msg["fn"])
             msg["fn"], msg["mask"] = fn.mask(False) if flat else fn, None
         if name in self.given:
             value = self._transform(msg)
@@ -114,7 +124,8 @@ class ModelEvaluation:
     @property
     def total_log_det(self) -> Tensor:
         """Log determinant of all sites, shape ``[*batch]``."""
-        return torch.stack(list(self.log_det.values())).sum(0)
+        terms = list(self.log_det.values())
+        return torch.stack(terms).sum(0) if terms else torch.zeros_like(self.log_joint)
 
 
 class ModelDensity:
@@ -132,7 +143,9 @@ class ModelDensity:
             model = poutine.enum(model, first_available_dim=-1 - self.layout.max_plate_nesting)
         args, kwargs = self.arguments
         with validation_disabled(), poutine.block(), substitute:
-            return poutine.trace(model).get_trace(*args, **kwargs)
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        mark_points(trace)
+        return trace
 
     def evaluate(self, position: Tensor) -> ModelEvaluation:
         """Evaluates all densities at ``u`` of shape ``[*batch, D]``.
@@ -164,8 +177,10 @@ class ModelDensity:
             prior_terms = [self._sum(s, scaled=False) for s in latents.values()]
             joint_terms = [self._sum(s) for s in latents.values()]
             joint_terms += [self._sum(s) for s in observed_sites(trace).values()]
-            log_prior = torch.stack(prior_terms).sum(0)
             log_joint = torch.stack(joint_terms).sum(0)
+            log_prior = (
+                torch.stack(prior_terms).sum(0) if prior_terms else torch.zeros_like(log_joint)
+            )
         return ModelEvaluation(unconstrained, substitute.values, log_det, log_prior, log_joint)
 
     def _sum(self, site: Mapping[str, Any], *, scaled: bool = True) -> Tensor:

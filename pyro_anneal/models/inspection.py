@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -19,13 +18,12 @@ from .checks import (
     check_latents,
     check_log_probs,
     check_plates,
-    check_shape,
     check_structure,
     check_value_shapes,
     explained,
     outside_support,
-    plate_frames,
     support_of,
+    undeclared_axes,
 )
 from .coordinates import bijection
 from .sites import (
@@ -37,14 +35,29 @@ from .sites import (
     is_factor,
     is_flat,
     latent_sites,
+    mark_points,
     observed_sites,
+    plate_frames,
+    plate_size,
 )
 from .supports import bijection_onto, can_be_sampled, is_improper
 from .validation import validation_disabled
 
-__all__ = ["inspect_model"]
+__all__ = ["NothingToAnneal", "inspect_model"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class NothingToAnneal(ValueError):
+    """A model has no latent that chains could move: its log evidence is its log density."""
+
+    def __init__(self, layout: Layout) -> None:
+        what = "enumerated sites only" if layout.enumerated else "no latent site"
+        super().__init__(
+            f"the model has {what}, so there is nothing to anneal: its log evidence is the log "
+            "density itself, which run() and log_evidence return"
+        )
+        self.layout = layout  # without sites
 
 
 def _find_batch(
@@ -63,7 +76,8 @@ def _find_batch(
         dims, guide_dims = ({f.dim for f in group if f is not None} for group in frames)
         guide_dims = guide_dims or dims
         if len(dims) == 1 and len(guide_dims) == 1:
-            common[name] = BatchPlate(name, frame.size, frame.dim, guide_dims.pop())
+            size = plate_size(frame, [site for _, site in model_sites])
+            common[name] = BatchPlate(name, size, frame.dim, guide_dims.pop())
     named = isinstance(requested, Sequence) and all(isinstance(n, str) for n in requested)
     if requested != "auto" and (isinstance(requested, str) or not named):
         raise ValueError(
@@ -141,6 +155,7 @@ def _make_site(
         dtype=site["value"].dtype,
         start=start,
         stop=start + size,
+        support=support,
     )
 
 
@@ -241,13 +256,16 @@ def _trace_pair(
     guide_args: Arguments,
 ) -> tuple[Any, Any | None]:
     if guide is None:
-        return _trace(model, model_args), None
+        trace = _trace(model, model_args)
+        mark_points(trace)
+        return trace, None
     guide_trace = _trace(guide, guide_args)
     try:
         trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
     except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
         check_value_shapes(_trace(model, model_args), guide_trace)
         raise
+    mark_points(trace, guide_trace)
     check_value_shapes(trace, guide_trace)
     return trace, guide_trace
 
@@ -275,6 +293,7 @@ def inspect_model(
         The layout.
 
     Raises:
+        NothingToAnneal: If no latent is continuous.
         ValueError: If model and guide disagree, a latent is discrete and not enumerated, a plate
             is subsampled, a site's shape is not covered by plates, nothing is latent or observed.
     """
@@ -287,24 +306,27 @@ def inspect_model(
         enumerated = check_latents(trace, guide_trace)
         check_structure(trace, second[0])
         check_log_probs(trace)
-        for name, site in density_sites(trace):
-            check_shape(name, site)
+        undeclared = _undeclared(trace, enumerated)
         batch = _find_batch(trace, guide_trace, batch_plates)
         sites: list[Site] = []
         for name, site in latent_sites(trace).items():
             if name not in enumerated:
                 sites.append(_make_site(name, site, batch, sites[-1].stop if sites else 0))
-        if sites[-1].stop == 0:
+        is_empty = not sites
+        if sites and sites[-1].stop == 0:
             raise ValueError(
                 f"the latent sites {[site.name for site in sites]} have no elements, so there is "
-                "nothing to anneal: the log evidence is the log density itself"
+                "nothing to anneal: leave them out, and run() returns the log density itself"
             )
-        is_static = _supports_are_static(model, model_args, trace, second[0], sites)
+        is_static = is_empty or _supports_are_static(model, model_args, trace, second[0], sites)
         guarded = _moving_supports(trace, second[0])
     _check_observed(model, model_args, trace, guarded)
     scale, notes = _find_scale(trace)
+    if undeclared:
+        notes += (f"axes that belong to no plate are summed: {undeclared}",)
     if enumerated:
-        notes += (f"discrete sites {enumerated} are summed out: latents are the other sites",)
+        rest = "" if is_empty else ": latents are the other sites"
+        notes += (f"discrete sites {enumerated} are summed out{rest}",)
     nodes = {site.name: trace.nodes[site.name] for site in sites}
     improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
     if improper:
@@ -316,11 +338,11 @@ def inspect_model(
         if site["type"] == "sample"
         for frame in plate_frames(site).values()
     ]
-    device = trace.nodes[sites[0].name]["value"].device
-    return Layout(
+    device = next(site["unscaled_log_prob"].device for _, site in density_sites(trace))
+    layout = Layout(
         sites=tuple(sites),
         batch=batch,
-        dtype=functools.reduce(torch.promote_types, [site.dtype for site in sites]),
+        dtype=_dtype(trace, sites),
         device=device,
         enumerated=tuple(enumerated),
         max_plate_nesting=-min(dims, default=0),
@@ -342,6 +364,28 @@ def inspect_model(
         },
         notes=notes,
     )
+    if is_empty:
+        raise NothingToAnneal(layout)
+    return layout
+
+
+def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:
+    """Describes the axes that belong to no plate."""
+    found = []
+    for name, site in density_sites(trace):
+        axes = undeclared_axes(name, site, enumerated=bool(enumerated))
+        if axes:
+            found.append(f'{axes} of site "{name}"')
+    return ", ".join(found)
+
+
+def _dtype(trace: Any, sites: Sequence[Site]) -> torch.dtype:
+    """Finds the precision to compute in: the widest of all latents and log densities."""
+    dtypes = [site["unscaled_log_prob"].dtype for _, site in density_sites(trace)]
+    widest: torch.dtype = functools.reduce(
+        torch.promote_types, [*dtypes, *[site.dtype for site in sites]]
+    )
+    return widest
 
 
 def _draw_two(

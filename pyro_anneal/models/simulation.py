@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import explained
-from .sites import base_distribution, density_sites, is_deterministic, is_factor, unmasked
+from .sites import (
+    base_distribution,
+    density_sites,
+    is_deterministic,
+    is_factor,
+    is_point,
+    mark_points,
+    unmasked,
+)
 from .validation import validation_disabled
 
 __all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
@@ -67,7 +75,7 @@ class _CheckExact(Messenger):  # type: ignore[misc]
     """Checks each site before it is simulated."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) or is_deterministic(msg):
+        if site_is_subsample(msg) or is_deterministic(msg) or is_point(msg):
             return
         for frame in msg["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
@@ -129,6 +137,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
     with torch.no_grad(), validation_disabled(), poutine.block():
         with explained(), _CheckExact():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        mark_points(trace)
         latents, observed, original, hidden = {}, {}, {}, {}
         for name, site in density_sites(trace):
             if site["infer"].get("was_observed"):
@@ -143,7 +152,9 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
 
         def again(values: dict[str, Tensor], arguments: Arguments) -> _Joint:
             conditioned = poutine.condition(model, data={**latents, **values})
-            return _joint(poutine.trace(conditioned).get_trace(*arguments[0], **arguments[1]))
+            trace = poutine.trace(conditioned).get_trace(*arguments[0], **arguments[1])
+            mark_points(trace)
+            return _joint(trace)
 
         _check_agreement(joint, again(observed, arguments), observed, "")
         if hidden:

@@ -25,9 +25,13 @@ __all__ = [
     "is_deterministic",
     "is_factor",
     "is_flat",
+    "is_point",
     "is_wrapper",
     "latent_sites",
+    "mark_points",
     "observed_sites",
+    "plate_frames",
+    "plate_size",
     "sum_to_batch",
     "unmasked",
 ]
@@ -89,6 +93,28 @@ def is_flat(site: Mapping[str, Any]) -> bool:
     return any(mask is False for mask in masks)
 
 
+def is_point(site: Mapping[str, Any]) -> bool:
+    """Tells whether a site samples a ``Delta`` without a log density of its own: a known value."""
+    fn = base_distribution(site["fn"])
+    observed = site["is_observed"] or site["infer"].get("was_observed")
+    if observed or not isinstance(fn, dist.Delta):
+        return False
+    log_density = torch.as_tensor(fn.log_density)
+    return not log_density.requires_grad and bool((log_density == 0).all())
+
+
+def mark_points(model_trace: Any, guide_trace: Any | None = None) -> None:
+    """Marks the ``Delta`` sites of a model's trace as deterministic, where no guide draws them.
+
+    ``pyro.sample("d", Delta(v))`` is how models recorded a value before ``pyro.deterministic``.
+    """
+    for name, site in model_trace.nodes.items():
+        drawn = guide_trace is not None and name in guide_trace.nodes
+        if site["type"] == "sample" and not drawn and is_point(site):
+            site["infer"] = {**site["infer"], "_deterministic": True}
+            site["is_observed"] = True  # as at sites of pyro.deterministic
+
+
 def is_factor(site: Mapping[str, Any]) -> bool:
     """Tells whether a site is a ``pyro.factor``."""
     return isinstance(base_distribution(site["fn"]), dist.Unit)
@@ -109,6 +135,26 @@ def latent_sites(trace: Any) -> dict[str, dict[str, Any]]:
 def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
     """Collects the observed sites of a trace that carry a density, factors included."""
     return {name: site for name, site in density_sites(trace) if site["is_observed"]}
+
+
+def plate_frames(site: Mapping[str, Any]) -> dict[str, Any]:
+    """Collects the vectorized plates around a site, by name."""
+    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+
+
+def plate_size(frame: Any, sites: Iterable[Mapping[str, Any]]) -> int:
+    """Returns the size of a plate; one that was made without a size has that of its sites.
+
+    Args:
+        frame: The plate, as it stands in a site's ``cond_indep_stack``.
+        sites: Sites with log densities, some of them in the plate.
+    """
+    if frame.size >= 0:
+        return int(frame.size)
+    shapes = [
+        site["unscaled_log_prob"].shape for site in sites if frame.name in plate_frames(site)
+    ]
+    return max((shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim), default=1)
 
 
 @dataclass(frozen=True)
@@ -135,6 +181,7 @@ class Site:
     dtype: torch.dtype
     start: int
     stop: int
+    support: Any = None  # where the prototype's density is normalized
 
     @property
     def value_shape(self) -> torch.Size:

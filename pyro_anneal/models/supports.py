@@ -77,7 +77,7 @@ class Image(constraints.Constraint):  # type: ignore[misc]
         super().__init__()
 
     @property
-    def event_dim(self) -> int:  # type: ignore[override]
+    def event_dim(self) -> int:
         """Number of dimensions of one value."""
         return self._event_dim
 
@@ -91,7 +91,7 @@ class Image(constraints.Constraint):  # type: ignore[misc]
             base = torch.where(inside.reshape(inside.shape + (1,) * extra), base, outside)
             base = transform.inv(base)
         found: Tensor = self.base.check(base) & base.isfinite().reshape(
-            base.shape[: base.dim() - self.base.event_dim] + (-1,)
+            (*base.shape[: base.dim() - self.base.event_dim], -1)
         ).all(-1)
         rest = value.dim() - self._event_dim
         return found if found.dim() <= rest else found.reshape(*found.shape[:rest], -1).all(-1)
@@ -319,6 +319,6 @@ def can_be_sampled(fn: Any) -> bool:
     return not is_improper(fn) and not (plain and kind.rsample is Distribution.rsample)
 
 
-def is_mistaken_by_pyro(fn: Any) -> bool:
-    """Tells whether AutoGuides and NUTS of Pyro place a site on a wider set than its own."""
-    return isinstance(leaf_constraint(normalized_support(fn)), Circle | Image)
+def is_mistaken_by_pyro(support: Any) -> bool:
+    """Tells whether AutoGuides of Pyro place a site on a wider set than its own."""
+    return isinstance(leaf_constraint(support), Circle | Image)

@@ -21,8 +21,11 @@ from ..weights import (
     log_normalized_weights,
     resample_indices,
 )
+from .base import Columns, Result
+from .files import stored
 from .findings import Diagnostic
-from .tables import format_fields, format_value
+from .provenance import Provenance
+from .tables import Table, format_value
 
 __all__ = ["AnnealedRun", "Estimate", "PilotSummary", "std_error_over_pairs"]
 
@@ -34,6 +37,7 @@ class Estimate(NamedTuple):
     std_error: Tensor
 
 
+@stored
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PilotSummary:
     """What the pilot found and what it cost; the run used it frozen."""
@@ -52,7 +56,7 @@ class PilotSummary:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AnnealedRun:
+class AnnealedRun(Result):
     r"""Outcome of K annealed chains over T steps in one direction.
 
     Forward chains give a lower bound on the log evidence, reverse chains, started from exact
@@ -90,6 +94,8 @@ class AnnealedRun:
     target_accept: float | None = None  # of the kernel; None if it has no step size to tune
     observed: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
+    data_digest: str = ""  # of the observed values, whatever their arrangement
+    provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.plates.values()) != self.batch_shape:
@@ -97,9 +103,6 @@ class AnnealedRun:
                 f"plates {self.plates} do not name the batch of log_weights: expected sizes "
                 f"{list(self.batch_shape)}"
             )
-
-    def __repr__(self) -> str:
-        return self.summary()
 
     @property
     def num_chains(self) -> int:
@@ -135,7 +138,9 @@ class AnnealedRun:
     def upper(self) -> Tensor:
         """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
 
-        It is one only if the posterior samples were exact (``certified``).
+        It bounds only if the posterior samples were exact (``certified``). Else it is an estimate,
+        of which :attr:`kind` says so: reverse chains repair the draws that they start from, so
+        that its agreement with a lower bound proves nothing about the sampler.
 
         Raises:
             ValueError: If the chains ran forward.
@@ -261,9 +266,45 @@ class AnnealedRun:
                 draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
         return draws
 
-    def summary(self) -> str:
-        """Formats a short table of the run."""
-        name = f"{'lower' if self.direction == 'forward' else 'upper'} bound"
+    @property
+    def directions(self) -> dict[str, AnnealedRun]:
+        """This run, by its direction."""
+        return {self.direction: self}
+
+    @property
+    def kind(self) -> Literal["lower bound", "upper bound", "estimate"]:
+        """What ``log_evidence`` is: an estimate, where the starts were approximate."""
+        if not self.certified:
+            return "estimate"
+        return "lower bound" if self.direction == "forward" else "upper bound"
+
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """The bound by its side, nats, shape ``batch``; none if the run is only an estimate."""
+        if not self.certified:
+            return {}
+        return {"lower" if self.direction == "forward" else "upper": self.log_evidence}
+
+    def _columns(self) -> tuple[Columns, Columns]:
+        axes = [torch.arange(size) for size in self.batch_shape]
+        index = (
+            dict(zip(self.plates, torch.meshgrid(*axes, indexing="ij"), strict=True))
+            if axes
+            else {}
+        )
+        ti = self.thermodynamic_integration
+        return index, {
+            self.kind.replace(" bound", ""): self.log_evidence,
+            "std_error": self.std_error,
+            "single": self.single,
+            "ess": self.ess,
+            "largest_weight": self.largest_weight,
+            "thermodynamic_integration": ti.value,
+            "thermodynamic_integration_std_error": ti.std_error,
+        }
+
+    def _table(self) -> Table:
+        name = self.kind
         batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
         total_error = self.std_error.square().sum().sqrt().item()
         ti = self.thermodynamic_integration
@@ -284,6 +325,7 @@ class AnnealedRun:
         if self.num_steps > 1:
             fields.append(("acceptance", _range(self.accept_prob)))
             fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
+        fields.append(("verdict", self.verdict))
         cost = f"{self.num_gradients} gradients per chain"
         extra = []
         if self.pilot is not None:
@@ -294,7 +336,11 @@ class AnnealedRun:
             extra.append(f"automatic guide: {self.fit_gradients} in all")
         if extra:
             cost += f" ({'; '.join(extra)})"
-        fields.append(("cost", f"{cost}, {self.seconds:.2f} s, {self.density_mode}"))
+        if self.provenance is None:
+            cost += f", {self.seconds:.2f} s"
+        fields.append(("cost", f"{cost}, {self.density_mode}"))
+        if self.provenance is not None:
+            fields.append(("wall time", self.provenance.describe_seconds()))
         if self.direction == "reverse" or not self.certified:
             fields.append(("certified", str(self.certified)))
         title = (
@@ -304,7 +350,7 @@ class AnnealedRun:
         notes = [*self.notes, *(d.message for d in self.diagnostics)]
         if not self.certified and "uncertified" not in {d.name for d in self.diagnostics}:
             notes.append("certified=False: the starts are approximate, so this is no bound")
-        return format_fields(title, fields, notes)
+        return Table(title, fields, notes)
 
     def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""

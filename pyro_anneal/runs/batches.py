@@ -17,6 +17,7 @@ from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..persistence.randomness import derived_seed, random_state, set_random_state
 from ..results.batches import EvidenceOfBatches
+from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
 from .run import Settings, forward, freeze, make_problem, progress_bar
@@ -189,6 +190,7 @@ def _reduce(run: AnnealedRun) -> dict[str, Any]:
     """Keeps a few numbers per datum of a run."""
     kept: dict[str, Any] = {n: getattr(run, n).detach().cpu().flatten() for n in _PER_DATUM}
     kept |= {"num_gradients": run.num_gradients, "scale": run.scale, "seconds": run.seconds}
+    kept["data_digest"] = run.data_digest
     notes = [] if run.plates else [_JOINT_NOTE]
     return kept | {
         "notes": [*run.notes, *notes],
@@ -209,6 +211,7 @@ class _Batches:
         self.per_datum: dict[str, list[Tensor]] = {name: [] for name in _PER_DATUM}
         self.shared: dict[str, Any] = {}  # of the first batch
         self.seconds = 0.0
+        self.data_digest = ""
         self.diagnostics: dict[str, dict[str, Any]] = {}  # the worst of each kind
 
     @property
@@ -229,6 +232,7 @@ class _Batches:
                 f"{shared['scale']} in batch {self.count - 1}: their evidence cannot be added"
             )
         self.seconds += batch["seconds"]
+        self.data_digest = add_digests([self.data_digest, batch["data_digest"]])
         for found in batch["diagnostics"]:
             known = self.diagnostics.get(found["name"])
             worst = found | {"batch": self.count - 1}
@@ -259,6 +263,7 @@ class _Batches:
             num_steps=settings.num_steps,
             seconds=self.seconds,
             seed=seed,
+            data_digest=self.data_digest,
             diagnostics=tuple(found),
         )
 
@@ -270,6 +275,7 @@ class _Batches:
             "per_datum": {name: torch.cat(values) for name, values in self.per_datum.items()},
             "shared": self.shared,
             "seconds": self.seconds,
+            "data_digest": self.data_digest,
             "diagnostics": self.diagnostics,
         }
 
@@ -280,5 +286,6 @@ class _Batches:
         total.digests, total.sizes = list(content["digests"]), list(content["sizes"])
         total.per_datum = {name: [values] for name, values in content["per_datum"].items()}
         total.shared, total.seconds = content["shared"], content["seconds"]
+        total.data_digest = content["data_digest"]
         total.diagnostics = dict(content["diagnostics"])
         return total

@@ -228,7 +228,7 @@ def _restore(record: Record, device: torch.device) -> Progress:
     state = State(*(value.to(device) for value in record["state"]))
     carry = Carry(state, record["log_weights"].to(device), record["integral"].to(device))
     statistics = StepStatistics(*(value.to(device) for value in record["statistics"]))
-    return Progress(record["num_chunks"], carry, statistics)
+    return Progress(record["num_chunks"], record["num_steps"], carry, statistics)
 
 
 def _stream_of(stream: str, number: int) -> str:

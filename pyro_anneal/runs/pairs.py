@@ -19,6 +19,7 @@ from ..models.autoguides import sees_arguments
 from ..models.simulation import Arguments, Simulation, guide_arguments, simulate
 from ..persistence.journal import Journal
 from ..persistence.memory import released
+from ..results.digest import add_digests
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
 from .run import Settings, forward, freeze, make_problem, progress_bar, reverse
@@ -27,7 +28,7 @@ __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
 # Fields of a run that are added up over data sets; curves become averages, for each data set had
 # a pilot of its own.
-_TOTALS = ("num_diverging", "num_evaluations", "seconds")
+_TOTALS = ("num_diverging", "num_evaluations", "seconds", "setup_seconds")
 _CURVES = ("betas", "accept_prob", "step_size", "mean_log_ratio", "var_log_ratio")
 _SUMMED = (*_TOTALS, *_CURVES)
 # Fields that are kept for each data set, and where several are stacked.
@@ -164,6 +165,7 @@ class RunSum:
         self.per_pair: dict[str, list[Tensor]] = {name: [] for name in _PER_PAIR}
         self.by_site: dict[str, list[dict[str, Tensor]]] = {name: [] for name in _BY_SITE}
         self.sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
+        self.digests: list[str] = []
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
@@ -176,11 +178,12 @@ class RunSum:
             self.sums[name] = self.sums[name] + fields.pop(name)
         if self.count == 0:
             self.shared = fields
+        self.digests.append(fields["data_digest"])
         self.count += 1
 
     def result(self) -> AnnealedRun:
         """Builds the merged run; with several runs its first plate counts them."""
-        shared = dict(self.shared)
+        shared = self.shared | {"data_digest": add_digests(self.digests)}
         fields: dict[str, Any] = {
             name: total if name in _TOTALS else total / self.count
             for name, total in self.sums.items()
@@ -208,6 +211,7 @@ class RunSum:
             "per_pair": {name: torch.stack(values) for name, values in self.per_pair.items()},
             "by_site": {name: _stack(values, 0) for name, values in self.by_site.items()},
             "sums": self.sums,
+            "digests": self.digests,
         }
 
     @classmethod
@@ -215,7 +219,7 @@ class RunSum:
         """Undoes :meth:`to_dict`."""
         total = cls()
         total.count, total.sums = content["count"], dict(content["sums"])
-        total.shared = dict(content["shared"])
+        total.shared, total.digests = dict(content["shared"]), list(content["digests"])
         if total.shared["pilot"] is not None:
             total.shared["pilot"] = PilotSummary(**total.shared["pilot"])
         total.per_pair = {name: list(values) for name, values in content["per_pair"].items()}

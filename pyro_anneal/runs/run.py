@@ -29,6 +29,7 @@ from ..persistence.fingerprints import describe, describe_problem, versions
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..problems.problem import Guide, Problem, prepare
+from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun, PilotSummary
 from .blocks import Blockwise, Ends, anneal_blocks, split
 
@@ -181,11 +182,11 @@ def _path(
     )
     fixed = None
     if settings.step_size is not None:
-        fixed = TuningTable.constant(settings.step_size, example)
+        fixed = TuningTable.constant(settings.step_size, example, settings.kernel)
     if betas is None and settings.num_steps == 1:
         betas = _on_host([0.0, 1.0])
     if betas is not None and (fixed is not None or settings.num_steps == 1):
-        fixed = fixed or TuningTable.constant(1.0, example)
+        fixed = fixed or TuningTable.constant(1.0, example, settings.kernel)
         return Path(betas, settings.kernel, fixed), None
     spent = 0
     if settings.target_gap is not None:
@@ -447,6 +448,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         notes=(*layout.notes, *loop_notes(problem.density)),
         scale=layout.scale,
         observed=layout.observed if keep_samples else {},
+        data_digest=digest_of_data(layout.observed),
     )
 
 
@@ -454,8 +456,8 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     """Packs K posterior samples and checks that there is one of every site, inside its support."""
     if not isinstance(samples, Mapping):
         raise ValueError(
-            "posterior samples must be a mapping from site names to tensors [K, *value_shape], got "
-            f"{type(samples).__name__}"
+            "posterior samples must be a mapping from site names to tensors [K, *value_shape], or "
+            f"an object with get_samples() as Pyro's MCMC, got {type(samples).__name__}"
         )
     device = problem.layout.device
     samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
@@ -468,9 +470,11 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     for site in problem.layout.sites:
         shape = samples[site.name].shape
         if shape[1:] != site.value_shape or not shape:
+            grouped = len(shape) > 1 and shape[2:] == site.value_shape
+            hint = "; join samples grouped by chain with value.flatten(0, 1)" if grouped else ""
             raise ValueError(
                 f'posterior samples of site "{site.name}" have shape {list(shape)}, expected '
-                f"[K, {', '.join(map(str, site.value_shape))}]"
+                f"[K, {', '.join(map(str, site.value_shape))}]{hint}"
             )
         counts.add(shape[0])
     if counts == {0}:

@@ -10,8 +10,10 @@ import torch
 from scipy import integrate, stats
 from test_gap_law import WEIGHTS, simulate
 
-from pyro_anneal import HMC, AnnealedImportance, Linear
+from pyro_anneal import HMC, AnnealedImportance, Linear, bounds
 from pyro_anneal.chains.budget import (
+    Blocks,
+    choose_blocks,
     expected_gap,
     mean_correlation,
     steps_for_gap,
@@ -166,3 +168,32 @@ def test_simulations_share_their_steps():
 def test_a_budget_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         AnnealedImportance(linear_vae, **options)
+
+
+def median_limit(blocks, log_weights):
+    means = bounds.block_means(log_weights, blocks.num_blocks)
+    return float(bounds.limit_of_blocks(means, num_kept=blocks.num_kept).median())
+
+
+@pytest.mark.parametrize("num_chains", [16, 64, 100])
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 2.0])
+def test_blocks_are_chosen_for_the_narrowest_interval(sigma, num_chains):
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(num_chains, 10_000, generator=generator, dtype=torch.float64)
+    log_weights = sigma * noise - 0.5 * sigma**2
+    chosen = choose_blocks(num_chains, sigma**2)
+    assert num_chains % chosen.num_blocks == 0
+    divisors = [count for count in range(1, num_chains + 1) if num_chains % count == 0]
+    best = max(median_limit(Blocks(count, count), log_weights) for count in divisors)
+    assert median_limit(chosen, log_weights) > best - 0.05
+
+
+def test_blocks_of_populations_are_whole_populations():
+    for variance in (0.01, 1.0, 9.0, math.nan, math.inf):
+        assert 4 % choose_blocks(64, variance, num_units=4).num_blocks == 0
+    assert choose_blocks(64, 0.01, num_units=1) == Blocks(1, 1)
+    assert choose_blocks(1, 0.5) == Blocks(1, 1)
+
+
+def test_blocks_of_many_chains_are_chosen_in_no_time():
+    assert choose_blocks(4096, 0.3).num_blocks >= 16

@@ -15,8 +15,12 @@ from scipy import integrate, special, stats
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.models.coordinates import bijection
 from pyro_anneal.models.supports import normalized_support
+from pyro_anneal.models.validation import validation_disabled
 
-pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning"),
+    pytest.mark.filterwarnings("ignore:Singular sample"),  # torch's Wishart
+]
 T = dist.transforms
 
 
@@ -57,7 +61,7 @@ def near(result, truth, standard_errors=4.0):
 
 
 PI = math.pi
-around = lambda z: dist.Normal(z, 1.0)  # noqa: E731
+around = lambda z: dist.Normal(z, 1.0)
 # prior, likelihood, datum, truth by quadrature in the model's own space
 CASES = {
     "VonMises, periodic data": (
@@ -115,7 +119,7 @@ CASES = {
             lambda r, a: r * normal(r * math.cos(a), 1, 1) * normal(r * math.sin(a), 2, 1)
             * normal(0.7, math.cos(a), 0.5), (0, 12), (-PI, PI))),
     "Wishart": (
-        lambda: dist.Wishart(torch.tensor(4.0), torch.eye(1)), lambda z: dist.Normal(z[0, 0], 1.0), 3.0,
+        lambda: dist.Wishart(torch.tensor(4.0), torch.eye(2)), lambda z: dist.Normal(z[0, 0], 1.0), 3.0,
         quadrature(lambda z: stats.chi2.pdf(z, 4) * normal(3.0, z, 1.0), (0, np.inf))),
     "LKJ": (
         lambda: dist.LKJ(2, torch.tensor(1.5)), lambda z: dist.Normal(z[0, 1], 0.3), 0.9,
@@ -132,8 +136,7 @@ if hasattr(dist, "GeneralizedPareto"):
 def test_the_density_over_u_integrates_to_prior_and_evidence(name):
     """By quadrature in the coordinate itself: no chains, no chance."""
     prior, likelihood, y, truth = CASES[name]
-    with pyro.validation_enabled(False):  # parts of the mixture of uniforms have density zero
-        fn = prior()
+    fn = prior()
     transform = bijection(fn)
     shape = transform.inverse_shape(fn.event_shape)
     if math.prod(shape) != 1:
@@ -141,8 +144,8 @@ def test_the_density_over_u_integrates_to_prior_and_evidence(name):
     u = torch.linspace(-30.0, 30.0, 12001)
     z = transform(u.reshape(-1, *shape))
     log_det = transform.log_abs_det_jacobian(u.reshape(-1, *shape), z).reshape(-1)
-    log_prior = (fn.log_prob(z).reshape(-1) + log_det).nan_to_num(nan=-torch.inf)
-    with pyro.validation_enabled(False):
+    with validation_disabled():  # as in a run; the parts of a mixture may differ
+        log_prior = (fn.log_prob(z).reshape(-1) + log_det).nan_to_num(nan=-torch.inf)
         log_likelihood = torch.vmap(lambda v: likelihood(v).log_prob(torch.tensor(y)))(z)
     width = u[1] - u[0]
     assert float(log_prior.exp().sum() * width) == pytest.approx(1.0, abs=2e-3)
@@ -195,27 +198,31 @@ def test_transforms_that_fill_their_domain_keep_their_declared_support():
 
 
 def test_transforms_that_are_not_one_to_one_are_refused():
-    prior = lambda: dist.TransformedDistribution(dist.Normal(0.0, 1.0), [T.AbsTransform()])  # noqa: E731
+    prior = lambda: dist.TransformedDistribution(dist.Normal(0.0, 1.0), [T.AbsTransform()])
     with pytest.raises(ValueError, match=r'"z": AbsTransform is not one to one.*HalfNormal'):
         run(one_latent(prior, around, 1.0))
 
 
 def test_transforms_without_an_inverse_are_refused():
     flow = T.planar(2)
-    prior = lambda: dist.TransformedDistribution(dist.Normal(0.0, 1.0).expand([2]).to_event(1), [flow])  # noqa: E731, E501
+    prior = lambda: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0).expand([2]).to_event(1), [flow]
+    )
     with pytest.raises(ValueError, match='at site "z": TransformedDistribution'):
         run(one_latent(prior, lambda z: dist.Normal(z.sum(), 1.0), 1.0))
 
 
 def test_components_of_different_support_are_refused():
     bounds = torch.tensor([1.0, 2.0])
-    prior = lambda: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Pareto(bounds, 1.0))  # noqa: E731, E501
+    prior = lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Pareto(bounds, 1.0)
+    )
     with pytest.raises(ValueError, match=r'"z": the components .* different supports'):
         run(one_latent(prior, around, 1.0))
 
 
 def test_a_density_without_draws_starts_from_a_fit():
-    prior = lambda: dist.VonMises3D(torch.tensor([0.5, 1.0, 0.0]))  # noqa: E731
+    prior = lambda: dist.VonMises3D(torch.tensor([0.5, 1.0, 0.0]))
     model = one_latent(prior, lambda z: dist.Normal(z[0], 1.0), 1.0)
     kappa, mean = 1.25**0.5, np.array([0.5, 1.0, 0.0])
 
@@ -251,7 +258,9 @@ def test_a_masked_latent_is_flat():
         pyro.sample("z", dist.Normal(0.3, 1.2))
 
     for start in ("auto", guide):
-        ais = AnnealedImportance(model, start, num_chains=64, num_steps=50, seed=0, progress_bar=False)
+        ais = AnnealedImportance(
+            model, start, num_chains=64, num_steps=50, seed=0, progress_bar=False
+        )
         result = ais.run(x)
         assert near(result, truth)
         assert any("is improper" in note and "'z'" in note for note in result.notes)
@@ -293,5 +302,69 @@ def test_neutra():
     guide = AutoDiagonalNormal(model)
     guide(x)
     warped = NeuTraReparam(guide.requires_grad_(False)).reparam(model)
-    ais = AnnealedImportance(warped, "auto", num_chains=64, num_steps=100, seed=0, progress_bar=False)
+    ais = AnnealedImportance(
+        warped, "auto", num_chains=64, num_steps=100, seed=0, progress_bar=False
+    )
     assert near(ais.run(x), float(dist.Normal(0.0, 5**0.5).log_prob(x)))
+
+
+# --- guides ---
+
+
+def test_a_guide_on_the_reals_is_refused_for_an_angle():
+    model = one_latent(
+        lambda: dist.VonMises(0.0, 2.0), lambda z: dist.Normal((2 * z).sin(), 0.5), -0.3
+    )
+    with pytest.raises(ValueError, match=r'"z" the model has an angle.*VonMises'):
+        run(model, lambda: pyro.sample("z", dist.Normal(0.0, 3.0)))
+    truth = quadrature(lambda z: circular(z, 0, 2) * normal(-0.3, math.sin(2 * z), 0.5), (-PI, PI))
+    assert truth == pytest.approx(-0.961, abs=1e-3)
+    assert near(run(model, lambda: pyro.sample("z", dist.VonMises(-0.2, 1.0))), truth)
+
+
+@pytest.mark.parametrize(
+    "prior", [lambda: dist.VonMises(0.0, 1.0), shifted(2.0, 1.0)], ids=["angle", "image"]
+)
+def test_autoguides_that_mistake_a_support_are_refused(prior):
+    model = one_latent(prior, around, 2.5)
+    guide = AutoDiagonalNormal(model)
+    guide()
+    with pytest.raises(
+        ValueError, match='at site "z" AutoDiagonalNormal takes the declared support'
+    ):
+        run(model, guide)
+
+
+NARROW = {
+    "bounded": (lambda: dist.Normal(0.0, 10.0), lambda: dist.Uniform(-4.0, 4.0)),
+    "far but bounded": (lambda: dist.Normal(0.0, 10.0), lambda: dist.Uniform(-600.0, 600.0)),
+    "above": (lambda: dist.Gamma(2.0, 1.0), lambda: dist.Pareto(1e-3, 1.0)),
+    "part of an interval": (lambda: dist.Uniform(0.0, 10.0), lambda: dist.Uniform(1e-4, 10.0)),
+    "image": (lambda: dist.Normal(0.0, 1.0), shifted(-3.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NARROW))
+def test_guides_narrower_than_the_model_are_refused(name):
+    prior, guide = NARROW[name]
+    model = one_latent(prior, around, 3.0)
+    with pytest.raises(ValueError, match=r'"z" the guide .* has no density at values'):
+        run(model, lambda: pyro.sample("z", guide()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_guides_of_the_same_support_are_accepted(dtype):
+    torch.set_default_dtype(dtype)
+    for prior in (
+        lambda: dist.Uniform(-1.0, 7.3),
+        lambda: dist.Beta(0.5, 2.0),
+        shifted(2.0, 1.0),
+        lambda: dist.Gamma(2.0, 1.0),
+        lambda: dist.Cauchy(0.0, 1.0),
+    ):
+        run(
+            one_latent(prior, around, 3.0),
+            lambda prior=prior: pyro.sample("z", prior()),
+            num_chains=4,
+            num_steps=2,
+        )

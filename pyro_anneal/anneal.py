@@ -26,7 +26,7 @@ from .diagnostics import checks as diagnostics
 from .kernels import HMC, Kernel
 from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments, MakeArgs
-from .persistence.fingerprints import describe, describe_arguments
+from .persistence.fingerprints import describe_arguments, described
 from .persistence.journal import Journal, keep_journal
 from .problems.problem import Guide
 from .results.batches import EvidenceOfBatches
@@ -471,13 +471,15 @@ class AnnealedImportance:
         """Opens the journal of a call, which depends on settings, arguments and options."""
 
         def identity() -> dict[str, str]:
+            strict = self.checkpoint is not None
             given: dict[str, str] = {}
             for name, value in options.items():
                 by_site = value if isinstance(value, Mapping) else {}
-                given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}
-                if not by_site:
-                    given[name] = describe(value)
-            return self._settings().describe() | describe_arguments(arguments) | given
+                parts = {f'{name}["{site}"]': part for site, part in by_site.items()}
+                for what, part in (parts or {name: value}).items():
+                    given[what] = described(what, part, strict=strict)
+            ours = self._settings().describe(strict=strict)
+            return ours | describe_arguments(arguments, strict=strict) | given
 
         return keep_journal(
             task, identity, path=self.checkpoint, every=self.checkpoint_every, seed=self.seed

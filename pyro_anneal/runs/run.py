@@ -25,9 +25,10 @@ from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import HMC, Kernel, State
 from ..models.simulation import Arguments, MakeArgs
-from ..persistence.fingerprints import describe, describe_problem, versions
+from ..persistence.fingerprints import describe, describe_name, described, versions
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
+from ..problems.fingerprint import describe_problem
 from ..problems.problem import Guide, Problem, prepare
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun, PilotSummary
@@ -69,15 +70,19 @@ class Settings:
     free_leapfrogs: bool = False
     chosen: dict[str, Any] = field(default_factory=dict)  # by the first problem, for all others
 
-    def describe(self) -> dict[str, str]:
-        """Describes what a checkpoint must share with a run that continues it."""
+    def describe(self, *, strict: bool = True) -> dict[str, str]:
+        """Describes what a checkpoint must share with a run that continues it.
+
+        Args:
+            strict: Whether to refuse a kernel without a description by content.
+        """
         return versions() | {
-            "model": describe(self.model),
-            "guide": describe(self.guide),
+            "model": describe_name(self.model),
+            "guide": describe_name(self.guide),
             "num_chains (K)": describe(self.num_chains),
             "num_steps (T)": describe(self.num_steps),
             "schedule": "adaptive" if self.betas is None else describe(self.betas),
-            "kernel": describe(self.kernel),
+            "kernel": described("the kernel", self.kernel, strict=strict),
             "batch_plates": str(self.batch_plates),
             "step_size": describe(self.step_size),
             "pilot": describe(self.pilot),

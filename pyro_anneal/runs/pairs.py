@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_map
 
 from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
-from ..models.simulation import Arguments, Simulation, guide_arguments, simulate
+from ..models.simulation import (
+    Arguments,
+    Simulation,
+    check_copies,
+    guide_arguments,
+    simulate,
+)
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..results.digest import add_digests
@@ -76,7 +82,9 @@ def simulate_pair(
     Returns:
         The runs, and the budget that they had.
     """
-    conditioned, guide_args, simulation = _simulated(settings, arguments, seed)
+    conditioned, guide_args, simulation = _simulated(
+        settings, arguments, seed, check=prefix in ("", "0/")
+    )
     frozen = freeze(
         settings, conditioned, arguments, guide_args, journal, prefix, seed=seed, budget=budget
     )
@@ -97,11 +105,13 @@ def simulate_pair(
 
 
 def _simulated(
-    settings: Settings, arguments: Arguments, seed: int
+    settings: Settings, arguments: Arguments, seed: int, *, check: bool
 ) -> tuple[Any, Arguments, Simulation]:
     """Simulates a data set: the model conditioned on it, and the guide's arguments."""
     torch.manual_seed(seed)
     simulation = simulate(settings.model, arguments)
+    if check:
+        check_copies(settings.model, arguments, simulation)
     conditioned = poutine.condition(settings.model, data=simulation.observed)
     guide_args = arguments
     if sees_arguments(settings.guide) or settings.make_args is not None:
@@ -134,7 +144,7 @@ def simulate_pairs(
     stored, seed = journal.get("pairs"), journal.seed
     total, budget = PairSum(), None
     if stored is not None:  # by a model that must be what it was: the first data set shows it
-        model, guide_args, _ = _simulated(settings, arguments, seed)
+        model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
         budget = None if stored["budget"] is None else Budget(**stored["budget"])

@@ -169,7 +169,7 @@ class RunSum:
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run))
+        fields = dict(vars(run)) | {"continuation": None}
         for name in _PER_PAIR:
             self.per_pair[name].append(fields.pop(name))
         for name in _BY_SITE:

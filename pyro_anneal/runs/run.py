@@ -33,6 +33,7 @@ from ..problems.problem import Guide, Problem, prepare
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun, PilotSummary
 from .blocks import Blockwise, Ends, anneal_blocks, split
+from .continuation import Continuation
 
 __all__ = [
     "Frozen",
@@ -341,7 +342,12 @@ def forward(
     # A density that froze something, or changed under way, shows at one end or the other.
     check = problem.density.check
     ends = _anneal(settings, frozen, journal, prefix, blocks, start, "forward", stream, check)
-    return _result(frozen, ends, "forward", keep_samples), ends.position[0]
+    run = _result(frozen, ends, "forward", keep_samples)
+    if keep_samples:
+        rows = settings.chain_batch_size
+        handle = Continuation(problem, frozen.path, ends.position, ends.log_weights, rows)
+        run = replace(run, continuation=handle)
+    return run, ends.position[0]
 
 
 def reverse(

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..models.autoguides import sees_arguments
-from ..models.simulation import Arguments, Simulation, guide_arguments, simulate
+from ..models.simulation import (
+    Arguments,
+    Simulation,
+    check_copies,
+    guide_arguments,
+    simulate,
+)
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..results.digest import add_digests
@@ -67,7 +73,9 @@ def simulate_pair(
         coupled: Whether to run reverse chains from the end of a forward one.
         keep_samples: Whether to keep posterior samples and data.
     """
-    conditioned, guide_args, simulation = _simulated(settings, arguments, seed)
+    conditioned, guide_args, simulation = _simulated(
+        settings, arguments, seed, check=prefix in ("", "0/")
+    )
     frozen = freeze(settings, conditioned, arguments, guide_args, journal, prefix, seed=seed)
     run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
     exact = frozen.problem.pack(simulation.latents)
@@ -97,11 +105,13 @@ def simulate_pair(
 
 
 def _simulated(
-    settings: Settings, arguments: Arguments, seed: int
+    settings: Settings, arguments: Arguments, seed: int, *, check: bool
 ) -> tuple[Any, Arguments, Simulation]:
     """Simulates a data set: the model conditioned on it, and the guide's arguments."""
     torch.manual_seed(seed)
     simulation = simulate(settings.model, arguments)
+    if check:
+        check_copies(settings.model, arguments, simulation)
     conditioned = poutine.condition(settings.model, data=simulation.observed)
     guide_args = arguments
     if sees_arguments(settings.guide) or settings.make_args is not None:
@@ -131,7 +141,7 @@ def simulate_pairs(
     stored, seed = journal.get("pairs"), journal.seed
     total = PairSum()
     if stored is not None:  # by a model that must be what it was: the first data set shows it
-        model, guide_args, _ = _simulated(settings, arguments, seed)
+        model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored, problem.layout.device)
     visible = settings.progress_bar and num_simulations > 1

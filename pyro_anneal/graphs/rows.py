@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from .places import described
+from ..models.places import described
 from .purity import undisturbed
 from .recording import record
 from .row_rules import Call, Meet, Result, Rows, rule_of, unknown

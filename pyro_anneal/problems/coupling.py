@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..graphs.places import user_line
 from ..graphs.purity import rows_meet_at, undisturbed
 from ..graphs.rewriting import Impure
 from ..graphs.rows import Meeting, find_meeting, forward_graph
+from ..models.places import user_line
 from ..models.sites import BatchPlate
 
 __all__ = ["Coupling", "find_coupling"]

@@ -18,6 +18,7 @@ from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
 from ..models.inspection import inspect_model
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
+from ..models.supports import normalized_support
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -110,7 +111,7 @@ class Problem:
         with torch.no_grad(), validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
-            support = trace.nodes[name]["fn"].support
+            support = normalized_support(trace.nodes[name]["fn"])
             if not bool(support.check(value).all()):
                 raise ValueError(
                     f'a posterior sample of site "{name}" lies outside its support {support}'
@@ -223,7 +224,7 @@ def prepare(
     layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
     if layout.improper and guide is None:
         raise ValueError(
-            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform), so "
+            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
         )
     problem = _assemble(model, guide, model_args, guide_args, layout)

@@ -93,7 +93,8 @@ def uninterrupted(name):
 def numbers(result):
     """Collects all numbers of a result but the time it took."""
     if dataclasses.is_dataclass(result):
-        result = vars(result)
+        kept = [f.name for f in dataclasses.fields(result) if f.metadata.get("saved", True)]
+        result = {name: getattr(result, name) for name in kept}
     if isinstance(result, dict):
         parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith("seconds")}
         return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.items()}

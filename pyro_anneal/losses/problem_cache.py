@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 from ..models.autoguides import is_autoguide
 from ..models.sites import Layout
 from ..problems.bases import GuideBase, ModelDensity, PathDensity
+from ..problems.discrete import lattice_of
 from ..problems.problem import Problem, prepare
 from .traces import Arguments
 
@@ -197,6 +198,11 @@ class ProblemCache:
             compile=compile or self.compile is True,
             seed=0,
         )
+        if lattice_of(problem.layout) is not None:
+            raise ValueError(
+                "this loss differentiates through chains of continuous latents, and the model has "
+                'discrete ones: mark them with infer={"enumerate": "parallel"}, or use TVO or IWAE'
+            )
         plates = tuple(plate.name for plate in problem.layout.batch)
         example = problem.draw(1)[0].nan_to_num()
         return Prepared(problem, tensors, plates, example, (model, guide))

@@ -12,6 +12,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .discrete import discrete_map
 from .sites import (
     base_distribution,
     density_sites,
@@ -189,7 +190,7 @@ def check_structure(first: Any, second: Any) -> None:
 
 
 def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
-    """Checks that latents are continuous or enumerated and covered by the guide."""
+    """Checks that latents can be moved or are enumerated, and are covered by the guide."""
     latents = latent_sites(model_trace)
     enumerated = []
     for name, site in latents.items():
@@ -207,11 +208,7 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
                 'infer={"enumerate": "parallel"} or config_enumerate(model, "parallel")'
             )
         elif support_of(name, site).is_discrete:
-            raise ValueError(
-                f'latent site "{name}" is discrete ({type(site["fn"]).__name__}) and nothing sums '
-                "it out or moves it: mark it with "
-                'infer={"enumerate": "parallel"} or wrap the model in pyro.infer.config_enumerate'
-            )
+            discrete_map(name, site["fn"])  # raises where no kernel could move it
     continuous = [name for name in latents if name not in enumerated]
     if not continuous:
         what = "enumerated sites only" if enumerated else "no latent site"

@@ -26,6 +26,8 @@ from torch import Tensor
 from ..models import autoguides
 from ..models.checks import explained
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
+from ..models.discrete import DiscreteMap, IndexByTensor
+from ..models.lifting import own_extension
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.validation import validation_disabled
 
@@ -104,6 +106,12 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        self._tabled = {
+            site.name: site
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap)
+            and (site.name in layout.lifted or site.transform.kind == "index")
+        }
         self._check_supports()
 
     def _auxiliary(self, trace: Any) -> set[str]:
@@ -138,7 +146,7 @@ class GuideBase:
 
     def _trace(self, substitute: Messenger | None) -> Any:
         args, kwargs = self.arguments
-        with validation_disabled(), poutine.block(), substitute or Messenger():
+        with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
     def draw(self) -> Tensor:
@@ -160,6 +168,10 @@ class GuideBase:
         for name in given:
             site = trace.nodes[name]
             log_prob = site["fn"].log_prob(site["value"])
+            if name in self._tabled:  # the value has no gradient
+                u = evaluation.unconstrained[name]
+                extension = own_extension(self._tabled[name], u, site["fn"])
+                log_prob = log_prob + (extension - extension.detach())
             result = result + sum_to_batch(log_prob, self._dims, shape)
             if name in evaluation.log_det:
                 result = result + evaluation.log_det[name]

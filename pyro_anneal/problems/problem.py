@@ -13,6 +13,7 @@ from torch import Tensor
 from ..graphs.captured import capture
 from ..kernels import State
 from ..models.autoguides import check_guide
+from ..models.discrete import DiscreteMap
 from ..models.inspection import inspect_model
 from ..models.sites import Layout, latent_sites, observed_sites
 from ..models.validation import validation_disabled
@@ -26,6 +27,7 @@ from .bases import (
     PriorBase,
     StandardNormalBase,
 )
+from .discrete import lattice_of, lift
 from .fitted import Once, fit_start
 
 __all__ = ["Problem", "prepare"]
@@ -101,6 +103,15 @@ class Problem:
         Raises:
             ValueError: If one does not; names the site.
         """
+        for site in self.layout.sites:  # before the model looks a category up
+            transform = site.transform
+            if isinstance(transform, DiscreteMap) and transform.kind == "index":
+                value = values[site.name]
+                if bool(((value < transform.lower) | (value > transform.upper)).any()):
+                    raise ValueError(
+                        f'a posterior sample of site "{site.name}" lies outside its support: '
+                        f"it has {transform.size} categories, from 0"
+                    )
         args, kwargs = self.model.arguments
         model = poutine.condition(self.model.model, data=values)
         with torch.no_grad(), validation_disabled(), poutine.block():
@@ -216,7 +227,7 @@ def prepare(
     hand_written = None if isinstance(guide, str) else guide
     check_guide(hand_written)
     layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
-    if layout.improper and guide is None:
+    if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
         raise ValueError(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform), so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
@@ -236,6 +247,12 @@ def prepare(
         layout = replace(layout, notes=(*layout.notes, note))
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
+    if lattice_of(layout) is not None:
+        layout = lift(problem.model, example)
+        if guide == "auto":
+            note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
+            guide, layout = None, replace(layout, notes=(*layout.notes, note))
+        problem = _assemble(model, guide, model_args, guide_args, layout)
     if guide == "auto":
         problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
     if prior_weight > 0.0 and guide is not None:

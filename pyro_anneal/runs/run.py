@@ -28,6 +28,7 @@ from ..models.simulation import Arguments, MakeArgs
 from ..persistence.fingerprints import describe, describe_problem, versions
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
+from ..problems.discrete import kernels_for
 from ..problems.problem import Guide, Problem, prepare
 from ..results.run import AnnealedRun, PilotSummary
 from .blocks import Blockwise, Ends, anneal_blocks, split
@@ -156,6 +157,7 @@ def freeze(
     problem = make_problem(
         settings, model, model_args, guide_args, journal, prefix, seed=seed, compile=compile
     )
+    settings = _with_kernel(settings, problem, journal, f"{prefix}kernel", seed)
     setup_seconds = time.perf_counter() - began
     path, summary = _path(settings, problem, journal, f"{prefix}pilot", seed)
     problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
@@ -210,6 +212,29 @@ def _path(
         steps = steps_within(outcome.pieces.betas, betas.tolist(), range(len(betas)))
     path = Path(betas, settings.kernel, fixed or tuning)
     return path, _summarize(outcome, kept["seconds"], steps, settings.num_chains)
+
+
+def _with_kernel(
+    settings: Settings, problem: Problem, journal: Journal, name: str, seed: int
+) -> Settings:
+    """Gives discrete latents their kernel: of several, the one whose pilot promises most."""
+    example = problem.probe()
+    options = kernels_for(settings.kernel, problem.model, example, seed=seed)
+    tries_out = settings.num_steps > 1 and settings.step_size is None
+    if len(options) == 1 or not tries_out:
+        return replace(settings, kernel=options[0])
+
+    def choose() -> dict[str, Any]:
+        costs = []
+        for kernel in options:
+            found = _pilot(replace(settings, kernel=kernel), problem, seed)
+            pieces = Pieces(*found["pieces"])
+            shares = _shares(pieces, found["betas"], found["lengths"])
+            steps = [settings.num_steps / kernel.num_gradients * share for share in shares]
+            costs.append(weight_variance(pieces.lengths, pieces.correlations, steps))
+        return {"index": min(range(len(options)), key=costs.__getitem__), "costs": costs}
+
+    return replace(settings, kernel=options[journal.once(name, choose)["index"]])
 
 
 def _choose_budget(settings: Settings, problem: Problem, seed: int) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def report(estimates: dict[str, mi.MutualInformation], exact: Tensor, truth: flo
             f"{deficit.mean():10.3f}{error:7.3f}"
             + (f"{PAPER[label]:13.2f}{PAPER_TRUTH - PAPER[label]:15.2f}" if label in PAPER else "")
         )
-    mine = estimates["MINE-AIS"].diagnostics
+    mine = estimates["MINE-AIS"].measurements
     print(f"MINE-AIS: log Z in [{mine['log_z_lower']:.3f}, {mine['log_z_upper']:.3f}] on average")
 
 

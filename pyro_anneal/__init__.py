@@ -1,6 +1,6 @@
 """Certified bounds on log evidence and mutual information for any Pyro model."""
 
-from . import datasets, eim, losses, mi
+from . import datasets, eim, losses, mi, oed
 from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
 from .chains.pilot import Pilot
@@ -47,4 +47,5 @@ __all__ = [
     "log_evidence",
     "losses",
     "mi",
+    "oed",
 ]

@@ -33,6 +33,8 @@ from .weights import log_mean_exp
 
 __all__ = [
     "bennett",
+    "block_margin",
+    "block_means",
     "coupled_lower",
     "coupled_upper",
     "independent_multi_lower",
@@ -40,7 +42,9 @@ __all__ = [
     "independent_reverse_lower",
     "independent_reverse_upper",
     "interval",
+    "limit_of_blocks",
     "log_harmonic_mean",
+    "population_upper",
     "single_sample",
 ]
 
@@ -270,6 +274,146 @@ def interval(lower: Tensor, upper: Tensor, level: float = 0.95) -> tuple[Tensor,
         raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
     margin = math.log(2.0 / (1.0 - level))
     return lower - margin, upper + margin
+
+
+def block_means(log_weights: Tensor, num_blocks: int) -> Tensor:
+    r"""Computes the bound of each of R blocks of chains.
+
+    .. math:: L_r = \log \frac{1}{|B_r|} \sum_{k \in B_r} w_k
+
+    Blocks are runs of neighbouring chains whose sizes differ by one at most. Where blocks share no
+    chain and no randomness, each has :math:`E[e^{L_r}] = Z` and they are independent, which is
+    what :func:`limit_of_blocks` needs. Chains that resampled among each other must lie in one
+    block.
+
+    Args:
+        log_weights: Log-weights of K forward chains in nats, shape ``[K, *batch]``.
+        num_blocks: Number R of blocks.
+
+    Returns:
+        Lower bounds in nats, shape ``[R, *batch]``.
+
+    Raises:
+        ValueError: If there are fewer chains than blocks.
+
+    Example:
+        >>> block_means(torch.tensor([1.0, 3.0, 5.0, 7.0]).log(), 2).exp()
+        tensor([2., 6.])
+    """
+    count = log_weights.shape[:1].numel()
+    if not 1 <= num_blocks <= count:
+        raise ValueError(f"num_blocks must lie between 1 and the {count} chains, got {num_blocks}")
+    blocks = torch.tensor_split(log_weights, num_blocks)
+    return torch.stack([log_mean_exp(block) for block in blocks])
+
+
+def population_upper(log_weights: Tensor, num_populations: int) -> Tensor:
+    r"""Computes the upper bound of R populations around reversed paths of one posterior sample.
+
+    .. math:: U = -\log \frac{1}{R} \sum_{r=1}^R \frac{1}{\hat Z_r}, \qquad
+        \hat Z_r = \frac{R}{K} \sum_{k \in B_r} w_k
+
+    Each population holds a path drawn in reverse from the exact posterior sample, and the rest of
+    it is conditional sequential Monte Carlo, with :math:`E[1 / \hat Z_r] = 1 / Z`. Populations of
+    one chain are reverse chains, and U is :func:`coupled_upper`; one population that never
+    resamples gives :func:`independent_multi_upper`.
+
+    Source: Andrieu, Doucet and Holenstein (2010), *Particle Markov chain Monte Carlo methods*,
+    section 4 for the extended target from which the identity follows.
+
+    Args:
+        log_weights: Log-weights in nats, shape ``[K, *batch]``; neighbours share a population.
+        num_populations: Number R of populations.
+
+    Returns:
+        Upper bound in nats, shape ``batch``.
+
+    Raises:
+        ValueError: If there are fewer chains than populations.
+
+    Example:
+        >>> population_upper(torch.tensor([1.0, 3.0, 5.0, 7.0]).log(), 2).exp()
+        tensor(3.)
+    """
+    return log_harmonic_mean(block_means(log_weights, num_populations))
+
+
+def limit_of_blocks(lower: Tensor, level: float = 0.95, *, num_kept: int | None = None) -> Tensor:
+    r"""Computes a lower limit of log Z that holds in finite samples and is narrow.
+
+    Let :math:`L_{(m)}` be the m-th largest of the lower bounds of R independent blocks, each with
+    :math:`E[e^{L_r}] = Z`. By Markov's inequality a block exceeds log Z + b with probability at
+    most :math:`e^{-b}`, and by independence m of them do with at most the binomial tail
+
+    .. math:: \sum_{j=m}^R \binom{R}{j} e^{-bj} (1 - e^{-b})^{R-j} = \alpha = 1 - level,
+
+    so that :math:`\log Z \ge L_{(m)} - b` with probability at least ``level``, at any K and T. For
+    m = R it is :math:`\min_r L_r - \log(1 / \alpha) / R`: many blocks cost little; for R = 1
+    Markov's own limit. m and R must be chosen before the chains run.
+
+    Source: Markov's inequality and independence; the tail as in Clopper and Pearson (1934).
+
+    Args:
+        lower: Lower bounds of R independent blocks in nats, shape ``[R, *batch]``.
+        level: Probability of coverage, in (0, 1).
+        num_kept: Number m of blocks that stay when the lowest are dropped; None for all R.
+
+    Returns:
+        Lower limit in nats, shape ``batch``.
+
+    Raises:
+        ValueError: If ``level`` is not in (0, 1), or ``num_kept`` not in 1 to R.
+
+    Example:
+        >>> limit_of_blocks(torch.tensor([-2.0, -2.1]), level=0.75)  # -2.1 - log(4) / 2
+        tensor(-2.7931)
+    """
+    count = lower.shape[:1].numel()
+    kept = count if num_kept is None else num_kept
+    if not 1 <= kept <= count:
+        raise ValueError(f"num_kept must lie between 1 and the {count} blocks, got {num_kept}")
+    return lower.sort(dim=0).values[count - kept] - block_margin(count, kept, level)
+
+
+def block_margin(num_blocks: int, num_kept: int, level: float = 0.95) -> float:
+    r"""Computes how far :func:`limit_of_blocks` lies below the m-th largest of R bounds.
+
+    Args:
+        num_blocks: Number R of independent blocks.
+        num_kept: Number m of blocks that stay.
+        level: Probability of coverage, in (0, 1).
+
+    Returns:
+        Margin b in nats: ``log(1 / alpha) / R`` for m = R.
+
+    Raises:
+        ValueError: If ``level`` is not in (0, 1).
+    """
+    if not 0.0 < as_real("level", level) < 1.0:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    if num_kept == num_blocks:
+        return math.log(1.0 / (1.0 - level)) / num_blocks
+    low, high = 0.0, (math.log(2.0) * num_blocks - math.log1p(-level)) / num_kept
+    for _ in range(60):  # the tail falls in b, and the sum of binomials is at most 2^R
+        middle = 0.5 * (low + high)
+        low, high = (
+            (middle, high)
+            if _log_tail(num_blocks, num_kept, middle) > math.log1p(-level)
+            else (low, middle)
+        )
+    return high
+
+
+def _log_tail(num_blocks: int, num_kept: int, margin: float) -> float:
+    """Computes log P(Binomial(R, e^-b) >= m)."""
+    if margin <= 0.0:
+        return 0.0
+    log_miss, terms = math.log(-math.expm1(-margin)), []
+    for j in range(num_kept, num_blocks + 1):
+        chosen = math.lgamma(num_blocks + 1) - math.lgamma(j + 1) - math.lgamma(num_blocks - j + 1)
+        terms.append(chosen - margin * j + log_miss * (num_blocks - j))
+    largest = max(terms)
+    return largest + math.log(sum(math.exp(term - largest) for term in terms))
 
 
 def bennett(forward: Tensor, reverse: Tensor, *, num_iterations: int = 60) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from perfect_chains import chains, simulate
+from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit
 
@@ -256,3 +257,82 @@ def test_bennett_moves_with_a_shift_and_mirrors(forward, reverse, shift):
     moved = bounds.bennett(forward + shift, reverse + shift).item()
     assert moved == pytest.approx(result + shift, abs=1e-6)
     assert bounds.bennett(-reverse, -forward).item() == pytest.approx(-result, abs=1e-6)
+
+
+# log-weights' standard deviation: blocks of 64 chains, and the median distance below the truth
+NARROW = {0.05: (64, 0.16), 0.1: (32, 0.24), 0.3: (16, 0.46), 1.0: (8, 1.03), 2.0: (4, 1.92)}
+
+
+@pytest.mark.parametrize("sigma", NARROW)
+def test_limits_of_blocks_are_narrow_and_cover(sigma):
+    num_blocks, distance = NARROW[sigma]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 20_000, generator=generator, dtype=torch.float64)
+    log_weights = sigma * noise - 0.5 * sigma**2  # log Z = 0
+    limit = bounds.limit_of_blocks(bounds.block_means(log_weights, num_blocks))
+    assert float((limit <= 0.0).double().mean()) >= 0.9995
+    assert float(-limit.median()) == pytest.approx(distance, abs=0.01)
+    markov = bounds.limit_of_blocks(bounds.block_means(log_weights, 1))
+    assert float(markov.median()) < -2.99
+
+
+def miss_rate(num_blocks, num_kept, margin, level=0.9, repeats=200_000):
+    """Misses of blocks as bad as Markov allows: weight e^b with probability e^-b, else zero."""
+    generator = torch.Generator().manual_seed(1)
+    uniform = torch.rand(num_blocks, repeats, generator=generator, dtype=torch.float64)
+    lower = torch.where(uniform < math.exp(-margin), margin, -torch.inf)
+    limit = bounds.limit_of_blocks(lower, level, num_kept=num_kept)
+    return float((limit >= -1e-9).double().mean())
+
+
+@pytest.mark.parametrize(("num_blocks", "num_kept"), [(1, 1), (4, 4), (4, 3), (8, 5), (16, 14)])
+def test_limits_of_blocks_miss_as_often_as_they_say_at_worst(num_blocks, num_kept):
+    margin = bounds.block_margin(num_blocks, num_kept, 0.9)
+    error = math.sqrt(0.1 * 0.9 / 200_000)
+    assert abs(miss_rate(num_blocks, num_kept, margin) - 0.1) < 5.0 * error
+
+
+def test_margins_agree_with_the_binomial_tail_and_beat_counting():
+    for count, kept in [(4, 3), (8, 6), (64, 50), (5, 1)]:
+        margin = bounds.block_margin(count, kept, 0.95)
+        assert stats.binom.sf(kept - 1, count, math.exp(-margin)) == pytest.approx(0.05, rel=1e-9)
+        counting = (math.log(math.comb(count, kept)) + math.log(20.0)) / kept
+        assert margin < counting
+    assert bounds.block_margin(8, 8, 0.95) == pytest.approx(math.log(20.0) / 8)
+
+
+def test_limits_of_dropped_blocks_take_the_lowest_that_is_kept():
+    lower = torch.tensor([[3.0], [-torch.inf], [1.0], [2.0]])
+    margin = bounds.block_margin(4, 3, 0.95)
+    assert float(bounds.limit_of_blocks(lower, num_kept=3)) == pytest.approx(1.0 - margin)
+    assert float(bounds.limit_of_blocks(lower)) == -math.inf
+
+
+def test_block_means_split_neighbours_and_keep_the_mean():
+    log_weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).log().unsqueeze(1)
+    means = bounds.block_means(log_weights, 2).exp().flatten()
+    assert torch.allclose(means, torch.tensor([2.0, 4.5]))
+    whole = bounds.block_means(log_weights, 1)[0]
+    assert torch.equal(whole, bounds.independent_multi_lower(log_weights))
+
+
+def test_population_upper_joins_the_bounds_that_it_generalizes():
+    log_weights = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    coupled = bounds.population_upper(log_weights, 6)
+    assert torch.allclose(coupled, bounds.coupled_upper(log_weights))
+    single = bounds.population_upper(log_weights, 1)
+    mixed = bounds.independent_multi_upper(log_weights[:1], log_weights[1:])
+    assert torch.allclose(single, mixed)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bounds.limit_of_blocks(torch.zeros(4), 1.0), "level must lie strictly"),
+        (lambda: bounds.limit_of_blocks(torch.zeros(4), num_kept=5), "num_kept must lie"),
+        (lambda: bounds.block_means(torch.zeros(4), 5), "num_blocks must lie between 1 and the 4"),
+    ],
+)
+def test_blocks_refuse_what_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

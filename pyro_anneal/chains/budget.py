@@ -24,16 +24,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .. import bounds
 from .fluctuations import Pieces
 
-__all__ = ["expected_gap", "mean_correlation", "steps_for_gap", "steps_within", "weight_variance"]
+__all__ = [
+    "Blocks",
+    "choose_blocks",
+    "expected_gap",
+    "mean_correlation",
+    "steps_for_gap",
+    "steps_within",
+    "weight_variance",
+]
 
 # Fewer steps cannot follow a path that bends; more than these take longer than anybody waits.
 _FEWEST, _MOST = 10, 1_000_000
+# Log-weights of a run of which no pilot said anything vary like this, in squared nats.
+_UNKNOWN_VARIANCE = 1.0
+_MOST_BLOCKS = 64
+_SIMULATED_CHAINS = 256
+
+
+class Blocks(NamedTuple):
+    """Blocks of chains for a guaranteed interval, chosen before the run."""
+
+    num_blocks: int  # R
+    num_kept: int  # the m highest bounds, of which the lowest counts
 
 
 def weight_variance(
@@ -147,6 +168,47 @@ def expected_gap(variance: float, num_chains: int) -> float:
     # log m - (m - 1) has the same mean, since E[m] = 1, and little noise where m is near 1.
     loss = -log_mean if variance > 1.0 else log_mean.expm1() - log_mean
     return min(2.0 * float(loss.mean()), variance)
+
+
+@lru_cache(maxsize=64)
+def choose_blocks(num_chains: int, variance: float = math.nan, *, num_units: int = 0) -> Blocks:
+    r"""Chooses R and m for :func:`~pyro_anneal.bounds.limit_of_blocks` at level 0.95.
+
+    Many blocks make the margin :math:`\log(1 / \alpha) / R` small and the lowest of them low. The
+    choice has the highest mean limit over simulated normal log-weights of the variance that the
+    pilot expects.
+
+    Args:
+        num_chains: Number K of chains.
+        variance: Expected variance of log-weights over chains; NaN where no pilot ran.
+        num_units: Number of populations that cannot be divided; 0 where every chain can.
+
+    Returns:
+        The blocks, whose number divides the number of chains or populations.
+
+    Example:
+        >>> choose_blocks(64, 0.05**2)
+        Blocks(num_blocks=64, num_kept=64)
+        >>> choose_blocks(64, 4.0).num_blocks
+        4
+    """
+    units = num_units or num_chains
+    variance = min(_UNKNOWN_VARIANCE if math.isnan(variance) else variance, 100.0)
+    per_unit = num_chains // units
+    simulated = min(units, _SIMULATED_CHAINS)
+    # means over several chains vary less: of log-normal weights by as much as this
+    shrunk = math.expm1(variance) * simulated / (units * per_unit)
+    sigma = math.sqrt(math.log1p(shrunk))
+    log_weights = sigma * _noise(simulated).T - 0.5 * sigma**2
+    best, highest = Blocks(1, 1), -math.inf
+    for count in (r for r in range(1, min(simulated, _MOST_BLOCKS) + 1) if units % r == 0):
+        lowest = bounds.block_means(log_weights, count).sort(dim=0).values.mean(1)
+        for dropped in range(count // 4 + 1):
+            kept = count - dropped
+            limit = float(lowest[dropped]) - bounds.block_margin(count, kept)
+            if limit > highest:
+                best, highest = Blocks(count, kept), limit
+    return best
 
 
 @lru_cache(maxsize=8)

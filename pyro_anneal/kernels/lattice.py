@@ -99,7 +99,7 @@ class Lattice:
         return Lattice(dim, tuple(joined))
 
     def __repr__(self) -> str:
-        kinds = {}
+        kinds: dict[str, int] = {}
         for block in self.blocks:
             name = f"{block.kind} of {block.size}" if block.kind == "one-hot" else block.kind
             kinds[name] = kinds.get(name, 0) + block.count

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from torch import Tensor
 from typing_extensions import Unpack
@@ -79,7 +80,9 @@ class IWAE(ParticleELBO):
     .. math:: L = \log \frac{1}{K} \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k | x)}, \qquad z_k \sim q
 
     The loss is **minus** the bound, summed over data. ``E[L]`` is a lower bound on ``log p(x)`` and
-    grows with K. With one particle it is Pyro's ``Trace_ELBO`` in value and gradient.
+    grows with K. With one particle it is Pyro's ``Trace_ELBO`` in value and gradient, or
+    ``TraceEnum_ELBO`` where the guide marks sites for enumeration; with more particles such sites
+    are sampled like others, since a weight needs a value.
 
     Gradients of the guide:
 
@@ -137,6 +140,8 @@ class IWAE(ParticleELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         particles = self._particles(model, guide, arguments, _SAMPLING[self.gradient])
+        if self.num_particles == 1 and self.gradient == "auto" and particles.runs[0].marked:
+            return self._enumerated(model, guide, arguments)
         log_weights = particles.log_weights.detach()
         bound = log_mean_exp(log_weights)
         value = -particles.total(bound).detach()
@@ -152,6 +157,21 @@ class IWAE(ParticleELBO):
         if self.num_particles == 1:
             return Evaluation(value, -_single_particle(particles))
         return Evaluation(value, -weighted_sum(particles, weights, score_weights(log_weights)))
+
+    def _enumerated(
+        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
+    ) -> Evaluation:
+        """Takes the guide's expectation over the sites that it enumerates, as Pyro's ELBO does."""
+        elbo = TraceEnum_ELBO(
+            max_plate_nesting=self.max_plate_nesting,
+            strict_enumeration_warning=self.strict_enumeration_warning,
+        )
+        args, kwargs = arguments
+        if not torch.is_grad_enabled():
+            value = elbo.loss(model, guide, *args, **kwargs)
+            return Evaluation(torch.as_tensor(value, device="cpu"), None)
+        loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+        return Evaluation(loss.detach(), loss)
 
 
 def score_weights(log_weights: Tensor) -> Tensor:

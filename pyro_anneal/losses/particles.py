@@ -29,9 +29,16 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-from ..models.sites import base_distribution, latent_sites, sum_to_batch
+from ..models.sites import (
+    base_distribution,
+    density_sites,
+    latent_sites,
+    plate_frames,
+    plate_size,
+    sum_to_batch,
+)
 from .scales import Scales, same_scale
-from .traces import Gates, Run, Site, density_sites
+from .traces import Gates, Run, Site
 
 __all__ = ["PARTICLE_PLATE", "Particles", "Sampling", "collect"]
 
@@ -51,6 +58,7 @@ class Particles:
     score_sites: tuple[str, ...]  # where those are
     altered_sites: tuple[str, ...]  # guide sites with a mask or an inner scale
     scale: Tensor | float  # multiplies each datum's bound, [*batch]
+    scales: Scales  # of single sites
     runs: tuple[Run, ...]
     gates: Gates | None
     notes: tuple[str, ...] = ()  # why the objective is no bound
@@ -121,6 +129,7 @@ def collect(
             if site["mask"] is not None or not same_scale(scales.inside(site), 1.0)
         ),
         scale=scales.outside(dims, shape),
+        scales=scales,
         runs=tuple(runs),
         gates=gates,
         notes=scales.notes,
@@ -137,7 +146,7 @@ def _batch_plates(runs: Sequence[Run]) -> dict[str, Any]:
     for run in runs:
         for trace in (run.model, run.guide):
             for _, site in density_sites(trace):
-                frames = {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+                frames = plate_frames(site)
                 if common is None:
                     common = frames
                 common = {n: f for n, f in common.items() if n in frames and frames[n] == f}
@@ -145,17 +154,9 @@ def _batch_plates(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _size(frame: Any, runs: Sequence[Run]) -> int:
-    """Returns the size of a plate; a plate made without one has that of its sites."""
-    if frame.size >= 0:
-        return int(frame.size)
-    sizes = [
-        site["unscaled_log_prob"].shape[frame.dim]
-        for run in runs
-        for trace in (run.model, run.guide)
-        for _, site in density_sites(trace)
-        if site["unscaled_log_prob"].dim() >= -frame.dim
-    ]
-    return max(sizes, default=1)
+    """Returns the size of a plate in these runs."""
+    traces = [trace for run in runs for trace in (run.model, run.guide)]
+    return plate_size(frame, [site for trace in traces for _, site in density_sites(trace)])
 
 
 class _Reducer(NamedTuple):
@@ -238,7 +239,7 @@ def _sum_out(trace: Any, enumerated: Sequence[str], reducer: _Reducer) -> Tensor
     inner: dict[str, Tensor | float] = {}
     symbol_to_dim: dict[str, int] = {}
     for name, site in density_sites(trace):
-        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        frames = list(plate_frames(site).values())
         symbol_to_dim.update({trace.plate_to_symbol[f.name]: f.dim for f in frames})
         term = site["packed"]["unscaled_log_prob"]
         if enum_dims.isdisjoint(term._pyro_dims):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..arguments import check_function
 from ..models.checks import explained
-from ..models.sites import base_distribution, is_deterministic, latent_sites
+from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
 
-__all__ = ["Arguments", "EnumerationNeeded", "Gates", "Run", "Site", "density_sites", "run_guide"]
+__all__ = ["Arguments", "EnumerationNeeded", "Gates", "Run", "Site", "run_guide"]
 
 Fn = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -64,15 +64,9 @@ class Run(NamedTuple):
     """One run of a guide and of the model replayed against it."""
 
     model: Any  # traces without subsampling sites
-    guide: Any
+    guide: Any  # without the sites that it observes, too: nothing is drawn there
     subsamples: Any  # trace of the subsampling sites alone
-
-
-def density_sites(trace: Any) -> Iterator[tuple[str, Site]]:
-    """Iterates over the sample sites that carry a density."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site):
-            yield name, site
+    marked: tuple[str, ...] = ()  # guide sites that are marked for enumeration, and were sampled
 
 
 class EnumerationNeeded(Exception):  # a request, caught by the caller
@@ -110,8 +104,7 @@ def run_guide(
     Raises:
         EnumerationNeeded: If the model has sites to sum out and ``first_enumeration_dim`` is None.
         ValueError: If a latent site of the model is not in the guide.
-        NotImplementedError: If a site is enumerated in the guide, or a ``GuideMessenger`` or a flow
-            does not allow for gates.
+        NotImplementedError: If a ``GuideMessenger`` or a flow does not allow for gates.
     """
     args, kwargs = guide_arguments
     check_function("model", model)
@@ -130,20 +123,25 @@ def run_guide(
         else:
             with gates or contextlib.nullcontext():
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            replayed = poutine.replay(model, trace=guide_trace)
+            # The handler of enumeration must see sites before replay fills them: it keeps count of
+            # the markov contexts that they are in.
+            replayed = _sample_those(model, guide_trace)
             if first_enumeration_dim is not None:
                 replayed = poutine.enum(replayed, first_available_dim=first_enumeration_dim)
+            replayed = poutine.replay(replayed, trace=guide_trace)
             args, kwargs = model_arguments
             with model_context():
                 model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     if first_enumeration_dim is None and _has_enumerated(model_trace, guide_trace):
         raise EnumerationNeeded
+    mark_points(model_trace, guide_trace)
     _check_sites(model_trace, guide_trace)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     subsamples = _subsamples(guide_trace, model_trace)
     model_trace = prune_subsample_sites(model_trace)
-    guide_trace = prune_subsample_sites(guide_trace)
+    guide_trace = _without_observed(prune_subsample_sites(guide_trace))
+    marked = tuple(n for n, s in guide_trace.nodes.items() if s.get("infer", {}).get("enumerate"))
     with model_context():
         model_trace.compute_log_prob()
     _compute_score_parts(guide_trace, gated=gates is not None)
@@ -152,7 +150,23 @@ def run_guide(
             for site in trace.nodes.values():
                 if site["type"] == "sample":
                     check_site_shape(site, max_plate_nesting)
-    return Run(model_trace, guide_trace, subsamples)
+    return Run(model_trace, guide_trace, subsamples, marked)
+
+
+def _sample_those(model: Fn, guide_trace: Any) -> Fn:
+    """Drops the marks for enumeration at sites of the model whose values the guide draws."""
+    drawn = latent_sites(guide_trace)
+    unmarked = {"enumerate": None}
+    fn: Fn = poutine.infer_config(model, lambda site: unmarked if site["name"] in drawn else {})
+    return fn
+
+
+def _without_observed(guide_trace: Any) -> Any:
+    """Leaves out the observed sites of a guide, which are no part of the density of its draws."""
+    for name in [n for n, s in guide_trace.nodes.items() if s["type"] == "sample"]:
+        if guide_trace.nodes[name]["is_observed"]:
+            guide_trace.remove_node(name)
+    return guide_trace
 
 
 def _has_enumerated(model_trace: Any, guide_trace: Any) -> bool:
@@ -173,13 +187,6 @@ def _subsamples(*traces: Any) -> Any:
 
 
 def _check_sites(model_trace: Any, guide_trace: Any) -> None:
-    for name, site in latent_sites(guide_trace).items():
-        if site["infer"].get("enumerate"):
-            raise NotImplementedError(
-                f'guide site "{name}" is marked for enumeration, but a weight needs a sample: '
-                'drop the mark, or drop the site from the guide and mark it with infer={"enumerate"'
-                ': "parallel"} in the model, to sum it out'
-            )
     for name, site in latent_sites(model_trace).items():
         if name in guide_trace.nodes:
             continue

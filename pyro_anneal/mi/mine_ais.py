@@ -57,7 +57,7 @@ class MINEAIS(VariationalBound):
     - as a lower bound on I it holds without that condition: I minus the first divergence, the
       Barber-Agakov argument on the extended space of the chains. The same holds for IM and CR.
 
-    ``diagnostics`` has ``log_z_lower`` and ``log_z_upper`` (means over x) and ``ibal_upper``, the
+    ``measurements`` has ``log_z_lower`` and ``log_z_upper`` (means over x) and ``ibal_upper``, the
     value of IBAL that the forward chains allow: a convergence check, not a bound on I.
 
     Source: Brekelmans et al. (2022), Eq. 19-20 and Prop. M.1; App. N for joint samples only.
@@ -130,9 +130,9 @@ class MINEAIS(VariationalBound):
         self.annealer = Annealer(
             num_chains=num_chains,
             num_steps=num_steps,
-            kernel=HMC() if kernel is None else kernel,
+            kernel=kernel,
             schedule=schedule,
-            pilot=Pilot() if pilot is None else pilot,
+            pilot=pilot,
             step_size=step_size,
             compile=compile,
         )
@@ -143,7 +143,7 @@ class MINEAIS(VariationalBound):
     @property
     def num_rows_per_pair(self) -> int:
         """Chains of a pair that run together."""
-        return max(self.annealer.num_chains, self.annealer.pilot.chains_for(1))
+        return max(self.annealer.num_chains, self.annealer.plan.pilot.chains_for(1))
 
     def _tempered(
         self, q: Conditional, given: Tensor
@@ -231,12 +231,12 @@ class MINEAIS(VariationalBound):
         variational, score = statistics["variational"], statistics["score"]
         contrastive = score - statistics["log_z_upper"]
         ibal_upper = variational + score - statistics["log_z_lower"]
-        diagnostics = {
+        measurements = {
             name: statistics[name].mean() for name in ("log_z_lower", "log_z_upper", "accept_prob")
         }
         return Values(
             lower=variational + contrastive,
             terms={"variational": variational, "contrastive": contrastive},
             notes=(_CONDITIONAL,),
-            diagnostics={**diagnostics, "ibal_upper": ibal_upper.mean()},
+            measurements={**measurements, "ibal_upper": ibal_upper.mean()},
         )

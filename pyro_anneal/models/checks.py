@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -21,24 +24,20 @@ from .sites import (
     observed_sites,
     unmasked,
 )
+from .supports import normalized_support
 
 __all__ = [
     "check_latents",
     "check_log_probs",
     "check_plates",
-    "check_shape",
     "check_structure",
     "check_value_shapes",
     "explained",
+    "hidden_sites",
     "outside_support",
-    "plate_frames",
     "support_of",
+    "undeclared_axes",
 ]
-
-
-def plate_frames(site: Mapping[str, Any]) -> dict[str, Any]:
-    """Collects the vectorized plates around a site, by name."""
-    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
 
 
 def _describe(value: Any) -> str:
@@ -81,9 +80,31 @@ def _explain(traceback: TracebackType | None) -> str | None:
     return None
 
 
+def hidden_sites(function: Callable[..., Any], arguments: tuple[Any, Any]) -> list[str]:
+    """Names the sites that are sampled out of sight of handlers, under ``poutine.block``.
+
+    Args:
+        function: Model or guide.
+        arguments: Its ``(args, kwargs)``.
+    """
+    sampled: list[str] = []
+    process = runtime.default_process_message
+
+    def record(msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and not msg["done"]:
+            sampled.append(msg["name"])
+        process(msg)
+
+    args, kwargs = arguments
+    with torch.no_grad(), mock.patch.object(runtime, "default_process_message", record):
+        trace = poutine.trace(function).get_trace(*args, **kwargs)
+    return [name for name in dict.fromkeys(sampled) if name not in trace.nodes]
+
+
 def check_log_probs(trace: Any) -> None:
     """Computes all log densities, and checks that they are real numbers on one device."""
-    device = next(iter(latent_sites(trace).values()))["value"].device
+    sites = [*latent_sites(trace).values(), *observed_sites(trace).values()]
+    device = sites[0]["value"].device
     for name, site in density_sites(trace):
         kind, value = type(base_distribution(site["fn"])).__name__, site["value"]
         if device.type == "meta" or (isinstance(value, Tensor) and value.is_meta):
@@ -92,7 +113,7 @@ def check_log_probs(trace: Any) -> None:
             log_prob = site["fn"].log_prob(value)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             shape = [*site["fn"].batch_shape, *site["fn"].event_shape]
             raise ValueError(
                 f'at site "{name}": {kind} of shape {shape} has no log density at '
@@ -160,22 +181,42 @@ def check_plates(trace: Any) -> None:
                 )
 
 
-def check_shape(name: str, site: Mapping[str, Any]) -> None:
-    """Checks that every axis of a site's log density belongs to a plate.
+def undeclared_axes(name: str, site: Mapping[str, Any], *, enumerated: bool) -> list[int]:
+    """Finds the axes of a site's log density that belong to no plate, and are summed.
 
     The log density, not the distribution: an observed value of shape [N, 1] against a distribution
     of shape [N] gives [N, N] terms.
+
+    Args:
+        name: Name of the site.
+        site: The site.
+        enumerated: Whether sites are enumerated: then an axis must be known to be independent.
+
+    Returns:
+        Negative axes, from the left.
+
+    Raises:
+        ValueError: If value and distribution spread each other, which is a mistake more often than
+            not, or if sites are enumerated; it names the axis and its size.
     """
     shape = site["unscaled_log_prob"].shape
     known = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-    for axis in range(-len(shape), 0):
-        if shape[axis] > 1 and axis not in known:
-            raise ValueError(
-                f'at site "{name}": log_prob has shape {list(shape)}, but axis {axis} of size '
-                f"{shape[axis]} belongs to no plate; enclose it in "
-                f'pyro.plate("data", {shape[axis]}, dim={axis}) or declare it dependent with '
-                f".to_event({-axis})"
-            )
+    axes = [i for i in range(-len(shape), 0) if shape[i] > 1 and i not in known]
+    value = site["value"]
+    spread = False
+    if isinstance(value, Tensor):
+        rank = max(value.dim() - len(site["fn"].event_shape), 0)
+        spread = shape not in (site["fn"].batch_shape, value.shape[:rank])
+    if axes and (spread or enumerated):
+        axis = axes[0]
+        why = "value and distribution spread each other" if spread else "sites are enumerated"
+        raise ValueError(
+            f'at site "{name}": log_prob has shape {list(shape)}, but axis {axis} of size '
+            f"{shape[axis]} belongs to no plate, and {why}; enclose it in "
+            f'pyro.plate("data", {shape[axis]}, dim={axis}) or declare it dependent with '
+            f".to_event({-axis})"
+        )
+    return axes
 
 
 def check_structure(first: Any, second: Any) -> None:
@@ -194,6 +235,12 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
     latents = latent_sites(model_trace)
     enumerated = []
     for name, site in latents.items():
+        if isinstance(base_distribution(site["fn"]), dist.Delta):
+            raise ValueError(
+                f'latent site "{name}" is a Delta with a log_density: a point has no density to '
+                "move under; write pyro.deterministic for its value and pyro.factor for its "
+                "log_density"
+            )
         how = site["infer"].get("enumerate")
         if how == "parallel" and getattr(site["fn"], "has_enumerate_support", False):
             if site["infer"].get("num_samples") is not None:
@@ -210,12 +257,6 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
         elif support_of(name, site).is_discrete:
             discrete_map(name, site["fn"])  # raises where no kernel could move it
     continuous = [name for name in latents if name not in enumerated]
-    if not continuous:
-        what = "enumerated sites only" if enumerated else "no latent site"
-        raise ValueError(
-            f"the model has {what}, so there is nothing to anneal: its log evidence is the "
-            "log density itself (pyro.infer.TraceEnum_ELBO sums enumerated sites exactly)"
-        )
     if not observed_sites(model_trace):
         raise ValueError(
             "the model has no observation: condition it on data with pyro.sample(..., obs=x) or "
@@ -259,9 +300,11 @@ def _check_same_sites(
 
 
 def support_of(name: str, site: Mapping[str, Any]) -> Any:
-    """Reads the support of a latent site, which a user's own distribution may lack."""
+    """Works out the support of a latent site, which a user's own distribution may lack."""
     try:
-        return site["fn"].support
+        return normalized_support(site["fn"])
+    except ValueError as error:
+        raise ValueError(f'latent site "{name}": {error}') from error
     except NotImplementedError as error:
         raise ValueError(
             f'latent site "{name}": {type(site["fn"]).__name__} declares no support, so there is '

@@ -1,8 +1,8 @@
 """The model's side of the path: latents of one chain, packed, unpacked and evaluated.
 
 Each latent site is ``z = b(u)``, with ``b`` the bijection onto its support, which may depend on
-latents sampled before it. A mask on a latent site (``poutine.mask`` or ``fn.mask``) is ignored:
-otherwise its entries would have a flat, improper prior.
+latents sampled before it. A mask of some entries of a latent site (``poutine.mask`` or ``fn.mask``)
+is ignored: otherwise these would have a flat, improper prior. A constant mask False means just that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from torch import Tensor
 from .coordinates import bijection
 from .discrete import IndexByTensor
 from .lifting import lifted_densities
-from .sites import Layout, latent_sites, observed_sites, sum_to_batch, unmasked
+from .sites import (
+    Layout,
+    is_flat,
+    latent_sites,
+    mark_points,
+    observed_sites,
+    sum_to_batch,
+    unmasked,
+)
 from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
@@ -49,8 +57,10 @@ class Substitute(Messenger):  # type: ignore[misc]
         record: frozenset[str] = frozenset(),
         loops: Mapping[str, list[int]] | None = None,
         noncentred: frozenset[str] = frozenset(),
+        ignore_masks: bool = False,
     ) -> None:
         super().__init__()
+        self.ignore_masks = ignore_masks  # of guides, which are densities whatever masks say
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
         self.record = record  # sites whose unconstrained value is wanted, sampled if not given
@@ -66,7 +76,8 @@ class Substitute(Messenger):  # type: ignore[misc]
                 msg["value"], msg["done"] = self.loops[name], True
             return
         if not msg["is_observed"]:
-            msg["fn"], msg["mask"] = unmasked(msg["fn"]), None
+            flat, fn = is_flat(msg) and not self.ignore_masks, unmasked(msg["fn"])
+            msg["fn"], msg["mask"] = fn.mask(False) if flat else fn, None
         if name in self.given:
             value = self._transform(msg)
         elif name in self.values:
@@ -115,7 +126,8 @@ class ModelEvaluation:
     @property
     def total_log_det(self) -> Tensor:
         """Log determinant of all sites, shape ``[*batch]``."""
-        return torch.stack(list(self.log_det.values())).sum(0)
+        terms = list(self.log_det.values())
+        return torch.stack(terms).sum(0) if terms else torch.zeros_like(self.log_joint)
 
 
 class ModelDensity:
@@ -133,7 +145,9 @@ class ModelDensity:
             model = poutine.enum(model, first_available_dim=-1 - self.layout.max_plate_nesting)
         args, kwargs = self.arguments
         with validation_disabled(), poutine.block(), substitute, IndexByTensor():
-            return poutine.trace(model).get_trace(*args, **kwargs)
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        mark_points(trace)
+        return trace
 
     def evaluate(self, position: Tensor) -> ModelEvaluation:
         """Evaluates all densities at ``u`` of shape ``[*batch, D]``.
@@ -166,8 +180,10 @@ class ModelDensity:
             prior_terms = [self._sum(s, scaled=False) for s in latents.values()]
             joint_terms = [self._sum(s) for s in latents.values()]
             joint_terms += [self._sum(s) for s in observed_sites(trace).values()]
-            log_prior = torch.stack(prior_terms).sum(0)
             log_joint = torch.stack(joint_terms).sum(0)
+            log_prior = (
+                torch.stack(prior_terms).sum(0) if prior_terms else torch.zeros_like(log_joint)
+            )
         if layout.lifted:
             lifted = self.lift(unconstrained, substitute.values, layout.lifted)
             log_prior = log_prior + (lifted[0] - lifted[0].detach())

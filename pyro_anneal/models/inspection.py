@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -19,14 +18,14 @@ from .checks import (
     check_latents,
     check_log_probs,
     check_plates,
-    check_shape,
     check_structure,
     check_value_shapes,
     explained,
     outside_support,
-    plate_frames,
     support_of,
+    undeclared_axes,
 )
+from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
 from .sites import (
     BatchPlate,
@@ -35,14 +34,31 @@ from .sites import (
     base_distribution,
     density_sites,
     is_factor,
+    is_flat,
     latent_sites,
+    mark_points,
     observed_sites,
+    plate_frames,
+    plate_size,
 )
+from .supports import bijection_onto, can_be_sampled, is_improper
 from .validation import validation_disabled
 
-__all__ = ["inspect_model"]
+__all__ = ["NothingToAnneal", "inspect_model"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class NothingToAnneal(ValueError):
+    """A model has no latent that chains could move: its log evidence is its log density."""
+
+    def __init__(self, layout: Layout) -> None:
+        what = "enumerated sites only" if layout.enumerated else "no latent site"
+        super().__init__(
+            f"the model has {what}, so there is nothing to anneal: its log evidence is the log "
+            "density itself, which run() and log_evidence return"
+        )
+        self.layout = layout  # without sites
 
 
 def _find_batch(
@@ -61,7 +77,8 @@ def _find_batch(
         dims, guide_dims = ({f.dim for f in group if f is not None} for group in frames)
         guide_dims = guide_dims or dims
         if len(dims) == 1 and len(guide_dims) == 1:
-            common[name] = BatchPlate(name, frame.size, frame.dim, guide_dims.pop())
+            size = plate_size(frame, [site for _, site in model_sites])
+            common[name] = BatchPlate(name, size, frame.dim, guide_dims.pop())
     named = isinstance(requested, Sequence) and all(isinstance(n, str) for n in requested)
     if requested != "auto" and (isinstance(requested, str) or not named):
         raise ValueError(
@@ -116,7 +133,7 @@ def _make_site(
         raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
     support = support_of(name, site)
     try:
-        transform = discrete_map(name, fn) if support.is_discrete else biject_to(support)
+        transform = discrete_map(name, fn) if support.is_discrete else bijection_onto(support)
     except NotImplementedError as error:
         raise ValueError(
             f'at latent site "{name}": no bijection from R^n to the support {support} of '
@@ -139,11 +156,12 @@ def _make_site(
         dtype=dtype if dtype.is_floating_point else torch.get_default_dtype(),
         start=start,
         stop=start + size,
+        support=support,
     )
 
 
 def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
-    """Computes the image of the unconstrained origin under each site's bijection."""
+    """Computes the image of one unconstrained value under each site's bijection."""
     images = []
     for site in sites:
         node = trace.nodes[site.name]
@@ -153,7 +171,7 @@ def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
         origin = torch.zeros(
             site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
         )
-        images.append(biject_to(node["fn"].support)(origin))
+        images.append(bijection(node["fn"])(origin + 0.5))
     return images
 
 
@@ -183,12 +201,12 @@ def _supports_are_static(
 
 
 class _StartImproper(Messenger):  # type: ignore[misc]
-    """Gives sites with an improper prior, which cannot be sampled, some value in their support."""
+    """Gives sites that cannot be sampled, as with an improper prior, some value in the support."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if msg["value"] is None and isinstance(base_distribution(fn), dist.ImproperUniform):
-            transform = biject_to(fn.support)
+        if msg["value"] is None and not can_be_sampled(fn):
+            transform = bijection(fn)
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             msg["value"] = transform(torch.randn(shape))
             msg["done"] = True
@@ -251,13 +269,16 @@ def _trace_pair(
     guide_args: Arguments,
 ) -> tuple[Any, Any | None]:
     if guide is None:
-        return _trace(model, model_args), None
+        trace = _trace(model, model_args)
+        mark_points(trace)
+        return trace, None
     guide_trace = _trace(guide, guide_args)
     try:
         trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
     except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
         check_value_shapes(_trace(model, model_args), guide_trace)
         raise
+    mark_points(trace, guide_trace)
     check_value_shapes(trace, guide_trace)
     return trace, guide_trace
 
@@ -285,6 +306,7 @@ def inspect_model(
         The layout.
 
     Raises:
+        NothingToAnneal: If no latent is continuous.
         ValueError: If model and guide disagree, a latent is discrete and not enumerated, a plate
             is subsampled, a site's shape is not covered by plates, nothing is latent or observed.
     """
@@ -297,43 +319,44 @@ def inspect_model(
         enumerated = check_latents(trace, guide_trace)
         check_structure(trace, second[0])
         check_log_probs(trace)
-        for name, site in density_sites(trace):
-            check_shape(name, site)
+        undeclared = _undeclared(trace, enumerated)
         batch = _find_batch(trace, guide_trace, batch_plates)
         sites: list[Site] = []
         for name, site in latent_sites(trace).items():
             if name not in enumerated:
                 sites.append(_make_site(name, site, batch, sites[-1].stop if sites else 0))
-        if sites[-1].stop == 0:
+        is_empty = not sites
+        if sites and sites[-1].stop == 0:
             raise ValueError(
                 f"the latent sites {[site.name for site in sites]} have no elements, so there is "
-                "nothing to anneal: the log evidence is the log density itself"
+                "nothing to anneal: leave them out, and run() returns the log density itself"
             )
-        is_static = _supports_are_static(model, model_args, trace, second[0], sites)
+        is_static = is_empty or _supports_are_static(model, model_args, trace, second[0], sites)
         guarded = _moving_supports(trace, second[0])
         guarded += tuple(site.name for site in sites if _has_bounds(site))
     _check_observed(model, model_args, trace, guarded)
     scale, notes = _find_scale(trace)
+    if undeclared:
+        notes += (f"axes that belong to no plate are summed: {undeclared}",)
     if enumerated:
-        notes += (f"discrete sites {enumerated} are summed out: latents are the other sites",)
-    improper = tuple(
-        site.name
-        for site in sites
-        if isinstance(base_distribution(trace.nodes[site.name]["fn"]), dist.ImproperUniform)
-    )
+        rest = "" if is_empty else ": latents are the other sites"
+        notes += (f"discrete sites {enumerated} are summed out{rest}",)
+    nodes = {site.name: trace.nodes[site.name] for site in sites}
+    improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
     if improper:
-        notes += (f"a normalizer, not log p(x): the prior of {list(improper)} is improper",)
+        notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
+    unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
     dims = [
         frame.dim
         for site in trace.nodes.values()
         if site["type"] == "sample"
         for frame in plate_frames(site).values()
     ]
-    device = trace.nodes[sites[0].name]["value"].device
-    return Layout(
+    device = next(site["unscaled_log_prob"].device for _, site in density_sites(trace))
+    layout = Layout(
         sites=tuple(sites),
         batch=batch,
-        dtype=functools.reduce(torch.promote_types, [site.dtype for site in sites]),
+        dtype=_dtype(trace, sites),
         device=device,
         enumerated=tuple(enumerated),
         max_plate_nesting=-min(dims, default=0),
@@ -345,7 +368,7 @@ def inspect_model(
             for name, site in observed_sites(trace).items()
             if not is_factor(site)
         },
-        improper=improper,
+        improper=tuple(dict.fromkeys([*improper, *unsampled])),
         loops={
             frame.name: list(range(frame.size))
             for site in trace.nodes.values()
@@ -355,6 +378,28 @@ def inspect_model(
         },
         notes=notes,
     )
+    if is_empty:
+        raise NothingToAnneal(layout)
+    return layout
+
+
+def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:
+    """Describes the axes that belong to no plate."""
+    found = []
+    for name, site in density_sites(trace):
+        axes = undeclared_axes(name, site, enumerated=bool(enumerated))
+        if axes:
+            found.append(f'{axes} of site "{name}"')
+    return ", ".join(found)
+
+
+def _dtype(trace: Any, sites: Sequence[Site]) -> torch.dtype:
+    """Finds the precision to compute in: the widest of all latents and log densities."""
+    dtypes = [site["unscaled_log_prob"].dtype for _, site in density_sites(trace)]
+    widest: torch.dtype = functools.reduce(
+        torch.promote_types, [*dtypes, *[site.dtype for site in sites]]
+    )
+    return widest
 
 
 def _draw_two(

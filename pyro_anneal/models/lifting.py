@@ -112,7 +112,9 @@ def lifted_densities(
             symbol, weight = _weight(site, unconstrained[site.name], trace.nodes[site.name])
             weights[symbol] = (weight, _plates(trace.nodes[site.name]))
     latents, observed = latent_sites(trace), observed_sites(trace)
-    prior, joint, total = [], [], 0
+    prior: list[Tensor] = []
+    joint: list[Tensor] = []
+    total = 0
     for name, node in [*latents.items(), *observed.items()]:
         for scaled, terms in ((True, joint), (False, prior)):
             if not scaled and name not in latents:
@@ -144,7 +146,8 @@ def own_extension(site: Site, u: Tensor, fn: Any) -> Tensor:
     table = base.log_prob(base.enumerate_support(expand=False)).clamp(min=_LEAST)
     weight = _categories_last(site, u).movedim(-1, 0)
     extra = len(fn.event_shape) - len(base.event_shape)
-    return sum_rightmost((weight * table).sum(0), extra)
+    value: Tensor = sum_rightmost((weight * table).sum(0), extra)
+    return value
 
 
 def _categories_last(site: Site, u: Tensor) -> Tensor:

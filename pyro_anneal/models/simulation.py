@@ -21,10 +21,26 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import explained
-from .sites import base_distribution, density_sites, is_deterministic, is_factor, unmasked
+from .copies import explain_copies, find_copies
+from .sites import (
+    base_distribution,
+    density_sites,
+    is_deterministic,
+    is_factor,
+    is_point,
+    mark_points,
+    unmasked,
+)
 from .validation import validation_disabled
 
-__all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
+__all__ = [
+    "Arguments",
+    "MakeArgs",
+    "Simulation",
+    "check_copies",
+    "guide_arguments",
+    "simulate",
+]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MakeArgs = Callable[[dict[str, Tensor]], Arguments]
@@ -67,7 +83,7 @@ class _CheckExact(Messenger):  # type: ignore[misc]
     """Checks each site before it is simulated."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) or is_deterministic(msg):
+        if site_is_subsample(msg) or is_deterministic(msg) or is_point(msg):
             return
         for frame in msg["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
@@ -129,6 +145,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
     with torch.no_grad(), validation_disabled(), poutine.block():
         with explained(), _CheckExact():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        mark_points(trace)
         latents, observed, original, hidden = {}, {}, {}, {}
         for name, site in density_sites(trace):
             if site["infer"].get("was_observed"):
@@ -143,7 +160,9 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
 
         def again(values: dict[str, Tensor], arguments: Arguments) -> _Joint:
             conditioned = poutine.condition(model, data={**latents, **values})
-            return _joint(poutine.trace(conditioned).get_trace(*arguments[0], **arguments[1]))
+            trace = poutine.trace(conditioned).get_trace(*arguments[0], **arguments[1])
+            mark_points(trace)
+            return _joint(trace)
 
         _check_agreement(joint, again(observed, arguments), observed, "")
         if hidden:
@@ -152,6 +171,22 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
         replaced = _overwrite(arguments, original, observed).arguments
         _check_agreement(joint, again(observed, replaced), observed, "")
     return Simulation(latents, observed, original, joint.log_prob)
+
+
+def check_copies(model: Callable[..., Any], arguments: Arguments, simulation: Simulation) -> None:
+    """Checks that the densities of a simulated pair do not depend on a copy of the user's data.
+
+    One run of the model and one of its gradient: a property of the model, so that one of several
+    simulations is enough.
+
+    Raises:
+        ValueError: If they do; it names the site and the line that reads the copy.
+    """
+    copies = find_copies(
+        model, arguments, simulation.latents, simulation.observed, simulation.original
+    )
+    if copies:
+        raise ValueError(explain_copies(copies))
 
 
 def _check_agreement(

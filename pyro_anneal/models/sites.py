@@ -24,14 +24,21 @@ __all__ = [
     "density_sites",
     "is_deterministic",
     "is_factor",
+    "is_flat",
+    "is_point",
+    "is_wrapper",
     "latent_sites",
+    "mark_points",
     "observed_sites",
+    "plate_frames",
+    "plate_size",
     "sum_to_batch",
     "unmasked",
 ]
 
 
-def _wraps(fn: Any) -> bool:
+def is_wrapper(fn: Any) -> bool:
+    """Tells whether a distribution is a ``to_event``, ``mask`` or ``expand`` of another."""
     return isinstance(fn, dist.MaskedDistribution) or type(fn).__name__ in (
         "ExpandedDistribution",
         "Independent",
@@ -40,7 +47,7 @@ def _wraps(fn: Any) -> bool:
 
 def base_distribution(fn: Any) -> Any:
     """Unwraps ``to_event``, ``mask`` and ``expand`` down to the distribution that does the work."""
-    while _wraps(fn):
+    while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
@@ -49,7 +56,7 @@ def unmasked(fn: Any) -> Any:
     """Removes every ``mask`` from a distribution, also from below ``to_event`` and ``expand``."""
     if isinstance(fn, dist.MaskedDistribution):
         return unmasked(fn.base_dist)
-    if not _wraps(fn) or unmasked(fn.base_dist) is fn.base_dist:
+    if not is_wrapper(fn) or unmasked(fn.base_dist) is fn.base_dist:
         return fn
     base = unmasked(fn.base_dist)
     if type(fn).__name__ == "Independent":
@@ -67,10 +74,45 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     if site["infer"].get("_deterministic", False):
         return True
     masked_out = False
-    while _wraps(fn):
+    while is_wrapper(fn):
         masked_out |= getattr(fn, "_mask", True) is False
         fn = fn.base_dist
     return masked_out and isinstance(fn, dist.Delta)
+
+
+def is_flat(site: Mapping[str, Any]) -> bool:
+    """Tells whether a constant mask False leaves a latent site without any density of its own.
+
+    NeuTraReparam and contrib.epidemiology do so: the prior is written elsewhere, as a factor. A
+    mask that is a tensor says which entries count, as ``obs_mask`` does, and is no such statement.
+    """
+    masks, fn = [site["mask"]], site["fn"]
+    while is_wrapper(fn):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return any(mask is False for mask in masks)
+
+
+def is_point(site: Mapping[str, Any]) -> bool:
+    """Tells whether a site samples a ``Delta`` without a log density of its own: a known value."""
+    fn = base_distribution(site["fn"])
+    observed = site["is_observed"] or site["infer"].get("was_observed")
+    if observed or not isinstance(fn, dist.Delta):
+        return False
+    log_density = torch.as_tensor(fn.log_density)
+    return not log_density.requires_grad and bool((log_density == 0).all())
+
+
+def mark_points(model_trace: Any, guide_trace: Any | None = None) -> None:
+    """Marks the ``Delta`` sites of a model's trace as deterministic, where no guide draws them.
+
+    ``pyro.sample("d", Delta(v))`` is how models recorded a value before ``pyro.deterministic``.
+    """
+    for name, site in model_trace.nodes.items():
+        drawn = guide_trace is not None and name in guide_trace.nodes
+        if site["type"] == "sample" and not drawn and is_point(site):
+            site["infer"] = {**site["infer"], "_deterministic": True}
+            site["is_observed"] = True  # as at sites of pyro.deterministic
 
 
 def is_factor(site: Mapping[str, Any]) -> bool:
@@ -93,6 +135,26 @@ def latent_sites(trace: Any) -> dict[str, dict[str, Any]]:
 def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
     """Collects the observed sites of a trace that carry a density, factors included."""
     return {name: site for name, site in density_sites(trace) if site["is_observed"]}
+
+
+def plate_frames(site: Mapping[str, Any]) -> dict[str, Any]:
+    """Collects the vectorized plates around a site, by name."""
+    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+
+
+def plate_size(frame: Any, sites: Iterable[Mapping[str, Any]]) -> int:
+    """Returns the size of a plate; one that was made without a size has that of its sites.
+
+    Args:
+        frame: The plate, as it stands in a site's ``cond_indep_stack``.
+        sites: Sites with log densities, some of them in the plate.
+    """
+    if frame.size >= 0:
+        return int(frame.size)
+    shapes = [
+        site["unscaled_log_prob"].shape for site in sites if frame.name in plate_frames(site)
+    ]
+    return max((shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim), default=1)
 
 
 @dataclass(frozen=True)
@@ -119,6 +181,7 @@ class Site:
     dtype: torch.dtype
     start: int
     stop: int
+    support: Any = None  # where the prototype's density is normalized
 
     @property
     def value_shape(self) -> torch.Size:

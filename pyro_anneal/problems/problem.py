@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,11 +12,14 @@ from pyro import poutine
 from torch import Tensor
 
 from ..graphs.captured import capture
+from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide
-from ..models.discrete import DiscreteMap
+from ..models.checks import hidden_sites
+from ..models.discrete import DiscreteMap, is_discrete
 from ..models.inspection import inspect_model
-from ..models.sites import Layout, latent_sites, observed_sites
+from ..models.sites import Layout, latent_sites, mark_points, observed_sites
+from ..models.supports import normalized_support
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -117,7 +121,8 @@ class Problem:
         with torch.no_grad(), validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
-            support = trace.nodes[name]["fn"].support
+            fn = trace.nodes[name]["fn"]
+            support = fn.support if is_discrete(fn) else normalized_support(fn)
             if not bool(support.check(value).all()):
                 raise ValueError(
                     f'a posterior sample of site "{name}" lies outside its support {support}'
@@ -173,6 +178,7 @@ class Problem:
                 data = {name: value[0] for name, value in values.items()}
                 model = poutine.condition(self.model.model, data=data)
                 trace = poutine.trace(model).get_trace(*args, **kwargs)
+                mark_points(trace)
                 for name, site in {**latent_sites(trace), **observed_sites(trace)}.items():
                     if not bool(site["fn"].log_prob(site["value"]).isfinite().all()):
                         culprits.append(name)
@@ -229,7 +235,7 @@ def prepare(
     layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
     if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
         raise ValueError(
-            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform), so "
+            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
         )
     problem = _assemble(model, guide, model_args, guide_args, layout)
@@ -253,13 +259,33 @@ def prepare(
             note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
             guide, layout = None, replace(layout, notes=(*layout.notes, note))
         problem = _assemble(model, guide, model_args, guide_args, layout)
-    if guide == "auto":
-        problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
-    if prior_weight > 0.0 and guide is not None:
-        base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
-        problem = replace(problem, base=base, function=PathDensity(problem.model, base))
-    density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+    with _hidden_sites_named(problem.model, problem.base):
+        if guide == "auto":
+            problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
+        if prior_weight > 0.0 and guide is not None:
+            base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
+            problem = replace(problem, base=base, function=PathDensity(problem.model, base))
+        density = capture(problem.function, example, num_chains=num_chains, compile=compile)
     return replace(problem, density=density)
+
+
+@contextlib.contextmanager
+def _hidden_sites_named(model: ModelDensity, base: Base) -> Iterator[None]:
+    """Names the sites under ``poutine.block`` where a density turns out to be random."""
+    try:
+        yield
+    except Impure as error:
+        functions = [(model.model, model.arguments)]
+        if isinstance(base, GuideBase):
+            functions.append((base.guide, base.arguments))
+        hidden = [name for function in functions for name in hidden_sites(*function)]
+        if not hidden:
+            raise
+        raise ValueError(
+            f"site(s) {hidden} are hidden by poutine.block and sampled anew at each evaluation, so "
+            "that the density is random: condition them on a value inside the block, or let them "
+            f"be seen ({error})"
+        ) from error
 
 
 def _assemble(

@@ -1,9 +1,11 @@
 """What comes back, how it is shown."""
 
+from .base import Result
 from .batches import EvidenceOfBatches
 from .comparison import Comparison, compare
-from .findings import AnnealingWarning, Diagnostic
+from .findings import AnnealingWarning, Diagnostic, judge
 from .mutual_information import MutualInformation
+from .provenance import Provenance
 from .run import AnnealedRun, Estimate, PilotSummary
 from .sandwich import Sandwich
 
@@ -16,6 +18,9 @@ __all__ = [
     "EvidenceOfBatches",
     "MutualInformation",
     "PilotSummary",
+    "Provenance",
+    "Result",
     "Sandwich",
     "compare",
+    "judge",
 ]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import Columns, Result
 from .findings import Diagnostic
-from .tables import format_fields, format_value
+from .provenance import Provenance
+from .run import AnnealedRun
+from .tables import Table, format_value
 
 __all__ = ["EvidenceOfBatches"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class EvidenceOfBatches:
+class EvidenceOfBatches(Result):
     r"""Lower bounds on the log evidence of N data that came in batches.
 
     .. math:: \log p(x_1, \dots, x_N) = \sum_n \log p(x_n) \ge \sum_n L_n
@@ -36,9 +40,18 @@ class EvidenceOfBatches:
     scale: float = 1.0
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
+    data_digest: str = ""  # of the observed values of all batches
+    provenance: Provenance | None = None
 
-    def __repr__(self) -> str:
-        return self.summary()
+    @property
+    def directions(self) -> dict[str, AnnealedRun]:
+        """None: of the runs of batches a few numbers per datum are kept."""
+        return {}
+
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """The lower bounds per datum, nats, ``[N]``."""
+        return {"lower": self.lower}
 
     @property
     def num_batches(self) -> int:
@@ -76,8 +89,19 @@ class EvidenceOfBatches:
         margin = self.scale * math.log(1.0 / (1.0 - level))
         return self.total - margin, torch.full_like(self.total, torch.inf)
 
-    def summary(self) -> str:
-        """Formats a short table."""
+    def _columns(self) -> tuple[Columns, Columns]:
+        batches = torch.arange(self.num_batches)
+        batch = torch.repeat_interleave(batches, torch.tensor(self.batch_sizes))
+        names = ("lower", "std_error", "single", "ess")
+        return {}, {"batch": batch} | {name: getattr(self, name) for name in names}
+
+    def plot(self) -> Any:
+        """Draws the evidence per datum; see :func:`pyro_anneal.results.plotting.plot_batches`."""
+        from .plotting import plot_batches
+
+        return plot_batches(self)
+
+    def _table(self) -> Table:
         per_datum = f"{self.lower.mean().item():.4g} ({self.lower.min().item():.4g} to "
         per_datum += f"{self.lower.max().item():.4g})"
         ess = f"{self.ess.mean().item():.4g} of {self.num_chains} (at least "
@@ -96,4 +120,7 @@ class EvidenceOfBatches:
             f"EvidenceOfBatches: {len(self.lower)} data in {self.num_batches} batches, "
             f"{self.num_chains} chains, {self.num_steps} steps"
         )
-        return format_fields(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])
+        fields.append(("verdict", self.verdict))
+        if self.provenance is not None:
+            fields.append(("wall time", self.provenance.describe_seconds()))
+        return Table(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import as_real
+from .base import Columns, Result
+from .batches import EvidenceOfBatches
+from .findings import Diagnostic
+from .provenance import Provenance
 from .run import AnnealedRun
-from .tables import format_grid, format_value
+from .tables import Table, format_value
 
 __all__ = ["Comparison", "compare"]
 
+Evidence = AnnealedRun | EvidenceOfBatches | tuple[AnnealedRun, AnnealedRun]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Result):
     """Models ordered by evidence, the best first. Everything is in nats, summed over the batch."""
 
     names: tuple[str, ...]
     lower: Tensor  # lower bounds on the log evidence, [M]
     upper: Tensor  # upper bounds, +inf without a certified reverse run, [M]
     std_error: Tensor  # of the lower bounds, by the delta method, [M]
+    log_prior: Tensor | None = None  # log prior probabilities of the models, [M]; None: equal
     notes: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
+    data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
+    provenance: Provenance | None = None  # None: each model's run has its own
 
-    def __repr__(self) -> str:
-        return self.summary()
+    @property
+    def directions(self) -> dict[str, AnnealedRun]:
+        """None: of each model's runs the evidence is kept."""
+        return {}
+
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """Bounds on the log evidences; upper ones are infinite without a certified reverse run."""
+        return {"lower": self.lower, "upper": self.upper}
 
     @property
     def log_bayes_factors(self) -> Tensor:
@@ -44,8 +63,12 @@ class Comparison:
 
     @property
     def probabilities(self) -> Tensor:
-        """Posterior probabilities of the models under equal prior probabilities, ``[M]``."""
-        return torch.softmax(self.lower, dim=0)
+        """Posterior probabilities of the models, ``[M]``: equal prior ones unless given."""
+        return torch.softmax(self._log_joint, dim=0)
+
+    @property
+    def _log_joint(self) -> Tensor:
+        return self.lower if self.log_prior is None else self.lower + self.log_prior
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Computes asymptotic normal intervals of the log Bayes factors.
@@ -89,8 +112,28 @@ class Comparison:
         low = low.masked_fill(torch.eye(len(self.names), dtype=torch.bool, device=low.device), 0.0)
         return low, -low.T
 
-    def summary(self) -> str:
-        """Formats the table of models, each against the best."""
+    def _columns(self) -> tuple[Columns, Columns]:
+        low, high = self.interval(0.95)
+        return {"model": self.names}, {
+            "lower": self.lower,
+            "upper": self.upper,
+            "std_error": self.std_error,
+            "log_bayes_factor": self.log_bayes_factors[:, 0],
+            "log_bayes_factor_low": low[:, 0],
+            "log_bayes_factor_high": high[:, 0],
+            "probability": self.probabilities,
+        }
+
+    def plot(self) -> Any:
+        """Draws a forest of the log Bayes factors against the best model.
+
+        See :func:`pyro_anneal.results.plotting.plot_comparison`.
+        """
+        from .plotting import plot_comparison
+
+        return plot_comparison(self)
+
+    def _table(self) -> Table:
         low, high = self.interval(0.95)
         header = ["model", "log evidence (lower)", "log Bayes factor"]
         header += ["95% (asymptotic)", "probability"]
@@ -111,69 +154,174 @@ class Comparison:
                 row.append(_format_ends(guaranteed_low[i, 0], guaranteed_high[i, 0]))
             rows.append(row if i else [*row[:3], "", row[4], *([""] if guaranteed else [])])
         title = f"Comparison of {len(self.names)} models (nats; Bayes factors against the first)"
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([title, format_grid(header, rows), *notes])
+        notes = list(self.notes)
+        if self.log_prior is not None:
+            prior = self.log_prior.exp().tolist()
+            shares = ", ".join(f"{n} {p:.3g}" for n, p in zip(self.names, prior, strict=True))
+            notes.insert(0, f"prior probabilities: {shares}")
+        return Table(title, rows, [*notes, f"verdict: {self.verdict}"], header)
 
 
 def compare(
-    evidence: Mapping[str, AnnealedRun | tuple[AnnealedRun, AnnealedRun]],
+    evidence: Mapping[str, Evidence] | Sequence[tuple[str, Evidence]],
+    *,
+    prior_odds: Mapping[str, float] | Sequence[float] | None = None,
+    allow_different_data: bool = False,
 ) -> Comparison:
     r"""Compares models by their evidence for the same data.
 
-    .. math:: \log B_{ij} = \log p(x \mid i) - \log p(x \mid j)
+    .. math:: \log B_{ij} = \log p(x \mid i) - \log p(x \mid j), \qquad
+        P(i \mid x) \propto o_i \, p(x \mid i)
 
-    Evidence is the forward lower bound, summed over the batch. Forward runs alone say with a
-    finite-sample guarantee only that an evidence is not below a limit, so intervals of Bayes
-    factors are asymptotic; given a certified reverse run on the same data as well,
-    :meth:`Comparison.guaranteed_interval` needs no asymptotics.
+    with the prior odds :math:`o_i`. Evidence is the forward lower bound, summed over the batch.
+    Forward runs alone say with a finite-sample guarantee only that an evidence is not below a
+    limit, so intervals of Bayes factors are asymptotic; given a certified reverse run on the same
+    data as well, :meth:`Comparison.guaranteed_interval` needs no asymptotics.
 
     Args:
-        evidence: By model name a forward run, or a pair of a forward and a reverse run, all on the
-            same data. A sandwich speaks of data simulated from its own model and cannot enter.
+        evidence: By model name a forward run, the evidence of batches, or a pair of a forward and
+            a reverse run, all on the same data. A dictionary, or a list of pairs of a name and
+            evidence. A sandwich speaks of data simulated from its own model and cannot enter.
+        prior_odds: Prior weights of the models, by name or in the order of ``evidence``, up to a
+            factor: ``{"simple": 3, "complex": 1}``. Equal ones if None.
+        allow_different_data: Whether to compare runs whose observed values differ. Evidence of
+            different data says nothing about which model is better; the exception is data that
+            are the same but for a change of variables whose Jacobian you have accounted for.
 
     Returns:
         The comparison, best model first.
 
     Raises:
-        TypeError: If an entry is neither a run nor a pair of runs.
-        ValueError: If there is no entry, or the directions are not as above.
+        TypeError: If an entry is neither a run, evidence of batches, nor a pair of runs.
+        ValueError: If there is no entry, a name comes twice, the directions are not as above, runs
+            saw different data, or prior odds are not positive numbers, one for each model.
+
+    Example:
+        >>> def model(x, scale):
+        ...     z = pyro.sample("z", dist.Normal(0.0, scale))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_anneal import AnnealedImportance
+        >>> ais = AnnealedImportance(model, num_steps=100, progress_bar=False, seed=0)
+        >>> runs = [(f"scale {s}", ais.run(torch.tensor(2.0), s)) for s in (1.0, 10.0)]
+        >>> compare(runs, prior_odds=[1, 3]).names
+        ('scale 1.0', 'scale 10.0')
     """
-    if not evidence:
-        raise ValueError("compare needs at least one model")
-    lower, upper, std_error, notes = [], [], [], []
-    num_observed: dict[str, int] = {}
-    for name, entry in evidence.items():
+    entries = _named(evidence)
+    weights = _prior_weights(prior_odds, list(entries))
+    lower, upper, std_error, notes, found = [], [], [], [], []
+    for name, entry in entries.items():
         forward, reverse = _forward_and_reverse(name, entry)
         lower.append(forward.lower.sum().double().cpu())
         std_error.append(forward.std_error.square().sum().sqrt().double().cpu())
         upper.append(torch.full_like(lower[-1], torch.inf))
         if reverse is not None and reverse.certified:
             upper[-1] = reverse.upper.sum().double().cpu()
+        elif reverse is not None:
+            notes.append(
+                f"{name}: its reverse run is not certified (its posterior samples are not known to "
+                "be exact), so it gives no upper bound here"
+            )
+        if isinstance(forward, AnnealedRun) and not forward.certified:
+            notes.append(f"{name}: its forward run is not certified: an estimate, not a bound")
         notes += [f"{name}: {note}" for note in forward.notes]
-        notes += [f"{name}: {d.message}" for d in forward.diagnostics if d.severity == "warning"]
+        found += [replace(d, message=f"{name}: {d.message}") for d in forward.diagnostics]
         if forward.scale != 1.0:
             notes.append(f"{name}: scaled by {forward.scale:g}, guarantees do not apply")
             upper[-1] = torch.full_like(lower[-1], torch.inf)
-        if forward.observed:
-            num_observed[name] = sum(v.numel() for v in forward.observed.values())
-    if len(set(num_observed.values())) > 1:
-        notes.append(
-            f"models observe different numbers of values {num_observed}: Bayes factors compare "
-            "models of the same data only"
-        )
+    digest, different = _shared_digest(entries, allow_different_data)
+    notes += [different] if different else []
+    notes += [d.message for d in found if d.severity == "warning"]
     values = torch.stack(lower)
     order = torch.argsort(values, descending=True)
-    names = list(evidence)
+    names = list(entries)
     return Comparison(
         names=tuple(names[i] for i in order.tolist()),
         lower=values[order],
         upper=torch.stack(upper)[order],
         std_error=torch.stack(std_error)[order],
+        log_prior=None if weights is None else weights[order],
         notes=tuple(notes),
+        diagnostics=tuple(found),
+        data_digest=digest,
     )
 
 
-def _forward_and_reverse(name: str, entry: object) -> tuple[AnnealedRun, AnnealedRun | None]:
+def _named(evidence: object) -> dict[str, object]:
+    """Reads a dictionary, or a list of pairs of a name and evidence."""
+    if isinstance(evidence, Mapping):
+        pairs = list(evidence.items())
+    elif isinstance(evidence, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        for pair in evidence
+    ):
+        pairs = [(pair[0], pair[1]) for pair in evidence]
+    else:
+        raise TypeError(
+            'compare takes a dictionary {"a": a, "b": b} or a list of pairs [("a", a), ("b", b)] '
+            f"of names and runs, got {type(evidence).__name__}"
+        )
+    if not pairs:
+        raise ValueError("compare needs at least one model")
+    names = [name for name, _ in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"compare needs a name of its own for each model, repeated: {repeated}")
+    return dict(pairs)
+
+
+def _prior_weights(
+    prior_odds: Mapping[str, float] | Sequence[float] | None, names: list[str]
+) -> Tensor | None:
+    """Normalizes prior odds to log prior probabilities, in the order of the names."""
+    if prior_odds is None:
+        return None
+    if isinstance(prior_odds, Mapping):
+        if set(prior_odds) != set(names):
+            raise ValueError(
+                f"prior_odds must name every model once: expected {names}, got {list(prior_odds)}"
+            )
+        odds = [prior_odds[name] for name in names]
+    else:
+        odds = list(prior_odds)
+        if len(odds) != len(names):
+            raise ValueError(
+                f"prior_odds must have one number per model: expected {len(names)}, got {len(odds)}"
+            )
+    numbers = [as_real("prior_odds", value) for value in odds]
+    if not all(0.0 < number < math.inf for number in numbers):
+        raise ValueError(f"prior_odds must be positive numbers, got {odds}")
+    return torch.tensor(numbers, dtype=torch.float64).log().log_softmax(dim=0)
+
+
+def _shared_digest(entries: Mapping[str, object], allow: bool) -> tuple[str, str]:
+    """Finds the digest that all entries share, or a note on how they differ."""
+    digests = {}
+    for name, entry in entries.items():
+        for run in entry if isinstance(entry, tuple) else (entry,):
+            which = f"{name} ({run.direction})" if isinstance(entry, tuple) else name
+            digests[which] = run.data_digest
+    seen = {digest for digest in digests.values() if digest}
+    if len(seen) <= 1:
+        return (seen.pop() if seen and all(digests.values()) else ""), ""
+    sizes = {name: int(digest.split(":")[0]) for name, digest in digests.items() if digest}
+    counts = f" (numbers of values: {sizes})" if len(set(sizes.values())) > 1 else ""
+    first = next(name for name, digest in digests.items() if digest)
+    others = [n for n, digest in digests.items() if digest and digest != digests[first]]
+    text = f"{others} observed other values than {first!r}{counts}"
+    if not allow:
+        raise ValueError(
+            f"compare: {text}. Evidence of different data cannot be compared; run all models on "
+            "the same observed values, or pass allow_different_data=True if you know that the "
+            "difference has no meaning"
+        )
+    return "", f"{text}: Bayes factors compare models of the same data only"
+
+
+def _forward_and_reverse(
+    name: str, entry: object
+) -> tuple[AnnealedRun | EvidenceOfBatches, AnnealedRun | None]:
+    if isinstance(entry, EvidenceOfBatches):
+        return entry, None
     runs = entry if isinstance(entry, tuple) else (entry,)
     if not 1 <= len(runs) <= 2 or not all(isinstance(run, AnnealedRun) for run in runs):
         raise TypeError(

@@ -9,13 +9,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AnnealingWarning", "Diagnostic", "warn"]
+from .files import stored
+
+__all__ = ["AnnealingWarning", "Diagnostic", "Verdict", "judge", "warn"]
+
+Verdict = Literal["ok", "suspicious", "failed"]
+
+# Kinds of findings that show a number to be wrong. All others say that it may be.
+_FATAL = frozenset({"agreement", "modes", "starts", "undefined_weights"})
 
 
 class AnnealingWarning(UserWarning):
     """A run finished, but its numbers look unreliable."""
 
 
+@stored
 @dataclass(frozen=True, kw_only=True)
 class Diagnostic:
     """One finding about a result."""
@@ -24,6 +32,33 @@ class Diagnostic:
     severity: Literal["info", "warning"]
     message: str  # what was seen and what to try
     value: float  # the figure behind it
+
+
+def judge(diagnostics: Iterable[Diagnostic]) -> Verdict:
+    """Sums up findings in one word.
+
+    - ``"failed"``: a warning of a kind that contradicts the number itself. Weights are undefined
+      (``undefined_weights``), lower and upper bounds cross by more than chance allows
+      (``agreement``), or chains or particles from elsewhere found posterior mass that the run
+      misses (``starts``, ``modes``). Do not use the number.
+    - ``"suspicious"``: any other warning. The bounds still hold in expectation, but they may be
+      far from the truth, or rest on few chains.
+    - ``"ok"``: no warning. Remarks of severity ``"info"`` do not count.
+
+    Args:
+        diagnostics: Findings about one result.
+
+    Returns:
+        The verdict.
+
+    Example:
+        >>> judge([Diagnostic(name="ess", severity="warning", message="few", value=0.1)])
+        'suspicious'
+    """
+    kinds = {found.name for found in diagnostics if found.severity == "warning"}
+    if not kinds:
+        return "ok"
+    return "failed" if kinds & _FATAL else "suspicious"
 
 
 def warn(diagnostics: Iterable[Diagnostic]) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .run import std_error_over_pairs
+from .base import Columns, Result
+from .findings import Diagnostic
+from .provenance import Provenance
+from .run import AnnealedRun, std_error_over_pairs
 from .sandwich import Sandwich
-from .tables import format_fields, format_value
+from .tables import Table, format_value
 
 __all__ = ["MutualInformation"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MutualInformation:
+class MutualInformation(Result):
     r"""Bounds on mutual information from N pairs, in nats.
 
     What is stored is one value per pair, whose mean is the bound. Where pairs serve as each other's
@@ -39,7 +44,9 @@ class MutualInformation:
         missing: Name of an unknown constant that was left out, for example ``"H(x)"``: then the
             bounds are on I minus that constant. None if nothing is missing.
         notes: What the directions depend on beyond independent exact pairs, and what I is about.
-        diagnostics: Further measured numbers, by name.
+        measurements: Further measured numbers, by name.
+        diagnostics: Findings about the estimate, or about the sandwich behind it.
+        provenance: How it was computed, where a call of ``AnnealedImportance`` did.
 
     Example:
         >>> estimate = MutualInformation(
@@ -58,7 +65,9 @@ class MutualInformation:
     saturated: bool = False
     missing: str | None = None
     notes: tuple[str, ...] = ()
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    measurements: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
+    provenance: Provenance | None = None
 
     @classmethod
     def from_sandwich(
@@ -95,7 +104,20 @@ class MutualInformation:
             pair_upper=(log_likelihood - sandwich.lower).flatten(),
             terms={"variational": variational, "contrastive": pair_lower.mean() - variational},
             notes=(*sandwich.notes, *notes),
+            diagnostics=sandwich.diagnostics,
+            provenance=sandwich.provenance,
         )
+
+    @property
+    def directions(self) -> dict[str, AnnealedRun]:
+        """None: of the runs behind the bounds one value per pair is kept."""
+        return {}
+
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """The bounds by side, scalars in nats: those that the method has."""
+        sides = {"lower": self.lower, "upper": self.upper}
+        return {name: bound for name, bound in sides.items() if bound is not None}
 
     @property
     def lower(self) -> Tensor | None:
@@ -199,8 +221,19 @@ class MutualInformation:
         """
         return _normal_interval(self.pair_upper, level)
 
-    def summary(self) -> str:
-        """Formats a table of the bounds, their errors over pairs, and what to know about them."""
+    def _columns(self) -> tuple[Columns, Columns]:
+        columns = {"lower": self.pair_lower, "upper": self.pair_upper}
+        columns["plug_in"] = self.pair_plug_in
+        kept = {name: values for name, values in columns.items() if values is not None}
+        return {"pair": torch.arange(self.num_pairs)}, kept
+
+    def plot(self) -> Any:
+        """Draws the bounds; see :func:`pyro_anneal.results.plotting.plot_mutual_information`."""
+        from .plotting import plot_mutual_information
+
+        return plot_mutual_information(self)
+
+    def _table(self) -> Table:
         target = "I(x; z)" if self.missing is None else f"I(x; z) - {self.missing}"
         fields = []
         for name in ("lower", "upper", "plug_in"):
@@ -218,10 +251,10 @@ class MutualInformation:
             at = ", and the estimate sits on it" if self.saturated else ""
             fields.append(("ceiling", f"{self.ceiling:.3f}{at}"))
         title = f"{self.method} on {target}, nats, from {self.num_pairs} pairs"
-        return format_fields(title, fields, self.notes)
-
-    def __repr__(self) -> str:
-        return self.summary()
+        fields.append(("verdict", self.verdict))
+        if self.provenance is not None:
+            fields.append(("wall time", self.provenance.describe_seconds()))
+        return Table(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])
 
 
 def _normal_interval(values: Tensor | None, level: float) -> tuple[float, float] | None:

@@ -15,13 +15,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .batches import EvidenceOfBatches
+from .comparison import Comparison
+from .mutual_information import MutualInformation
 from .run import AnnealedRun
 from .sandwich import Sandwich
 
 __all__ = [
     "plot_acceptance",
+    "plot_batches",
     "plot_bounds",
+    "plot_comparison",
     "plot_log_weights",
+    "plot_mutual_information",
     "plot_run",
     "plot_sandwich",
     "plot_thermodynamic_curve",
@@ -253,6 +259,159 @@ def plot_sandwich(sandwich: Sandwich) -> Any:
         f"simulated data, {forward.num_chains} chains, {forward.num_steps} steps, "
         f"mean gap {gap:.3g} nats",
     )
+
+
+def plot_batches(evidence: EvidenceOfBatches) -> Any:
+    """Draws the evidence of data that came in batches: lower bounds and effective sample sizes.
+
+    Args:
+        evidence: Lower bounds per datum.
+
+    Returns:
+        The figure: a histogram of the lower bounds, and effective sample sizes against them.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = pyplot().figure(figsize=(9.0, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lower, ess = _numpy(evidence.lower), _numpy(evidence.ess)
+    finite = _finite(evidence.lower)
+    left.hist(finite, bins=_bin_edges([finite]), color=_LOWER, alpha=0.7)
+    outside = lower.size - finite.size
+    left.set(xlabel="lower bound per datum (nats)", ylabel="data")
+    left.set_title(f"{outside} without finite bound" if outside else "", fontsize="small")
+    right.plot(lower, ess, ls="", marker=".", ms=4, alpha=0.6, color=_LOWER)
+    right.axhline(0.1 * evidence.num_chains, color=_SHADE, lw=1, ls="--", label="warning below")
+    right.set(xlabel="lower bound per datum (nats)", ylabel="effective sample size")
+    right.set_ylim(0.0, 1.05 * evidence.num_chains)
+    _legend(right)
+    figure.suptitle(
+        f"{len(lower)} data in {evidence.num_batches} batches: lower bound on their log evidence "
+        f"{evidence.total.item():.6g} nats",
+        fontsize="medium",
+    )
+    _tidy(left, right)
+    return figure
+
+
+def plot_mutual_information(information: MutualInformation) -> Any:
+    """Draws bounds on mutual information, and the values of the pairs whose means they are.
+
+    Args:
+        information: The bounds.
+
+    Returns:
+        The figure: bounds with bars of twice their standard error, and histograms over pairs.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = pyplot().figure(figsize=(9.0, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    sides = [
+        (name, label, color)
+        for name, label, color in (
+            ("lower", "lower bound", _LOWER),
+            ("plug_in", "plug-in", _ESTIMATE),
+            ("upper", "upper bound", _UPPER),
+        )
+        if getattr(information, name) is not None
+    ]
+    values = {name: _finite(getattr(information, f"pair_{name}")) for name, _, _ in sides}
+    edges = _bin_edges(list(values.values()))
+    for place, (name, label, color) in enumerate(sides):
+        mean = float(getattr(information, name))
+        error = 2.0 * float(getattr(information, f"{name}_std_error"))
+        bar = None if math.isnan(error) else [error]
+        left.errorbar([place], [mean], bar, color=color, marker="o", ms=5, capsize=4)
+        right.hist(values[name], bins=edges, color=color, alpha=0.45, label=label)
+        right.axvline(mean, color=color, lw=1.8)
+    left.set_xticks(range(len(sides)), [label for _, label, _ in sides])
+    left.set_xlim(-0.6, len(sides) - 0.4)
+    if information.ceiling is not None:
+        ceiling = f"ceiling {information.ceiling:.3g}"
+        left.axhline(information.ceiling, color=_SHADE, lw=1, ls="--", label=ceiling)
+        _legend(left)
+    target = "I(x; z)" if information.missing is None else f"I(x; z) - {information.missing}"
+    left.set_ylabel(f"{target} (nats)")
+    right.set(xlabel="value of a pair (nats)", ylabel="pairs")
+    _legend(right)
+    figure.suptitle(
+        f"{information.method} on {target}, {information.num_pairs} pairs", fontsize="medium"
+    )
+    _tidy(left, right)
+    return figure
+
+
+def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Any = None) -> Any:
+    """Draws a forest of log Bayes factors: each model against the best.
+
+    A thick bar is the asymptotic normal interval. A thin one is guaranteed in finite samples, where
+    the models have certified upper bounds. Dotted lines mark 3 and 5 nats: odds of 20 and of 150.
+
+    Args:
+        comparison: The models.
+        level: Probability of coverage, in (0, 1).
+        axes: Where to draw; a new figure if ``None``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If ``level`` is not in (0, 1).
+        ImportError: If matplotlib is not installed.
+    """
+    count = len(comparison.names)
+    if axes is None:
+        size = (6.4, 1.4 + 0.42 * count)
+        axes = pyplot().figure(figsize=size, layout="constrained").subplots()
+    factors = _numpy(comparison.log_bayes_factors[:, 0])
+    low, high = (_numpy(end[:, 0]) for end in comparison.interval(level))
+    sure_low, sure_high = (_numpy(end[:, 0]) for end in comparison.guaranteed_interval(level))
+    probabilities = comparison.probabilities.tolist()
+    for i in range(count):
+        if i and np.isfinite([sure_low[i], sure_high[i]]).all():
+            named = any(line.get_label() == "guaranteed" for line in axes.lines)
+            name = "_" if named else "guaranteed"
+            axes.plot([sure_low[i], sure_high[i]], [i, i], color=_LOWER, lw=1.2, label=name)
+        if i:
+            name = "asymptotic" if i == 1 else "_"
+            axes.plot([low[i], high[i]], [i, i], color=_LOWER, lw=4.5, label=name)
+        axes.plot([factors[i]], [i], color=_ESTIMATE, marker="o", ms=5, ls="")
+        axes.annotate(
+            f"{probabilities[i]:.2g}",
+            (1.0, i),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+        )
+    axes.annotate(
+        "probability",
+        (1.0, -0.75),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
+    )
+    axes.axvline(0.0, color=_SHADE, lw=1)
+    for nats in (-3.0, -5.0):
+        axes.axvline(nats, color=_SHADE, lw=0.8, ls=":")
+    axes.set_yticks(range(count), comparison.names)
+    axes.set_ylim(count - 0.4, -0.9)
+    axes.set_xlabel(f"log Bayes factor against {comparison.names[0]} (nats)")
+    axes.set_title(f"Log Bayes factors, intervals at {level:.0%}", fontsize="medium")
+    if count > 1:
+        _legend(axes)
+    _tidy(axes)
+    return axes.figure
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize="small")
 
 
 _EXPECTATION = r"$E_\beta[\log p/q]$"

@@ -7,24 +7,28 @@ is the tuple of plates that enclose the whole model, in the order of ``AnnealedR
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import bounds
-from ..arguments import as_real
+from ..arguments import as_count, as_real, as_seed
 from ..weights import (
     effective_sample_size,
     log_mean_exp,
     log_normalized_weights,
     resample_indices,
 )
+from .base import Columns, Result
+from .files import stored
 from .findings import Diagnostic
-from .tables import format_fields, format_value
+from .provenance import Provenance
+from .tables import Table, format_value
 
-__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "std_error_over_pairs"]
+__all__ = ["AnnealedRun", "Continues", "Estimate", "PilotSummary", "std_error_over_pairs"]
 
 
 class Estimate(NamedTuple):
@@ -34,6 +38,17 @@ class Estimate(NamedTuple):
     std_error: Tensor
 
 
+class Continues(Protocol):
+    """What continues a run in the process that ran it; see :mod:`pyro_anneal.runs.continuation`."""
+
+    def draw(self, num_samples: int, *, thin: int, seed: int | None) -> dict[str, Tensor]:
+        """Draws values by site, ``[n, *value_shape]``."""
+
+    def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes log likelihoods by observed site in nats, ``[n, ...]``."""
+
+
+@stored
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PilotSummary:
     """What the pilot found and what it cost; the run used it frozen."""
@@ -52,7 +67,7 @@ class PilotSummary:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AnnealedRun:
+class AnnealedRun(Result):
     r"""Outcome of K annealed chains over T steps in one direction.
 
     Forward chains give a lower bound on the log evidence, reverse chains, started from exact
@@ -90,6 +105,13 @@ class AnnealedRun:
     target_accept: float | None = None  # of the kernel; None if it has no step size to tune
     observed: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
+    data_digest: str = ""  # of the observed values, whatever their arrangement
+    provenance: Provenance | None = None
+    continuation: Continues | None = field(default=None, metadata={"saved": False})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what lasts only as long as the process."""
+        return self.__dict__ | {"continuation": None}
 
     def __post_init__(self) -> None:
         if tuple(self.plates.values()) != self.batch_shape:
@@ -97,9 +119,6 @@ class AnnealedRun:
                 f"plates {self.plates} do not name the batch of log_weights: expected sizes "
                 f"{list(self.batch_shape)}"
             )
-
-    def __repr__(self) -> str:
-        return self.summary()
 
     @property
     def num_chains(self) -> int:
@@ -135,7 +154,9 @@ class AnnealedRun:
     def upper(self) -> Tensor:
         """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
 
-        It is one only if the posterior samples were exact (``certified``).
+        It bounds only if the posterior samples were exact (``certified``). Else it is an estimate,
+        of which :attr:`kind` says so: reverse chains repair the draws that they start from, so
+        that its agreement with a lower bound proves nothing about the sampler.
 
         Raises:
             ValueError: If the chains ran forward.
@@ -261,9 +282,98 @@ class AnnealedRun:
                 draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
         return draws
 
-    def summary(self) -> str:
-        """Formats a short table of the run."""
-        name = f"{'lower' if self.direction == 'forward' else 'upper'} bound"
+    def posterior_samples(
+        self, num_samples: int, *, thin: int = 10, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        r"""Draws many equally weighted posterior samples: the chains go on at :math:`\beta = 1`.
+
+        The K ends are resampled by their weights, per datum, and moved by the run's own frozen
+        kernel, which keeps the posterior; every ``thin`` transitions each chain gives a draw. So
+        the draws are as good as the K weights, and do not repeat their K values as :meth:`resample`
+        does. Draws of one chain are dependent. A mode that no chain ended in stays missed. The
+        cost is about ``num_samples * thin`` transitions, K at a time.
+
+        Args:
+            num_samples: Number n of draws.
+            thin: Transitions of a chain before each of its draws.
+            seed: Seed of the draws; one drawn from torch's global generator if None.
+
+        Returns:
+            Values by site in the model's own space, ``[n, *value_shape]``.
+
+        Raises:
+            ValueError: If the chains ran in reverse, a count is below 1, or this result cannot be
+                continued: it was loaded, copied, or merged from several simulated data sets.
+
+        Example:
+            >>> from pyro_anneal import AnnealedImportance
+            >>> def model(x):
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> ais = AnnealedImportance(model, num_steps=50, progress_bar=False, seed=0)
+            >>> draws = ais.run(torch.tensor(2.0)).posterior_samples(500, seed=1)["z"]
+            >>> draws.shape, bool((draws.mean() - 1.0).abs() < 0.1)  # p(z | x) = N(1, 1/2)
+            (torch.Size([500]), True)
+        """
+        num_samples, thin = as_count("num_samples", num_samples), as_count("thin", thin)
+        return self._continued("posterior_samples").draw(
+            num_samples, thin=thin, seed=as_seed(seed)
+        )
+
+    def _continued(self, what: str) -> Continues:
+        """Returns what continues the run, or says why there is none."""
+        if self.direction == "reverse":
+            raise ValueError(
+                f"{what} needs a forward run: reverse chains end at the base, not at the posterior"
+            )
+        if self.continuation is None:
+            raise ValueError(
+                f"{what} needs the model and the chains, which are kept only in the process that "
+                "ran them, not in files, copies or results on simulated data: call run() again "
+                "(with the same seed it gives the same run), or use resample(n) for draws among "
+                f"the {self.num_chains} ends"
+            )
+        return self.continuation
+
+    @property
+    def directions(self) -> dict[str, AnnealedRun]:
+        """This run, by its direction."""
+        return {self.direction: self}
+
+    @property
+    def kind(self) -> Literal["lower bound", "upper bound", "estimate"]:
+        """What ``log_evidence`` is: an estimate, where the starts were approximate."""
+        if not self.certified:
+            return "estimate"
+        return "lower bound" if self.direction == "forward" else "upper bound"
+
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """The bound by its side, nats, shape ``batch``; none if the run is only an estimate."""
+        if not self.certified:
+            return {}
+        return {"lower" if self.direction == "forward" else "upper": self.log_evidence}
+
+    def _columns(self) -> tuple[Columns, Columns]:
+        axes = [torch.arange(size) for size in self.batch_shape]
+        index = (
+            dict(zip(self.plates, torch.meshgrid(*axes, indexing="ij"), strict=True))
+            if axes
+            else {}
+        )
+        ti = self.thermodynamic_integration
+        return index, {
+            self.kind.replace(" bound", ""): self.log_evidence,
+            "std_error": self.std_error,
+            "single": self.single,
+            "ess": self.ess,
+            "largest_weight": self.largest_weight,
+            "thermodynamic_integration": ti.value,
+            "thermodynamic_integration_std_error": ti.std_error,
+        }
+
+    def _table(self) -> Table:
+        name = self.kind
         batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
         total_error = self.std_error.square().sum().sqrt().item()
         ti = self.thermodynamic_integration
@@ -284,6 +394,7 @@ class AnnealedRun:
         if self.num_steps > 1:
             fields.append(("acceptance", _range(self.accept_prob)))
             fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
+        fields.append(("verdict", self.verdict))
         cost = f"{self.num_gradients} gradients per chain"
         extra = []
         if self.pilot is not None:
@@ -294,7 +405,11 @@ class AnnealedRun:
             extra.append(f"automatic guide: {self.fit_gradients} in all")
         if extra:
             cost += f" ({'; '.join(extra)})"
-        fields.append(("cost", f"{cost}, {self.seconds:.2f} s, {self.density_mode}"))
+        if self.provenance is None:
+            cost += f", {self.seconds:.2f} s"
+        fields.append(("cost", f"{cost}, {self.density_mode}"))
+        if self.provenance is not None:
+            fields.append(("wall time", self.provenance.describe_seconds()))
         if self.direction == "reverse" or not self.certified:
             fields.append(("certified", str(self.certified)))
         title = (
@@ -304,13 +419,26 @@ class AnnealedRun:
         notes = [*self.notes, *(d.message for d in self.diagnostics)]
         if not self.certified and "uncertified" not in {d.name for d in self.diagnostics}:
             notes.append("certified=False: the starts are approximate, so this is no bound")
-        return format_fields(title, fields, notes)
+        return Table(title, fields, notes)
 
-    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+    def to_arviz(
+        self,
+        *,
+        resample: bool = False,
+        num_samples: int | None = None,
+        log_likelihood: bool = False,
+        seed: int | None = None,
+    ) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
         from .arviz import to_arviz
 
-        return to_arviz(self, resample=resample, seed=seed)
+        return to_arviz(
+            self,
+            resample=resample,
+            num_samples=num_samples,
+            log_likelihood=log_likelihood,
+            seed=seed,
+        )
 
     def plot(self) -> Any:
         """Draws the run; see :func:`pyro_anneal.results.plotting.plot_run`."""

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import bounds
+from .base import Columns, Result
 from .findings import Diagnostic
+from .provenance import Provenance
 from .run import AnnealedRun, Estimate, std_error_over_pairs
-from .tables import format_fields, format_value
+from .tables import Table, format_value
 
 __all__ = ["Sandwich", "check_names"]
 
@@ -33,7 +35,7 @@ def check_names(names: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Sandwich:
+class Sandwich(Result):
     r"""Lower and upper bounds on the log evidence of SIMULATED data.
 
     Each pair (z, x) is drawn from the model, so that z is an exact posterior sample given x: the
@@ -50,6 +52,7 @@ class Sandwich:
     upper_bound: str = "CR upper"
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
+    provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
         if self.forward.direction != "forward" or self.reverse.direction != "reverse":
@@ -67,8 +70,20 @@ class Sandwich:
                 available = [key for key in self.bounds if key.endswith(end)]
                 raise ValueError(f'no {end} bound "{name}" here: choose among {available}')
 
-    def __repr__(self) -> str:
-        return self.summary()
+    @property
+    def directions(self) -> dict[str, AnnealedRun]:
+        """The forward and the reverse run."""
+        return {"forward": self.forward, "reverse": self.reverse}
+
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """The bounds named by ``lower_bound`` and ``upper_bound``, nats, shape ``batch``."""
+        return {"lower": self.lower, "upper": self.upper}
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the simulated data."""
+        return self.forward.data_digest
 
     @property
     def bounds(self) -> dict[str, Tensor]:
@@ -151,8 +166,21 @@ class Sandwich:
         low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, level)
         return self.forward.scale * low, self.forward.scale * high
 
-    def summary(self) -> str:
-        """Formats a short table of the bounds and estimates, as means over the pairs."""
+    def _columns(self) -> tuple[Columns, Columns]:
+        index, forward = self.forward._columns()
+        columns: dict[str, Any] = {"lower": self.lower, "upper": self.upper, "gap": self.gap}
+        columns |= self.bounds
+        columns |= {
+            "bennett": self.bennett,
+            "ess": forward["ess"],
+            "ess_reverse": self.reverse.ess,
+        }
+        columns["thermodynamic_integration"] = self.thermodynamic_integration.value
+        if self.true_log_likelihood is not None:
+            columns["true_log_likelihood"] = self.true_log_likelihood
+        return index, columns
+
+    def _table(self) -> Table:
         several = self.num_pairs > 1
         errors = self.std_error
         fields = [
@@ -176,7 +204,10 @@ class Sandwich:
             f"{', means over ' + str(self.num_pairs) + ' pairs' if several else ''}"
         )
         notes = [*self.forward.notes, *self.notes, *(d.message for d in self.diagnostics)]
-        return format_fields(title, fields, notes)
+        fields.append(("verdict", self.verdict))
+        if self.provenance is not None:
+            fields.append(("wall time", self.provenance.describe_seconds()))
+        return Table(title, fields, notes)
 
     def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""

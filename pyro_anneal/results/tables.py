@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["format_fields", "format_grid", "format_value"]
+__all__ = ["Table", "format_fields", "format_grid", "format_value"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, rows of cells, and notes below: as text or as HTML.
+
+    Attributes:
+        title: First line.
+        rows: Cells by row; without a header, pairs of a name and a value.
+        notes: Sentences, one line each.
+        header: Names of the columns, or nothing.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    header: Sequence[str] = ()
+
+    def to_text(self) -> str:
+        """Formats plain text, without a final newline."""
+        if not self.header:
+            pairs = [(name, value) for name, value in self.rows]
+            return format_fields(self.title, pairs, self.notes)
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([self.title, format_grid(self.header, self.rows), *notes])
+
+    def to_html(self) -> str:
+        """Formats an HTML table for notebooks."""
+        lines = ["<div><strong>", html.escape(self.title), "</strong><table>"]
+        if self.header:
+            cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+            lines.append(f"<thead><tr>{cells}</tr></thead>")
+        lines.append("<tbody>")
+        for row in self.rows:
+            cells = f'<th style="text-align: left">{html.escape(row[0])}</th>'
+            cells += "".join(
+                f'<td style="text-align: left">{html.escape(cell)}</td>' for cell in row[1:]
+            )
+            lines.append(f"<tr>{cells}</tr>")
+        lines.append("</tbody></table>")
+        if self.notes:
+            items = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+            lines.append(f"<ul>{items}</ul>")
+        return "".join([*lines, "</div>"])
 
 
 def format_value(value: float, std_error: float | None = None) -> str:

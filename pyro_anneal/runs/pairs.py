@@ -8,6 +8,8 @@ of latents and data times the number of simulations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +17,28 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
-from ..models.simulation import Arguments, Simulation, guide_arguments, simulate
+from ..models.simulation import (
+    Arguments,
+    Simulation,
+    check_copies,
+    guide_arguments,
+    simulate,
+)
 from ..persistence.journal import Journal
 from ..persistence.memory import released
+from ..results.digest import add_digests
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
-from .run import Settings, forward, freeze, make_problem, progress_bar, reverse
+from .run import forward, freeze, make_problem, reverse
+from .settings import Settings, progress_bar
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
 # Fields of a run that are added up over data sets; curves become averages, for each data set had
 # a pilot of its own.
-_TOTALS = ("num_diverging", "num_evaluations", "seconds")
+_TOTALS = ("num_diverging", "num_evaluations", "seconds", "setup_seconds")
 _CURVES = ("betas", "accept_prob", "step_size", "mean_log_ratio", "var_log_ratio")
 _SUMMED = (*_TOTALS, *_CURVES)
 # Fields that are kept for each data set, and where several are stacked.
@@ -54,7 +65,8 @@ def simulate_pair(
     seed: int,
     coupled: bool,
     keep_samples: bool,
-) -> Pair:
+    budget: Budget | None = None,
+) -> tuple[Pair, Budget | None]:
     """Simulates a data set, and runs chains in both directions on it.
 
     Args:
@@ -65,42 +77,41 @@ def simulate_pair(
         seed: Seed of the data set and its runs.
         coupled: Whether to run reverse chains from the end of a forward one.
         keep_samples: Whether to keep posterior samples and data.
+        budget: What ``target_gap`` chose on another data set, to be shared; None to choose.
+
+    Returns:
+        The runs, and the budget that they had.
     """
-    conditioned, guide_args, simulation = _simulated(settings, arguments, seed)
-    frozen = freeze(settings, conditioned, arguments, guide_args, journal, prefix, seed=seed)
-    run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
-    exact = frozen.problem.pack(simulation.latents)
-    count = settings.num_chains
-    back = reverse(
-        settings,
-        frozen,
-        exact.expand(count, *exact.shape),
-        journal,
-        prefix,
-        keep_samples=keep_samples,
+    conditioned, guide_args, simulation = _simulated(
+        settings, arguments, seed, check=prefix in ("", "0/")
     )
+    frozen = freeze(
+        settings, conditioned, arguments, guide_args, journal, prefix, seed=seed, budget=budget
+    )
+    run, end = forward(frozen, journal, prefix, keep_samples=keep_samples)
+    exact = frozen.problem.pack(simulation.latents)
+    count = frozen.num_chains
+    starts = exact.expand(count, *exact.shape)
+    back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
     extra = None
     if coupled and count > 1:
         first = end.expand(count - 1, *exact.shape)
-        extra = reverse(
-            settings,
-            frozen,
-            first,
-            journal,
-            prefix,
-            stream="coupled reverse",
-            keep_samples=False,
-        ).log_weights
+        stream = "coupled reverse"
+        again = reverse(frozen, first, journal, prefix, stream=stream, keep_samples=False)
+        extra = again.log_weights
     log_likelihood = frozen.problem.log_likelihood(exact)
-    return Pair(run, back, extra, simulation.observed if keep_samples else {}, log_likelihood)
+    observed = simulation.observed if keep_samples else {}
+    return Pair(run, back, extra, observed, log_likelihood), frozen.budget
 
 
 def _simulated(
-    settings: Settings, arguments: Arguments, seed: int
+    settings: Settings, arguments: Arguments, seed: int, *, check: bool
 ) -> tuple[Any, Arguments, Simulation]:
     """Simulates a data set: the model conditioned on it, and the guide's arguments."""
     torch.manual_seed(seed)
     simulation = simulate(settings.model, arguments)
+    if check:
+        check_copies(settings.model, arguments, simulation)
     conditioned = poutine.condition(settings.model, data=simulation.observed)
     guide_args = arguments
     if sees_arguments(settings.guide) or settings.make_args is not None:
@@ -119,6 +130,9 @@ def simulate_pairs(
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
+    With ``target_gap`` the first data set chooses the budget of all, whose curves can then be
+    averaged.
+
     Args:
         settings: Settings.
         arguments: ``(args, kwargs)`` of model and guide.
@@ -128,18 +142,19 @@ def simulate_pairs(
         keep_samples: Likewise.
     """
     stored, seed = journal.get("pairs"), journal.seed
-    total = PairSum()
+    total, budget = PairSum(), None
     if stored is not None:  # by a model that must be what it was: the first data set shows it
-        model, guide_args, _ = _simulated(settings, arguments, seed)
+        model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
-        total = PairSum.from_dict(stored, problem.layout.device)
-    visible = settings.progress_bar and num_simulations > 1
+        total = PairSum.from_dict(stored["sum"], problem.layout.device)
+        budget = None if stored["budget"] is None else Budget(**stored["budget"])
+    visible = settings.progress_bar and journal.is_first and num_simulations > 1
     with progress_bar(visible, "simulations", num_simulations) as bar:
         bar.update(total.count)
         for index in range(total.count, num_simulations):
             prefix = f"{index}/"
             with released():
-                pair = simulate_pair(
+                pair, budget = simulate_pair(
                     settings,
                     arguments,
                     journal,
@@ -147,12 +162,17 @@ def simulate_pairs(
                     seed=seed + index,
                     coupled=coupled,
                     keep_samples=keep_samples,
+                    budget=budget,
                 )
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))
-            journal.put("pairs", total.to_dict)
+            journal.put("pairs", partial(_described, total, budget))
             bar.update(1)
     return total
+
+
+def _described(total: PairSum, budget: Budget | None) -> dict[str, Any]:
+    return {"sum": total.to_dict(), "budget": None if budget is None else asdict(budget)}
 
 
 class RunSum:
@@ -164,10 +184,11 @@ class RunSum:
         self.per_pair: dict[str, list[Tensor]] = {name: [] for name in _PER_PAIR}
         self.by_site: dict[str, list[dict[str, Tensor]]] = {name: [] for name in _BY_SITE}
         self.sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
+        self.digests: list[str] = []
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run))
+        fields = dict(vars(run)) | {"continuation": None}
         for name in _PER_PAIR:
             self.per_pair[name].append(fields.pop(name))
         for name in _BY_SITE:
@@ -176,11 +197,12 @@ class RunSum:
             self.sums[name] = self.sums[name] + fields.pop(name)
         if self.count == 0:
             self.shared = fields
+        self.digests.append(fields["data_digest"])
         self.count += 1
 
     def result(self) -> AnnealedRun:
         """Builds the merged run; with several runs its first plate counts them."""
-        shared = dict(self.shared)
+        shared = self.shared | {"data_digest": add_digests(self.digests)}
         fields: dict[str, Any] = {
             name: total if name in _TOTALS else total / self.count
             for name, total in self.sums.items()
@@ -208,6 +230,7 @@ class RunSum:
             "per_pair": {name: torch.stack(values) for name, values in self.per_pair.items()},
             "by_site": {name: _stack(values, 0) for name, values in self.by_site.items()},
             "sums": self.sums,
+            "digests": self.digests,
         }
 
     @classmethod
@@ -215,7 +238,7 @@ class RunSum:
         """Undoes :meth:`to_dict`."""
         total = cls()
         total.count, total.sums = content["count"], dict(content["sums"])
-        total.shared = dict(content["shared"])
+        total.shared, total.digests = dict(content["shared"]), list(content["digests"])
         if total.shared["pilot"] is not None:
             total.shared["pilot"] = PilotSummary(**total.shared["pilot"])
         total.per_pair = {name: list(values) for name, values in content["per_pair"].items()}

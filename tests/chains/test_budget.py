@@ -10,8 +10,10 @@ import torch
 from scipy import integrate, stats
 from test_gap_law import WEIGHTS, simulate
 
-from pyro_anneal import HMC, AnnealedImportance, Linear
+from pyro_anneal import HMC, AnnealedImportance, Linear, bounds
 from pyro_anneal.chains.budget import (
+    Blocks,
+    choose_blocks,
     expected_gap,
     mean_correlation,
     steps_for_gap,
@@ -19,8 +21,9 @@ from pyro_anneal.chains.budget import (
     weight_variance,
 )
 from pyro_anneal.chains.fluctuations import Pieces
-from pyro_anneal.chains.loop import seeded_generator
 from pyro_anneal.chains.pilot import Pilot, run_pilot
+from pyro_anneal.diagnostics import checks as diagnostics
+from pyro_anneal.persistence.randomness import seeded_generator
 
 
 def linear_vae(x):
@@ -166,3 +169,96 @@ def test_simulations_share_their_steps():
 def test_a_budget_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         AnnealedImportance(linear_vae, **options)
+
+
+def far_from_the_prior(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+
+def near_the_posterior(x):
+    pyro.sample("z", dist.Normal(0.9 * x, 0.6).to_event(1))
+
+
+def test_a_cross_check_chooses_its_own_budget_with_and_without_a_checkpoint(tmp_path, monkeypatch):
+    others, compare = [], diagnostics.diagnose_starts
+    monkeypatch.setattr(
+        diagnostics,
+        "diagnose_starts",
+        lambda run, other: others.append(other) or compare(run, other),
+    )
+    for checkpoint in (None, tmp_path / "x.ckpt", tmp_path / "x.ckpt"):
+        ais = AnnealedImportance(
+            far_from_the_prior,
+            near_the_posterior,
+            target_gap=0.02,
+            cross_check=True,
+            compile=False,
+            seed=0,
+            progress_bar=False,
+            checkpoint=checkpoint,
+        )
+        run = ais.run(torch.tensor([1.0, -2.0, 3.0]))
+        assert run.num_steps < 50  # the guide is nearly exact
+    alone, kept, again = others
+    assert alone.num_steps > 10 * run.num_steps  # the prior is not
+    assert kept.num_steps == again.num_steps == alone.num_steps
+    assert torch.equal(alone.log_weights, kept.log_weights)
+    assert torch.equal(alone.log_weights, again.log_weights)
+
+
+def test_batches_share_the_budget_of_the_first(tmp_path):
+    options = {"num_chains": 4, "target_gap": 1.0, "kernel": HMC(1), "seed": 0}
+    batches = [torch.ones(3, 100), torch.zeros(2, 100)]
+    results = [
+        AnnealedImportance(
+            linear_vae, progress_bar=False, checkpoint=checkpoint, **options
+        ).run_batches(batches)
+        for checkpoint in (None, tmp_path / "x.ckpt", tmp_path / "x.ckpt")
+    ]
+    assert 10 < results[0].num_steps < 500
+    assert results[0].num_gradients == results[0].num_steps  # 1 + L (T - 1), L = 1
+    for other in results[1:]:
+        assert other.num_steps == results[0].num_steps
+        assert torch.equal(other.lower, results[0].lower)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
+def test_an_object_keeps_nothing_of_a_call():
+    ais = AnnealedImportance(
+        far_from_the_prior, target_gap=0.5, compile=False, seed=0, progress_bar=False
+    )
+    told = dict(vars(ais))
+    small = ais.run(torch.tensor([0.1, 0.1, 0.1]))
+    large = ais.run(torch.tensor([30.0, -20.0, 30.0]))
+    assert small.num_steps < large.num_steps
+    assert vars(ais) == told
+
+
+def median_limit(blocks, log_weights):
+    means = bounds.block_means(log_weights, blocks.num_blocks)
+    return float(bounds.limit_of_blocks(means, num_kept=blocks.num_kept).median())
+
+
+@pytest.mark.parametrize("num_chains", [16, 64, 100])
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 2.0])
+def test_blocks_are_chosen_for_the_narrowest_interval(sigma, num_chains):
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(num_chains, 10_000, generator=generator, dtype=torch.float64)
+    log_weights = sigma * noise - 0.5 * sigma**2
+    chosen = choose_blocks(num_chains, sigma**2)
+    assert num_chains % chosen.num_blocks == 0
+    divisors = [count for count in range(1, num_chains + 1) if num_chains % count == 0]
+    best = max(median_limit(Blocks(count, count), log_weights) for count in divisors)
+    assert median_limit(chosen, log_weights) > best - 0.05
+
+
+def test_blocks_of_populations_are_whole_populations():
+    for variance in (0.01, 1.0, 9.0, math.nan, math.inf):
+        assert 4 % choose_blocks(64, variance, num_units=4).num_blocks == 0
+    assert choose_blocks(64, 0.01, num_units=1) == Blocks(1, 1)
+    assert choose_blocks(1, 0.5) == Blocks(1, 1)
+
+
+def test_blocks_of_many_chains_are_chosen_in_no_time():
+    assert choose_blocks(4096, 0.3).num_blocks >= 16

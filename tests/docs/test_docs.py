@@ -37,8 +37,8 @@ PUBLIC = [
     "pyro_anneal.mi",
     "pyro_anneal.mi.base",
     "pyro_anneal.mi.critics",
+    "pyro_anneal.oed",
     "pyro_anneal.results.plotting",
-    "pyro_anneal.results",
     "pyro_anneal.schedules",
     "pyro_anneal.weights",
 ]

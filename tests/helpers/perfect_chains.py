@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pyro_anneal.results import AnnealedRun, PilotSummary, Sandwich
+from pyro_anneal.results.digest import digest_of_data
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def make_run(problem, num_chains=16, num_steps=50, *, betas=None, start=None, **
         ),
         "observed": {"x": problem.x},
     }
-    return AnnealedRun(**(fields | changes))
+    fields |= changes
+    return AnnealedRun(**({"data_digest": digest_of_data(fields["observed"])} | fields))
 
 
 def make_sandwich(s, batch=(), num_chains=16, num_steps=50, *, betas=None, **changes):

@@ -556,18 +556,9 @@ def test_disagreements_name_the_site():
     def guide():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    @config_enumerate
-    def enumerated():
-        pyro.sample("z", dist.Bernoulli(0.3))
-
-    def discrete():
-        pyro.sample("z", dist.Bernoulli(0.3))
-
     for loss in (IWAE(2), TVO(2), EUBO(2)):
         with pytest.raises(ValueError, match='latent site "w" of the model is not in the guide'):
             loss.loss(model, guide)
-        with pytest.raises(NotImplementedError, match='guide site "z" is marked for enumeration'):
-            loss.loss(discrete, enumerated)
 
     @config_enumerate(num_samples=3)
     def sampled():

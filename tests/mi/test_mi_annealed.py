@@ -93,7 +93,7 @@ def test_ais_is_a_sandwich(name, kinds):
     assert est.lower <= problem.truth + 5 * est.lower_std_error
     assert est.upper >= problem.truth - 5 * est.upper_std_error
     assert -0.05 < est.gap < 0.6
-    assert est.diagnostics["accept_prob"] > 0.4
+    assert est.measurements["accept_prob"] > 0.4
 
 
 @pytest.mark.parametrize("num_chains", [pytest.param(1, marks=pytest.mark.slow), 8])
@@ -122,7 +122,7 @@ def test_one_step_is_barber_agakov_or_importance_sampling():
     # With K > 1, one step and exact reverse starts CR is still Barber-Agakov.
     many = mi.AIS(problem.joint, problem.guide, num_chains=5, num_steps=1).estimate(x, z)
     torch.testing.assert_close(many.pair_lower, ba.pair_lower)
-    assert (many.diagnostics["IM lower"] > many.lower).item()
+    assert (many.measurements["IM lower"] > many.lower).item()
 
 
 def test_the_terms_are_barber_agakov_of_the_base_and_what_annealing_adds():
@@ -234,7 +234,7 @@ def test_ibal_is_measured_and_stays_below_mi(tilt, bound):
     # A terrible critic keeps chains that start at p(z|x) from reaching Z: Prop. M.1 at work.
     tolerance = 5 * error + (0.01 if tilt > 0 else 0.15)
     assert (measured.lower - exact.mean()).abs() < tolerance
-    assert (measured.diagnostics["ibal_upper"] - exact.mean()).abs() < tolerance
+    assert (measured.measurements["ibal_upper"] - exact.mean()).abs() < tolerance
     assert "Prop. M.1" in measured.notes[0]
 
 
@@ -385,5 +385,5 @@ def test_trained_mine_ais_beats_giwae_and_barber_agakov():
         assert est.lower <= problem.truth + 5 * est.lower_std_error
     assert results["MINEAIS"].lower > results["GIWAE"].lower > results["BA"].lower
     assert results["MINEAIS"].lower > problem.truth - 0.5
-    gap = results["MINEAIS"].diagnostics["ibal_upper"] - results["MINEAIS"].lower
+    gap = results["MINEAIS"].measurements["ibal_upper"] - results["MINEAIS"].lower
     assert abs(gap) < 0.2

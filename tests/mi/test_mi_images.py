@@ -158,7 +158,7 @@ def test_the_papers_picture(load, train):
         }
     for name, est in results.items():
         print(f"{name:<20} {est}")
-    print(results["MINEAIS"].diagnostics)
+    print(results["MINEAIS"].measurements)
     ais = results["AIS"]
     assert -0.1 < ais.gap < 1.0
     assert results["IWAE from the prior"].lower < ais.lower - 10.0

@@ -416,7 +416,13 @@ def test_comparison_refuses_what_speaks_of_other_data():
     with pytest.raises(ValueError, match="at least one model"):
         compare({})
     other = make_run(problem, observed={"y": torch.zeros(7)})
-    assert "different numbers of values {'a': 2, 'b': 7}" in repr(compare({"a": run, "b": other}))
+    with pytest.raises(
+        ValueError, match=r"'b'.* other values than 'a' .*\{'a': 2, 'b': 7\}.* allow"
+    ):
+        compare({"a": run, "b": other})
+    forced = compare({"a": run, "b": other}, allow_different_data=True)
+    assert any("of the same data only" in note for note in forced.notes)
+    assert forced.data_digest == ""
 
 
 def test_comparison_repeats_what_qualifies_its_entries():

@@ -1,0 +1,189 @@
+"""Pairs of latents and observations, simulated for a batch of designs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ..arguments import as_seed
+from ..models.simulation import Simulation, simulate
+from ..models.sites import is_deterministic
+from ..models.validation import validation_disabled
+from ..results.sandwich import Sandwich
+
+__all__ = ["Experiment", "Labels"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which sites are observed, and which one wants to know."""
+
+    observations: tuple[str, ...]
+    targets: tuple[str, ...] | None  # None for all latents
+
+    @staticmethod
+    def check(observations: str | Sequence[str], targets: str | Sequence[str] | None) -> Labels:
+        """Makes tuples of names, as Pyro's functions take them."""
+
+        def names(given: str | Sequence[str]) -> tuple[str, ...]:
+            return (given,) if isinstance(given, str) else tuple(given)
+
+        wanted = None if targets is None else names(targets)
+        labels = Labels(names(observations), wanted)
+        if not labels.observations or wanted == ():
+            raise ValueError("an experiment needs at least one observed and one target site")
+        both = sorted(set(labels.observations) & set(wanted or ()))
+        if both:
+            raise ValueError(f"site(s) {both} are both observed and target")
+        return labels
+
+
+class _Ignore(Messenger):  # type: ignore[misc]
+    """Leaves sites out of the joint density, though they are drawn."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
+            msg["mask"] = False
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A model of designs with N simulated pairs per design.
+
+    Attributes:
+        model: The user's model.
+        design: Designs, expanded by a leading dimension of size N.
+        labels: Names of the sites.
+        latents: Names of all latent sites, in the model's order.
+        simulation: The pairs.
+        seed: Seed of the pairs.
+    """
+
+    model: Callable[..., Any]
+    design: Tensor
+    labels: Labels
+    latents: tuple[str, ...]
+    simulation: Simulation
+    seed: int
+
+    @staticmethod
+    def read(
+        model: Callable[..., Any], design: Tensor, labels: Labels, num_pairs: int, seed: int | None
+    ) -> Experiment:
+        """Runs the model once on the expanded designs, and simulates the pairs.
+
+        Raises:
+            ValueError: If a label is no site of the model.
+        """
+        if not isinstance(design, Tensor):
+            raise ValueError(f"design must be a tensor, got {type(design).__name__}")
+        expanded = design.detach().expand(num_pairs, *design.shape)
+        given = as_seed(seed)
+        given = int(torch.randint(2**31, ())) if given is None else given
+        with torch.no_grad(), poutine.block(), torch.random.fork_rng():
+            torch.manual_seed(given)
+            trace = poutine.trace(model).get_trace(expanded)
+        names = [
+            name
+            for name in trace.stochastic_nodes
+            if not (site_is_subsample(trace.nodes[name]) or is_deterministic(trace.nodes[name]))
+        ]
+        unknown = [
+            name for name in (*labels.observations, *(labels.targets or ())) if name not in names
+        ]
+        if unknown:
+            raise ValueError(
+                f"site(s) {unknown} are no unobserved sites of the model, which has {names}"
+            )
+        latents = tuple(name for name in names if name not in labels.observations)
+        values = {name: trace.nodes[name]["value"] for name in labels.observations}
+        conditioned = poutine.condition(model, data=values)
+        with torch.random.fork_rng():
+            torch.manual_seed(given)
+            simulation = simulate(conditioned, ((expanded,), {}))
+        return Experiment(model, expanded, labels, latents, simulation, given)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the sites one wants to know."""
+        return self.latents if self.labels.targets is None else self.labels.targets
+
+    @property
+    def nuisances(self) -> tuple[str, ...]:
+        """Names of the latents that are no target."""
+        return tuple(name for name in self.latents if name not in self.targets)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Simulated values of all sites."""
+        return self.simulation.latents | self.simulation.observed
+
+    def observing(self, names: Sequence[str]) -> Callable[..., Any]:
+        """Returns the model with these sites observed, and other observations left out."""
+        data = {name: self.values[name] for name in names}
+        ignored = {n: self.values[n] for n in self.labels.observations if n not in data}
+        model = poutine.condition(self.model, data=data)
+        return _Ignore(ignored)(model) if ignored else model  # type: ignore[no-any-return]
+
+    def check(self, sandwich: Sandwich) -> Sandwich:
+        """Checks that a sandwich speaks of the same pairs, one per design.
+
+        Raises:
+            ValueError: If the leading dimensions of the designs are no plates of the whole model.
+        """
+        shape = sandwich.lower.shape
+        if not shape or shape[0] != len(self.design):
+            raise ValueError(
+                f"the design, expanded to {list(self.design.shape)}, gives bounds of shape "
+                f"{list(shape)}: its leading dimensions must be plates that enclose every site of "
+                "the model, as in pyro.contrib.oed (pyro.plate_stack over design.shape)"
+            )
+        for name, value in sandwich.simulated.items():
+            if not torch.equal(value, self.values[name]):
+                raise RuntimeError(f'site "{name}" was simulated anew: pairs do not match')
+        return sandwich
+
+    def log_prior_of_targets(self) -> Tensor | None:
+        """Computes log p(target | d) of each pair, or None where it depends on nuisances."""
+        found = None
+        for _ in range(5):
+            data = {name: self.values[name] for name in self.targets}
+            log_prob = self._log_prob(poutine.condition(self.model, data=data), self.targets)
+            if found is not None and not torch.equal(found, log_prob):
+                return None
+            found = log_prob
+        return found
+
+    def gradient(self, gain: Tensor) -> Tensor:
+        """Computes the score gradient of the mean of ``gain``, ``[N, *designs]``, over pairs."""
+        count = len(gain)
+        baseline = (gain.sum(0) - gain) / max(count - 1, 1)
+        weight = (gain - baseline).detach() / count
+        design = self.design[0].clone().requires_grad_()
+        model = poutine.condition(self.model, data=self.values)
+        with torch.enable_grad():
+            expanded = design.expand(count, *design.shape)
+            log_prob = self._log_prob(model, tuple(self.values), expanded)
+            (slope,) = torch.autograd.grad((weight * log_prob).sum(), design)
+        return slope
+
+    def _log_prob(
+        self, model: Callable[..., Any], names: Sequence[str], design: Tensor | None = None
+    ) -> Tensor:
+        """Sums the log densities of sites, ``[N, *designs]``."""
+        with validation_disabled(), poutine.block():
+            trace = poutine.trace(model).get_trace(self.design if design is None else design)
+            trace.compute_log_prob(lambda name, site: name in names)
+        return torch.stack([trace.nodes[name]["log_prob"] for name in names]).sum(0)

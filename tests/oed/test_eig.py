@@ -1,0 +1,153 @@
+"""Expected information gain against closed forms and quadrature, nuisances and gradients included."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_anneal.oed import ais_eig
+from pyro_anneal.results.quantiles import student_quantile
+
+DESIGNS = torch.tensor([0.3, 1.0, 3.0])
+# Short runs on many pairs: some pair in a hundred is flagged, and its bounds say so by their width.
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+
+
+def linear(design):
+    with pyro.plate_stack("designs", design.shape):
+        theta = pyro.sample("theta", dist.Normal(0.5, 1.5))
+        pyro.sample("y", dist.Normal(design * theta, 0.7))
+
+
+def gain(design):
+    return 0.5 * (1.0 + (design * 1.5 / 0.7) ** 2).log()
+
+
+def with_nuisance(design):
+    with pyro.plate_stack("designs", design.shape):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        drift = pyro.sample("drift", dist.Normal(0.0, 2.0))
+        pyro.sample("y", dist.Normal(design * theta + drift, 0.5))
+
+
+def coupled_nuisance(design):
+    """The target's prior depends on the nuisance: theta ~ N(0, sqrt 2) all in all."""
+    with pyro.plate_stack("designs", design.shape):
+        drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+        theta = pyro.sample("theta", dist.Normal(drift, 1.0))
+        pyro.sample("y", dist.Normal(design * theta + drift, 0.5))
+
+
+def working_memory(design):
+    """Pyro's example of adaptive psychology: is a list of this length recalled?"""
+    with pyro.plate_stack("designs", design.shape):
+        theta = pyro.sample("theta", dist.Normal(7.0, 2.0))
+        pyro.sample("y", dist.Bernoulli(logits=2.0 * (theta - design)))
+
+
+def bernoulli_gain(design):
+    theta = np.linspace(-8.0, 22.0, 20001)
+    prior = np.exp(-0.5 * ((theta - 7.0) / 2.0) ** 2) / math.sqrt(8.0 * math.pi)
+    p = 1.0 / (1.0 + np.exp(-2.0 * (theta - float(design))))
+
+    def entropy(p):
+        p = np.clip(p, 1e-300, 1.0 - 1e-16)
+        return -p * np.log(p) - (1.0 - p) * np.log1p(-p)
+
+    marginal = np.trapezoid(prior * p, theta)
+    return float(entropy(marginal) - np.trapezoid(prior * entropy(p), theta))
+
+
+def assert_sandwiched(eig, truth, *, gap):
+    truth = torch.as_tensor(truth)
+    assert eig.lower.shape == truth.shape
+    assert bool((eig.lower - 5.0 * eig.lower_std_error < truth).all())
+    assert bool((eig.upper + 5.0 * eig.upper_std_error > truth).all())
+    assert bool((eig.gap < gap).all()), eig.gap
+    assert bool((eig.gap > -5.0 * (eig.lower_std_error + eig.upper_std_error)).all())
+
+
+def test_linear_designs():
+    eig = ais_eig(linear, DESIGNS, "y", num_pairs=100, num_steps=40, seed=0)
+    assert_sandwiched(eig, gain(DESIGNS), gap=0.15)
+    assert "from 100 pairs per design" in repr(eig)
+    assert eig.num_pairs == 100
+
+
+def test_nuisances_are_bounded_on_both_sides():
+    """I(theta; y) of a Gaussian: the drift adds to the noise."""
+    truth = 0.5 * (1.0 + DESIGNS.square() / (0.25 + 4.0)).log()
+    eig = ais_eig(with_nuisance, DESIGNS, ["y"], ["theta"], num_pairs=100, num_steps=30, seed=1)
+    assert_sandwiched(eig, truth, gap=0.3)
+
+
+@pytest.mark.slow
+def test_targets_whose_prior_depends_on_nuisances():
+    given = torch.tensor(2.0)  # var theta; drift given theta: mean theta / 2, var 1 / 2
+    slope = DESIGNS + 0.5
+    truth = 0.5 * (1.0 + slope.square() * given / (0.25 + 0.5)).log()
+    eig = ais_eig(coupled_nuisance, DESIGNS, "y", "theta", num_pairs=200, num_steps=60, seed=2)
+    assert_sandwiched(eig, truth, gap=0.3)
+
+
+def test_binary_observations():
+    design = torch.tensor([5.0, 7.0, 10.0])
+    eig = ais_eig(working_memory, design, "y", "theta", num_pairs=200, num_steps=30, seed=3)
+    assert_sandwiched(eig, [bernoulli_gain(d) for d in design], gap=0.05)
+
+
+def test_the_gradient_is_that_of_the_gain():
+    """Independent pairs give independent estimates: their mean is the derivative, at five errors."""
+    design = torch.tensor([0.6, 1.4]).repeat_interleave(20)
+    eig = ais_eig(linear, design, "y", num_pairs=40, num_steps=25, gradient=True, seed=4)
+    assert eig.gradient.shape == design.shape
+    ratio = (1.5 / 0.7) ** 2
+    for value, estimates in zip((0.6, 1.4), eig.gradient.split(20), strict=True):
+        truth = value * ratio / (1.0 + value**2 * ratio)
+        error = estimates.std() / 20**0.5
+        assert abs(estimates.mean() - truth) < 5.0 * error
+        assert truth > 3.0 * error  # the test can tell it from zero
+
+
+def test_intervals_are_wider_for_few_pairs():
+    eig = ais_eig(linear, DESIGNS[:1], "y", num_pairs=2, num_steps=20, seed=5)
+    low, high = eig.normal_interval(0.95)
+    margin = float(eig.lower - low) / float(eig.lower_std_error)
+    assert margin == pytest.approx(12.7062, abs=1e-3)
+    assert high > eig.upper
+    one = ais_eig(linear, DESIGNS[:1], "y", num_pairs=1, num_steps=20, seed=5)
+    assert one.normal_interval()[0].item() == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("z", None), r"site\(s\) \['z'\] are no unobserved sites of the model"),
+        (("y", "phi"), r"site\(s\) \['phi'\] are no unobserved"),
+        (("y", "y"), r"site\(s\) \['y'\] are both observed and target"),
+        (((), None), "needs at least one observed"),
+    ],
+)
+def test_labels_are_checked(labels, message):
+    with pytest.raises(ValueError, match=message):
+        ais_eig(linear, DESIGNS, *labels, num_pairs=3, num_steps=5)
+
+
+def test_designs_that_are_no_plates_are_refused():
+    def model(design):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(design.sum() * theta, 1.0))
+
+    with pytest.raises(ValueError, match="leading dimensions must be plates"):
+        ais_eig(model, DESIGNS, "y", num_pairs=3, num_steps=5)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 101, 6000])
+@pytest.mark.parametrize("probability", [0.6, 0.975, 0.9995, 0.02])
+def test_student_quantiles(freedom, probability):
+    stats = pytest.importorskip("scipy.stats")
+    truth = stats.t.ppf(probability, freedom)
+    assert student_quantile(freedom, probability) == pytest.approx(truth, rel=2e-4)

@@ -1,0 +1,141 @@
+import dataclasses
+import sys
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from perfect_chains import make_run, make_sandwich, simulate
+from test_files import results
+
+from pyro_anneal import AnnealedImportance, Diagnostic, MutualInformation
+from pyro_anneal.results import Result, judge
+
+S = [1.8, 0.6]
+
+
+def _found(name, severity="warning"):
+    return Diagnostic(name=name, severity=severity, message=f"{name} <seen>", value=1.0)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_every_result_speaks_the_same_words(index):
+    result = results()[index]
+    assert isinstance(result, Result)
+    assert set(result.directions) <= {"forward", "reverse"}
+    assert set(result.sides) <= {"lower", "upper"}
+    assert all(torch.equal(v, getattr(result, k)) for k, v in result.sides.items())
+    assert isinstance(result.diagnostics, tuple)
+    assert result.verdict == judge(result.diagnostics)
+    assert result.summary() == repr(result)
+    assert "verdict" in repr(result)
+
+
+def test_verdict():
+    assert judge([]) == "ok"
+    assert judge([_found("starts", "info"), _found("zero_weights", "info")]) == "ok"
+    assert judge([_found("lag"), _found("starts", "info")]) == "suspicious"
+    for name in ("agreement", "modes", "starts", "undefined_weights"):
+        assert judge([_found("ess"), _found(name)]) == "failed"
+
+
+def test_directions_and_sides():
+    sandwich, _ = make_sandwich(S, (2, 3))
+    assert sandwich.directions == {"forward": sandwich.forward, "reverse": sandwich.reverse}
+    assert sandwich.forward.directions == {"forward": sandwich.forward}
+    assert torch.equal(sandwich.sides["lower"], sandwich.lower)
+    assert torch.equal(sandwich.sides["upper"], sandwich.upper)
+    assert list(sandwich.forward.sides) == ["lower"]
+    assert list(sandwich.reverse.sides) == ["upper"]
+
+
+def test_an_uncertified_reverse_run_is_an_estimate():  # FAULTS B6
+    problem, z = simulate(S)
+    run = make_run(problem, start=z, certified=False)
+    assert run.kind == "estimate"
+    assert run.sides == {}
+    assert "upper bound" not in repr(run)
+    assert repr(run).splitlines()[1].split()[0] == "estimate"
+    sure = dataclasses.replace(run, certified=True)
+    assert sure.kind == "upper bound"
+    assert repr(sure).splitlines()[1].startswith("  upper bound (nats)")
+
+
+def test_html_is_escaped_and_holds_all_rows():
+    run = make_run(simulate(S)[0], diagnostics=(_found("ess"),))
+    html = run._repr_html_()
+    assert "ess &lt;seen&gt;" in html
+    assert html.count("<tr>") == len(run._table().rows) == html.count("</tr>")
+    table = results()[-1]._repr_html_()
+    assert table.count("<tr>") == 3  # a header and two models
+
+
+def test_data_frames_hold_the_numbers():
+    pandas = pytest.importorskip("pandas")
+    run, *_, reverse, sandwich, batches, information, comparison = results()
+    frame = run.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.index.names == ["data"]
+    np.testing.assert_array_equal(frame["lower"], run.lower.numpy())
+    np.testing.assert_array_equal(frame["std_error"], run.std_error.numpy())
+    assert "estimate" in reverse.to_dataframe()
+    frame = sandwich.to_dataframe()
+    assert frame.index.names == ["simulation", "data"]
+    assert frame.loc[(1, 2), "gap"] == sandwich.gap[1, 2].item()
+    assert frame.loc[(1, 0), "CR upper"] == sandwich.bounds["CR upper"][1, 0].item()
+    frame = batches.to_dataframe()
+    assert list(frame["batch"]) == [0, 0, 0, 1, 1]
+    np.testing.assert_array_equal(frame["ess"], batches.ess.numpy())
+    assert information.to_dataframe()["lower"].mean() == pytest.approx(information.lower.item())
+    frame = comparison.to_dataframe()
+    assert list(frame.index) == list(comparison.names)
+    assert frame["probability"].sum() == pytest.approx(1.0)
+    single = make_run(simulate(S)[0]).to_dataframe()
+    assert single.shape[0] == 1
+
+
+def test_absence_of_pandas_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyro-anneal\[pandas\]'"):
+        results()[0].to_dataframe()
+
+
+def _model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+def test_provenance_splits_the_wall_time():
+    x = torch.tensor([0.3, -2.0])
+    ais = AnnealedImportance(
+        _model, "auto", num_chains=4, num_steps=20, progress_bar=False, seed=5
+    )
+    for name, arguments in (
+        ("run", (x,)),
+        ("sandwich", (x,)),
+        ("run_reverse", ({"z": torch.zeros(3, 2)}, x)),
+        ("mutual_information", (x,)),
+    ):
+        result = getattr(ais, name)(*arguments)
+        record = result.provenance
+        assert record.task == name
+        assert record.seed == 5
+        assert record.kernel.startswith("HMC(")
+        assert set(record.versions) == {"pyro_anneal", "pyro", "torch", "python"}
+        assert record.versions["torch"] == torch.__version__
+        assert list(record.seconds) == ["fit", "pilot", "chains", "total"]
+        parts = sum(record.seconds[k] for k in ("fit", "pilot", "chains"))
+        assert 0.0 < parts <= record.seconds["total"]
+        assert min(record.gradients.values()) > 0
+        wall = next(line for line in repr(result).splitlines() if "wall time" in line)
+        assert all(word in wall for word in ("s in all", "fit", "pilot", "chains"))
+
+
+def test_mutual_information_inherits_findings():
+    sandwich, _ = make_sandwich(S, (4,), diagnostics=(_found("gap"),))
+    information = MutualInformation.from_sandwich(sandwich)
+    assert information.verdict == "suspicious"
+    assert "gap <seen>" in repr(information)

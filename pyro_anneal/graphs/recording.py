@@ -144,12 +144,15 @@ def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
     return torch.where(failed, torch.nan, value)
 
 
-def evaluate(function: LogDensities, position: Tensor) -> Outputs:
+def evaluate(
+    function: LogDensities, position: Tensor, row_weights: Tensor | None = None
+) -> Outputs:
     """Computes both log densities and their gradients for one chain.
 
     Args:
         function: One chain's ``(log_base, log_target)``, each of shape ``[*batch]``.
         position: Unconstrained position, shape ``[*batch, D]``.
+        row_weights: Weights ``[*batch]`` of the rows in the sum whose gradient is taken.
 
     Returns:
         Log densities ``[*batch]`` and gradients ``[*batch, D]``; a gradient is zero where the
@@ -161,7 +164,7 @@ def evaluate(function: LogDensities, position: Tensor) -> Outputs:
     with torch.enable_grad():
         leaf = position.detach().requires_grad_()
         log_densities = _values(function, leaf)
-        grads = [_gradient(value, leaf) for value in log_densities]
+        grads = [_gradient(value, leaf, row_weights) for value in log_densities]
     log_base, log_target = (value.detach().contiguous() for value in log_densities)
     return log_base, log_target, grads[0].contiguous(), grads[1].contiguous()
 
@@ -178,11 +181,12 @@ def _values(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]:
     return log_densities
 
 
-def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
+def _gradient(value: Tensor, leaf: Tensor, row_weights: Tensor | None) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     # Rows are independent, so the gradient of the sum holds every row's own gradient. The graph is
     # retained because base and target share parts of it.
+    value = value if row_weights is None else value * row_weights
     (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)
     return torch.zeros_like(leaf) if grad is None else grad.detach()
 

@@ -77,8 +77,8 @@ def simulate_pair(
         settings, arguments, seed, check=prefix in ("", "0/")
     )
     frozen = freeze(settings, conditioned, arguments, guide_args, journal, prefix, seed=seed)
-    run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
     exact = frozen.problem.pack(simulation.latents)
+    run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
     count = settings.num_chains
     back = reverse(
         settings,

@@ -445,7 +445,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         log_evidence_ti=ends.integral,
         posterior=problem.unpack(ends.position) if keep_samples else {},
         plates={plate.name: plate.size for plate in layout.batch},
-        site_plates={site.name: site.plates for site in layout.sites},
+        site_plates={site.name: site.plates for site in layout.model_sites},
         num_gradients=1 + path.kernel.num_gradients * (path.num_steps - 1),
         num_evaluations=ends.num_evaluations,
         seconds=ends.seconds,
@@ -472,13 +472,14 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
         )
     device = problem.layout.device
     samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
-    missing = [site.name for site in problem.layout.sites if site.name not in samples]
+    sites = problem.layout.model_sites
+    missing = [site.name for site in sites if site.name not in samples]
     if missing:
         raise ValueError(
             f"a reverse run needs posterior samples of every latent site, missing: {missing}"
         )
     counts = set()
-    for site in problem.layout.sites:
+    for site in sites:
         shape = samples[site.name].shape
         if shape[1:] != site.value_shape or not shape:
             grouped = len(shape) > 1 and shape[2:] == site.value_shape
@@ -492,7 +493,7 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
         raise ValueError("a reverse run needs K >= 1 posterior samples, got 0")
     if len(counts) != 1:
         raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
-    names = [site.name for site in problem.layout.sites]
+    names = [site.name for site in sites]
     chains = []
     for k in range(counts.pop()):
         values = {name: samples[name][k] for name in names}

@@ -311,7 +311,7 @@ def test_hand_written_delta_raises():
         pyro.sample("a", dist.Gamma(3.0, 2.0))
         pyro.sample("b", dist.Delta(pyro.param("b_map", lambda: torch.zeros(()))))
 
-    check_error(guide, 'a point mass, or an auxiliary number')
+    check_error(guide, "a point mass, or an auxiliary number")
 
 
 def test_missing_and_surplus_sites_raise():

@@ -22,16 +22,11 @@ from torch.utils._pytree import tree_flatten
 
 from ..graphs.differentiable import DifferentiableDensity
 from ..models.autoguides import is_autoguide
-<<<<<<< HEAD
 from ..models.discrete import DiscreteMap
-from ..models.sites import Layout
-from ..problems.bases import GuideBase, ModelDensity, PathDensity
-from ..problems.discrete import lattice_of
-=======
 from ..models.sites import TRANSPORT, Layout
 from ..models.transport import Transport, TransportDensity
 from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
->>>>>>> main
+from ..problems.discrete import lattice_of
 from ..problems.problem import Problem, prepare
 from .scales import Scales
 from .traces import Arguments

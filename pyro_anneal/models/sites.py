@@ -223,11 +223,8 @@ class Layout:
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
     loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
-<<<<<<< HEAD
     lifted: tuple[str, ...] = ()  # discrete sites whose gradient is that of exact differences
-=======
     derived: tuple[Site, ...] = ()  # latents that a guide derives from the sites, if it does
->>>>>>> main
     noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
 
     @property

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..chains.blockwise import Blockwise
 from ..chains.path import Direction, StepStatistics
-from ..chains.tuning import Budget, Particles, tune
+from ..chains.tuning import Budget, Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import State
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
+from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import Problem, prepare
 from ..results.digest import digest_of_data
@@ -117,17 +118,21 @@ def freeze(
     problem = make_problem(settings, model, model_args, guide_args, journal, prefix, seed=seed)
     setup_seconds = time.perf_counter() - began
     with progress_bar("pilot", 1.0) as bar:
-        path, summary, budget = tune(
-            particles(
-                problem,
-                seed,
-                max_rows=settings.chain_batch_size,
-                progress=lambda beta: bar.update(beta - bar.n),
-            ),
-            settings.plan,
-            budget=budget,
-            once=lambda name, compute: journal.once(f"{prefix}{name}", compute),
+        walkers = particles(
+            problem,
+            seed,
+            max_rows=settings.chain_batch_size,
+            progress=lambda beta: bar.update(beta - bar.n),
         )
+
+        def once(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            return journal.once(f"{prefix}{name}", compute)
+
+        plan = settings.plan
+        if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
+            kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
+            plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
+        path, summary, budget = tune(walkers, plan, budget=budget, once=once)
     problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
     how = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)
@@ -284,7 +289,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         log_evidence_ti=ends.integral,
         posterior=problem.unpack(ends.position) if keep_samples else {},
         plates={plate.name: plate.size for plate in layout.batch},
-        site_plates={site.name: site.plates for site in layout.sites},
+        site_plates={site.name: site.plates for site in layout.model_sites},
         num_gradients=1 + path.kernel.num_gradients * (path.num_steps - 1),
         num_evaluations=ends.num_evaluations,
         seconds=ends.seconds,

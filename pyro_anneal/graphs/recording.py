@@ -193,6 +193,17 @@ def as_written() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Records recurrent layers step by step: oneDNN's one operation does not replay."""
+    enabled: bool = torch._C._get_mkldnn_enabled()  # the public context warns of other settings
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
 def _values(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]:
     """Computes both log densities of one chain, and checks that there is one per row."""
     log_densities = function(position)
@@ -352,8 +363,7 @@ def record(
                 raise PositionLeft(exit)
         return (*outputs, *(guard.tensor for guard in influence.guards))
 
-    # oneDNN's recurrent layers are one operation that records and does not replay.
-    with as_written(), torch.backends.mkldnn.flags(enabled=False):
+    with as_written(), _without_onednn():
         graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     inputs = [position, *(constant.detach() for constant in constants)]

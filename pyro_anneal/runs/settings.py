@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..arguments import as_count, as_flag, as_real, as_seed, check_function
+from ..chains.grouping import Grouping
 from ..chains.path import Path
 from ..chains.plan import PathOptions
 from ..chains.tuning import Budget
@@ -94,6 +95,7 @@ class Frozen:
     path: Path
     pilot: PilotSummary | None
     budget: Budget | None  # chosen for this problem, with target_gap
+    grouping: Grouping
     num_chains: int
     chain_batch_size: int | None
     seed: int

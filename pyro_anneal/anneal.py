@@ -15,7 +15,7 @@ from .arguments import as_count
 from .diagnostics import checks as diagnostics
 from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments
-from .persistence.fingerprints import describe, describe_arguments
+from .persistence.fingerprints import describe_arguments, described
 from .persistence.journal import Journal, keep_journal
 from .problems.samples import pack_samples
 from .results.batches import EvidenceOfBatches
@@ -360,13 +360,15 @@ class AnnealedImportance(Settings):
         """Opens the journal of a call, which depends on settings, arguments and options."""
 
         def identity() -> dict[str, str]:
+            strict = self.checkpoint is not None
             given: dict[str, str] = {}
             for name, value in options.items():
                 by_site = value if isinstance(value, Mapping) else {}
-                given |= {f'{name}["{site}"]': describe(v) for site, v in by_site.items()}
-                if not by_site:
-                    given[name] = describe(value)
-            return self.describe() | describe_arguments(arguments) | given
+                parts = {f'{name}["{site}"]': part for site, part in by_site.items()}
+                for what, part in (parts or {name: value}).items():
+                    given[what] = described(what, part, strict=strict)
+            ours = self.describe(strict=strict)
+            return ours | describe_arguments(arguments, strict=strict) | given
 
         path = None if self.checkpoint is None else Path(self.checkpoint)
         return keep_journal(task, identity, path=path, every=self.checkpoint_every, seed=self.seed)

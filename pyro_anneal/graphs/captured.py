@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import State
+from .exits import Exit, PositionLeft
 from .inductor import compile_graph, compiler_problem
-from .purity import check_pure, undisturbed, user_line, worst_difference
+from .places import user_line
+from .purity import check_pure, undisturbed, worst_difference
 from .recording import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .repetition import ComputeOnce, WrittenTo, repeated_dims
 from .rewriting import Impure
@@ -75,6 +77,7 @@ class CapturedDensity:
     Attributes:
         reason: Why a better :attr:`mode` is not used, or None.
         num_evaluations: Calls so far; each evaluates all chains once.
+        exits: Values that left the recording: of the position (then there is no graph) or of data.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class CapturedDensity:
         self.reason = reason
         self._trace = traced
         self._constants = [] if traced is None else traced.constants
+        self.exits: tuple[Exit, ...] = () if traced is None else traced.exits
         self._compile = False
         self._looped = False
         self._evaluators: dict[int | None, _Evaluator] = {}
@@ -128,6 +132,31 @@ class CapturedDensity:
         return tuple(self._constants)
 
     @property
+    def serves_all_data(self) -> bool:
+        """Whether the graph is proven to serve all data and parameters of its shapes.
+
+        So it is where no value of a tensor left the recording.
+        """
+        return self._trace is not None and not self.exits
+
+    def serves(self, replacements: Mapping[Tensor, Tensor] | None = None) -> bool:
+        """Tells whether the graph is right for other data, and for parameters as they are now.
+
+        Args:
+            replacements: New tensor by old tensor, as in :meth:`rebind`.
+
+        Returns:
+            True where nothing left the recording, and where what left is the same for these data
+            (the same branch, the same count). False without a graph.
+        """
+        if self._trace is None:
+            return False
+        if self._trace.guards is None:
+            return True
+        given = {id(old): new for old, new in (replacements or {}).items()}
+        return self._trace.guards.hold([given.get(id(c), c) for c in self._constants])
+
+    @property
     def code(self) -> str | None:
         """The operations recorded for one chain, or None without a graph."""
         return None if self._trace is None else str(self._trace.graph.code)
@@ -157,8 +186,10 @@ class CapturedDensity:
         """Reads parameters and data anew; call it after they changed in place.
 
         Raises:
-            ValueError: If the new values change a shape inside the density.
+            ValueError: If the new values change a shape inside the density, or a number that left
+                the recording.
         """
+        self._check_guards()
         for evaluator in self._evaluators.values():
             evaluator.refresh(self._constants)
 
@@ -177,7 +208,7 @@ class CapturedDensity:
 
         Raises:
             ValueError: If an old tensor is not read by the density, shape, dtype or device
-                differ, or ``function`` is missing in the eager mode.
+                differ, ``function`` is missing in the eager mode, or :meth:`serves` is false.
         """
         if self._trace is None and function is None:
             raise ValueError(
@@ -191,11 +222,21 @@ class CapturedDensity:
         other.function = function
         other.num_evaluations = 0
         other._constants = constants
+        other._check_guards()
         other._evaluators = {}
         for count, evaluator in self._evaluators.items():
             other._evaluators[count] = copy.copy(evaluator)
         other.refresh()
         return other
+
+    def _check_guards(self) -> None:
+        if self._trace is None or self.serves():
+            return
+        left = "; ".join(str(exit) for exit in self.exits[:3])
+        raise ValueError(
+            f"the graph was recorded with numbers that are others now ({left}): capture the "
+            "density anew, or keep such values in tensors"
+        )
 
     def graph_and_inputs(self, num_chains: int) -> tuple[fx.GraphModule, list[Tensor]]:
         """Returns the graph of K chains, for compilation inside something larger.
@@ -367,17 +408,21 @@ def capture(
     with undisturbed(example.device), torch.inference_mode(False):
         check_pure(function, example)
         traced, reason = None, None
+        exits: tuple[Exit, ...] = ()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the checks above have shown the model's own
                 traced = trace(function, example)
         except Impure:
             raise
+        except PositionLeft as error:
+            reason, exits = f"it cannot be recorded ({error})", (error.exit,)
         except Exception as error:  # noqa: BLE001 - anything that a tracer or a model may raise
             reason = f"it cannot be recorded ({_summary(error)})"
         density = CapturedDensity(
             function, example, traced, num_chains=num_chains, compile=compile, reason=reason
         )
+        density.exits = density.exits or exits
         if traced is not None:
             mismatch = density._mismatch(function, _probes(example))
             if mismatch is not None:
@@ -442,7 +487,5 @@ def _stacked(chains: Sequence[Outputs]) -> Outputs:
 def _summary(error: Exception) -> str:
     where = user_line(traceback.extract_tb(error.__traceback__))
     message = str(error).strip()
-    if "get value out of a tracing tensor" in message:
-        return f"a branch, .item() or float() needs the value of a latent{where}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"

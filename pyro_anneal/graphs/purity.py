@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -20,14 +17,11 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.validation import validation_disabled
+from .places import user_line
 from .recording import Outputs, evaluate_or_nan
 from .rewriting import Impure, is_random
 
-__all__ = ["check_pure", "undisturbed", "user_line", "worst_difference"]
-
-# Frames inside these are not the user's.
-_LIBRARIES = [Path(str(module.__file__)).parent for module in (torch, pyro)]
-_LIBRARIES += [Path(__file__).parents[1], Path(contextlib.__file__), Path(functools.__file__)]
+__all__ = ["check_pure", "undisturbed", "worst_difference"]
 
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
@@ -91,15 +85,6 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
                 "evaluation"
             )
     return result
-
-
-def user_line(frames: traceback.StackSummary) -> str:
-    """Formats the innermost line outside of torch, Pyro and this package, or an empty string."""
-    for frame in reversed(frames):
-        path = Path(frame.filename)
-        if not any(path.is_relative_to(folder) for folder in _LIBRARIES):
-            return f" at {path.name}:{frame.lineno} ({(frame.line or '').strip()})"
-    return ""
 
 
 def worst_difference(

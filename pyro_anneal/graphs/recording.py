@@ -22,21 +22,23 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
     get_innermost_proxy_mode,
     make_fx,
 )
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
+from .guards import Guards, split_guards
+from .places import current_place
 from .rewriting import (
     dependent_nodes,
     is_mutable,
     lift_constants,
     make_batchable,
-    refuse_impurities,
+    refuse_randomness,
+    refuse_writes,
 )
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "evaluate",
     "evaluate_or_nan",
     "flat_graph",
+    "record",
     "split",
     "trace",
 ]
@@ -63,6 +66,8 @@ class Trace:
 
     graph: fx.GraphModule  # (position, *constants) -> Outputs
     constants: list[Tensor]  # the live tensors that the function read: parameters, data, buffers
+    exits: tuple[Exit, ...] = ()  # by which data left
+    guards: Guards | None = None  # what they must give anew for the graph to stay right
 
 
 class FailuresAsNaN(TorchDispatchMode):
@@ -96,39 +101,40 @@ class FailuresAsNaN(TorchDispatchMode):
 
 
 class _Recording(FailuresAsNaN):
-    """Lets numbers leave the graph that do not depend on the position.
+    """Follows what position and data reach, and lets numbers leave that data alone reach.
 
     A branch on the data, a loop over ``range(len(x))`` or over a sequential plate are the same in
     every evaluation. ``make_fx`` refuses them all, since it does not know which operations lie
-    between the position and a number; this mode follows the position through the storages it
-    reaches. The numbers are recorded as constants.
+    between the position and a number. The numbers are recorded as constants, with a guard.
     """
 
-    def __init__(self, position: Tensor) -> None:
+    def __init__(self, influence: Influence) -> None:
         super().__init__()
-        self.reached = {_storage(position)}
+        self.influence = influence
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs one operation and notes where the position's influence goes."""
-        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        depends = any(_storage(x) in self.reached for x in inputs)
-        if torch.Tag.data_dependent_output in func.tags and not depends:
-            with disable_proxy_modes_tracing():
-                return func(*args, **(kwargs or {}))
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        written = inputs[:1] if func._schema.is_mutable else []
-        for output in (*written, *pytree.tree_leaves(result)):
-            if isinstance(output, Tensor) and depends:
-                self.reached.add(_storage(output))
-            elif isinstance(output, Tensor):
-                self.reached.discard(_storage(output))  # the address of a freed storage
+        """Runs one operation and notes where influences go, and at which line."""
+        run = super().__torch_dispatch__
+        result = self.influence.follow(
+            func, args, kwargs or {}, lambda func, args, kwargs: run(func, types, args, kwargs)
+        )
+        _note_place()
         return result
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _note_place() -> None:
+    """Tells the nodes recorded last which line of the model they come from."""
+    mode = get_innermost_proxy_mode()
+    if mode is None:
+        return
+    place = None
+    for node in reversed(mode.tracer.graph.nodes):
+        if node.op != "call_function" or "place" in node.meta:
+            return
+        place = place or current_place()
+        node.meta["place"] = place
 
 
 def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
@@ -256,24 +262,65 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
         Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
             raise, for example at a branch that depends on the position.
     """
+    graph, constants, noted = record(lambda leaf: evaluate(function, leaf), position)
+    refuse_writes(graph)
+    guards = split_guards(graph, position, constants, noted)
+    graph.graph.eliminate_dead_code()
+    refuse_randomness(graph)
+    ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
+    shapes_to_literals(graph, position.device)
+    constants = constants + make_batchable(graph, position.device)
+    fold_uniform(simplify(graph), position.device)
+    return Trace(simplify(graph), constants, tuple(noted.exits), guards)
 
-    def recorded(leaf: Tensor) -> Outputs:
-        with _Recording(leaf):
-            return evaluate(function, leaf)
+
+def record(
+    function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor
+) -> tuple[fx.GraphModule, list[Tensor], Influence]:
+    """Records a function as a functional graph, and what leaves it.
+
+    Args:
+        function: From the position to tensors.
+        position: Example position.
+
+    Returns:
+        The graph of ``(position, *constants)`` with the guards as last outputs, the constants,
+        and what left.
+    """
+    noted: list[Influence] = []
+
+    def recorded(leaf: Tensor) -> tuple[Tensor, ...]:
+        influence = Influence(leaf)
+        noted.append(influence)
+        with _Recording(influence), ExitsByFunction(influence):
+            outputs = function(leaf)
+        for exit in influence.exits:
+            if exit.reached_by == "position":  # the model caught the exception
+                raise PositionLeft(exit)
+        return (*outputs, *(guard.tensor for guard in influence.guards))
 
     graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     inputs = [position, *(constant.detach() for constant in constants)]
     if any(is_mutable(node) for node in graph.graph.nodes):
-        functional = torch.func.functionalize(graph, remove="mutations")
+        functional = torch.func.functionalize(_WithPlaces(graph).run, remove="mutations")
         graph = flat_graph(functional, *inputs)
         constants += lift_constants(graph)
-    refuse_impurities(graph)
-    ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
-    shapes_to_literals(graph, position.device)
-    constants += make_batchable(graph, position.device)
-    fold_uniform(simplify(graph), position.device)
-    return Trace(simplify(graph), constants)
+    return graph, constants, noted[-1]
+
+
+class _WithPlaces(fx.Interpreter):
+    """Runs a graph and hands the places of its nodes on to those recorded meanwhile."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Runs one node."""
+        result = super().run_node(node)
+        mode = get_innermost_proxy_mode()
+        for new in reversed(mode.tracer.graph.nodes) if mode is not None else ():
+            if new.op != "call_function" or "place" in new.meta:
+                break
+            new.meta["place"] = node.meta.get("place")
+        return result
 
 
 def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) -> Trace:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .places import described
+
 __all__ = [
     "Impure",
     "Unsupported",
@@ -17,7 +19,8 @@ __all__ = [
     "is_random",
     "lift_constants",
     "make_batchable",
-    "refuse_impurities",
+    "refuse_randomness",
+    "refuse_writes",
 ]
 
 aten = torch.ops.aten
@@ -83,23 +86,32 @@ def _new_input(graph: fx.Graph) -> fx.Node:
         return graph.placeholder(f"constant_{len(inputs) - 1}")
 
 
-def refuse_impurities(graph: fx.GraphModule) -> None:
-    """Refuses a functional graph that writes into its inputs or draws random numbers.
+def refuse_writes(graph: fx.GraphModule) -> None:
+    """Refuses a functional graph that writes into its inputs.
 
     Raises:
         Impure: If it does.
     """
+    if any(is_mutable(node) for node in graph.graph.nodes):  # only inputs are still written to
+        raise Impure(
+            "the density writes in place into a tensor that it did not create (a buffer, a "
+            "parameter or data): annealing needs a function of the latents alone; call "
+            ".eval() on modules with running statistics, or write into a clone"
+        )
+
+
+def refuse_randomness(graph: fx.GraphModule) -> None:
+    """Refuses a functional graph without dead nodes in which random numbers are drawn.
+
+    Raises:
+        Impure: If there are.
+    """
     for node in graph.graph.nodes:
-        if is_mutable(node):  # only inputs are still written to in a functional graph
-            raise Impure(
-                "the density writes in place into a tensor that it did not create (a buffer, a "
-                "parameter or data): annealing needs a function of the latents alone; call "
-                ".eval() on modules with running statistics, or write into a clone"
-            )
         if node.op == "call_function" and is_random(node.target, node.args):
             raise Impure(
-                f"the density draws random numbers ({node.target}): annealing needs a "
-                "deterministic density; call .eval() on modules with dropout"
+                f"the density draws random numbers ({node.target}"
+                f"{described(node.meta.get('place'))}): annealing needs a deterministic density; "
+                "call .eval() on modules with dropout, and give every latent a value"
             )
 
 

@@ -134,7 +134,7 @@ class AIWAE(ParticleELBO):
         gates = Gates() if learning else None
         elbo = self._one_particle(model, guide, arguments, gates)
         subsamples = elbo.runs[0].subsamples
-        prepared, density = self._cache.get(model, guide, arguments, subsamples)
+        prepared, density = self._cache.get(model, guide, arguments, subsamples, elbo.scales)
         with unrecorded():
             state, log_weights = self._anneal(
                 prepared, density, model, guide, arguments, subsamples, learning

@@ -116,8 +116,10 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         start = collect(runs, num_particles=count, vectorized=vectorized, sampling="pathwise")
         require_pathwise(start, "DifferentiableAIS", "IWAE or TVO")
         subsamples = runs[0].subsamples
-        prepared, _ = self._cache.prepared(model, guide, arguments, subsamples)
-        function = self._cache.function(prepared, model, guide, arguments, subsamples)
+        prepared, _ = self._cache.prepared(model, guide, arguments, subsamples, start.scales)
+        function = self._cache.function(
+            prepared, model, guide, arguments, subsamples, start.scales.is_common
+        )
         positions = pack_draws(prepared, [run.guide for run in runs], count)
         log_weights = torch.stack([self._chain(function, u, learning) for u in positions])
         bound = (log_mean_exp(log_weights) * start.scale).sum()

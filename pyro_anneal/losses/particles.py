@@ -58,6 +58,7 @@ class Particles:
     score_sites: tuple[str, ...]  # where those are
     altered_sites: tuple[str, ...]  # guide sites with a mask or an inner scale
     scale: Tensor | float  # multiplies each datum's bound, [*batch]
+    scales: Scales  # of single sites
     runs: tuple[Run, ...]
     gates: Gates | None
     notes: tuple[str, ...] = ()  # why the objective is no bound
@@ -128,6 +129,7 @@ def collect(
             if site["mask"] is not None or not same_scale(scales.inside(site), 1.0)
         ),
         scale=scales.outside(dims, shape),
+        scales=scales,
         runs=tuple(runs),
         gates=gates,
         notes=scales.notes,

@@ -24,6 +24,7 @@ from ..models.autoguides import is_autoguide
 from ..models.sites import Layout
 from ..problems.bases import GuideBase, ModelDensity, PathDensity
 from ..problems.problem import Problem, prepare
+from .scales import Scales
 from .traces import Arguments
 
 __all__ = ["FixedBatch", "Prepared", "ProblemCache", "pack_draws", "particle_values"]
@@ -36,12 +37,13 @@ class FixedBatch(Messenger):  # type: ignore[misc]
     """Makes subsampled plates look like plates of the minibatch itself.
 
     Subsamples are replayed from a trace, and their factors N/B, which belong outside the bound of a
-    datum, are removed from the scales.
+    datum, are removed from the scales; so is a scale that all sites share.
     """
 
-    def __init__(self, subsamples: Any) -> None:
+    def __init__(self, subsamples: Any, *, common_scale: bool = False) -> None:
         super().__init__()
         self.subsamples = subsamples
+        self.common_scale = common_scale
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
@@ -56,6 +58,8 @@ class FixedBatch(Messenger):  # type: ignore[misc]
                 frame = frame._replace(full_size=frame.size)
             frames.append(frame)
         msg["cond_indep_stack"] = tuple(frames)
+        if self.common_scale:
+            msg["scale"] = 1.0
 
 
 @dataclass(eq=False)
@@ -73,6 +77,16 @@ class Prepared:
     def layout(self) -> Layout:
         """Layout of the model's latents."""
         return self.problem.layout
+
+    def replacements(self, tensors: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+        """Pairs the tensors that the graph reads with the present ones."""
+        known = {id(constant) for constant in self.problem.density.constants}
+        return {old: tensors[at] for at, old in self.tensors.items() if id(old) in known}
+
+    def serves(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Tells whether the recorded graph is right for these tensors."""
+        density = self.problem.density
+        return density.mode == "eager" or bool(density.serves(self.replacements(tensors)))
 
 
 def _tensors(arguments: Arguments, subsamples: Any) -> dict[str, Tensor]:
@@ -95,11 +109,14 @@ def _key(model: Fn, guide: Fn, arguments: Arguments, tensors: Mapping[str, Tenso
 
 
 class ProblemCache:
-    """Prepares problems once per model, guide and shape of the arguments.
+    """Prepares problems once per model, guide, shape of the arguments, and scales of sites.
 
     The captured graph reads the tensors among the arguments, the subsamples and the parameters.
-    Whether it reads all that the model does is checked against the model itself, at calls 2, 4, 8
-    and so on.
+    Where a value of one of them left the recording (a branch on the minibatch, a parameter turned
+    into a number), the graph serves the data and parameters for which that value is the same; for
+    others it is recorded anew, and several recordings are kept. A graph without such exits serves
+    all. What no tensor says (attributes of Python objects) is checked against the model itself, at
+    calls 2, 4, 8 and so on.
 
     Args:
         num_chains: Number K of chains.
@@ -112,10 +129,10 @@ class ProblemCache:
         self.num_chains = num_chains
         self.compile = compile
         self.size = size
-        self._entries: OrderedDict[Any, Prepared] = OrderedDict()
+        self._entries: OrderedDict[Any, list[Prepared]] = OrderedDict()
 
     def get(
-        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
     ) -> tuple[Prepared, Any]:
         """Returns the problem and its density of K chains at these arguments.
 
@@ -124,55 +141,67 @@ class ProblemCache:
             guide: Pyro guide.
             arguments: ``(args, kwargs)`` of both.
             subsamples: Trace of the subsampling sites.
+            scales: The scales of all sites, as they are at this call.
 
         Returns:
             The prepared problem, and the captured density on the present data and parameters.
 
         Raises:
-            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`, and if model or guide use data
-                that the captured graph does not read as tensors.
+            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`, and if model or guide use
+                data that the captured graph does not read as tensors.
         """
-        prepared, tensors = self.prepared(model, guide, arguments, subsamples)
+        prepared, tensors = self.prepared(model, guide, arguments, subsamples, scales)
+        common = scales.is_common
         if self.compile == "auto" and prepared.num_calls == COMPILE_AFTER:
-            fresh = self._prepare(model, guide, arguments, subsamples, tensors, compile=True)
+            fresh = self._prepare(
+                model, guide, arguments, subsamples, tensors, common, compile=True
+            )
             prepared.problem, prepared.tensors = fresh.problem, fresh.tensors
             return prepared, prepared.problem.density
         density = prepared.problem.density
         if prepared.num_calls == 1:
             return prepared, density
         if density.mode == "eager":
-            fresh = self._prepare(model, guide, arguments, subsamples, tensors)
+            fresh = self._prepare(model, guide, arguments, subsamples, tensors, common)
             return fresh, fresh.problem.density
-        known = {id(constant) for constant in density.constants}
-        replacements = {
-            old: tensors[place] for place, old in prepared.tensors.items() if id(old) in known
-        }
+        replacements = prepared.replacements(tensors)
         if prepared.num_calls & (prepared.num_calls - 1):  # no power of two
             return prepared, density.rebind(replacements)
-        function = self.function(prepared, model, guide, arguments, subsamples)
+        function = self.function(prepared, model, guide, arguments, subsamples, common)
         density = density.rebind(replacements, function)
         density.check(prepared.example.unsqueeze(0))
         return prepared, density
 
     def prepared(
-        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+        self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
     ) -> tuple[Prepared, dict[str, Tensor]]:
-        """Returns the problem for arguments of this shape, and the tensors among them."""
+        """Returns a problem that serves these arguments, and the tensors among them."""
         tensors = _tensors(arguments, subsamples)
-        key = _key(model, guide, arguments, tensors)
-        if key not in self._entries:
-            self._entries[key] = self._prepare(model, guide, arguments, subsamples, tensors)
+        key = (*_key(model, guide, arguments, tensors), scales.key)
+        kept = self._entries.setdefault(key, [])
+        self._entries.move_to_end(key)
+        found = next((prepared for prepared in kept if prepared.serves(tensors)), None)
+        if found is None:
+            common = scales.is_common
+            found = self._prepare(model, guide, arguments, subsamples, tensors, common)
+            kept.insert(0, found)
+            del kept[self.size :]
             while len(self._entries) > self.size:
                 self._entries.popitem(last=False)
-        self._entries[key].num_calls += 1
-        return self._entries[key], tensors
+        found.num_calls += 1
+        return found, tensors
 
     @staticmethod
     def function(
-        prepared: Prepared, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any
+        prepared: Prepared,
+        model: Fn,
+        guide: Fn,
+        arguments: Arguments,
+        subsamples: Any,
+        common_scale: bool,
     ) -> PathDensity:
         """Returns one chain's densities on the present data, through Pyro."""
-        fixed = FixedBatch(subsamples)
+        fixed = FixedBatch(subsamples, common_scale=common_scale)
         density = ModelDensity(fixed(model), prepared.layout, arguments)
         return PathDensity(density, GuideBase(_keep_kind(fixed, guide), density, arguments))
 
@@ -183,10 +212,11 @@ class ProblemCache:
         arguments: Arguments,
         subsamples: Any,
         tensors: dict[str, Tensor],
+        common_scale: bool,
         *,
         compile: bool = False,
     ) -> Prepared:
-        fixed = FixedBatch(subsamples)
+        fixed = FixedBatch(subsamples, common_scale=common_scale)
         problem = prepare(
             fixed(model),
             _keep_kind(fixed, guide),

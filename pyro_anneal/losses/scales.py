@@ -20,6 +20,7 @@ class Scales:
 
     def __init__(self, runs: Sequence[Run], batch: Mapping[str, Any]) -> None:
         self.notes: tuple[str, ...] = ()
+        self.is_common = False  # whether all sites share one scale, taken outside
         self._own: dict[int, Tensor | float] = {}  # poutine.scale of a site, by id
         self._inside: dict[int, float] = {}  # subsampling of plates that are no batch
         self._ratio = 1.0
@@ -57,6 +58,14 @@ class Scales:
         ):
             self._common = owns[0]
             self._own = dict.fromkeys(self._own, 1.0)
+            self.is_common = True
+        # What a graph recorded under these scales depends on.
+        self.key = tuple(
+            dict.fromkeys(
+                (name, "common" if self.is_common else _number(self._own[id(site)]))
+                for name, site in sites
+            )
+        )
 
     @staticmethod
     def _common_ratio(plate: str, sites: list[tuple[str, Site]]) -> float:
@@ -75,6 +84,13 @@ class Scales:
         if not isinstance(self._common, Tensor) or self._common.dim() == 0:
             return self._common * self._ratio
         return sum_to_batch(self._common, list(dims), shape) * self._ratio
+
+
+def _number(scale: Tensor | float) -> float | str:
+    """Returns a scale that acts as a number in a recorded graph; tensors are its inputs."""
+    if isinstance(scale, Tensor):
+        return "a tensor" if scale.numel() > 1 else float(scale)
+    return float(scale)
 
 
 def _ratio(frame: Any) -> float:

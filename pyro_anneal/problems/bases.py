@@ -14,7 +14,7 @@ model's latents is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -28,11 +28,12 @@ from ..models.checks import explained
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.validation import validation_disabled
+from .components import Component
 
 __all__ = [
     "Arguments",
     "Base",
-    "GaussianBase",
+    "FittedBase",
     "GuideBase",
     "MixtureBase",
     "ModelDensity",
@@ -184,29 +185,43 @@ class StandardNormalBase:
         return normalizer - 0.5 * position.square().sum(-1)
 
 
-class GaussianBase:
-    """Starts from a Gaussian in unconstrained space, one per batch element."""
+class FittedBase:
+    r"""Starts from what was fitted in unconstrained space: a mixture of components.
 
-    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
-        self.loc = loc  # [*batch, D]
-        self.scale_tril = scale_tril  # [*batch, D, D]
-        identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-        self.whiten = torch.linalg.solve_triangular(
-            scale_tril, identity.expand_as(scale_tril), upper=False
-        )
-        log_scale = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        self.log_normalizer = -0.5 * loc.shape[-1] * math.log(2.0 * math.pi) - log_scale
+    .. math:: \log q(u) = \log \sum_j \pi_j q_j(u)
+
+    Args:
+        components: Normalized densities.
+        log_weights: Their log weights ``[J]``, in nats; they are normalized here.
+    """
+
+    def __init__(self, components: Sequence[Component], log_weights: Tensor | None = None) -> None:
+        self.components = tuple(components)
+        if log_weights is None:
+            log_weights = torch.zeros(len(self.components))
+        self.log_weights = log_weights.double().log_softmax(0).tolist()
 
     def draw(self) -> Tensor:
-        """Draws from the Gaussian."""
-        noise = torch.randn_like(self.loc)
-        return self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        """Draws from the mixture, all batch elements from one component."""
+        index = 0
+        if len(self.components) > 1:
+            weights = torch.tensor(self.log_weights, dtype=torch.float64).exp()
+            index = int(torch.multinomial(weights, 1))
+        return self.components[index].draw()
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
-        """Computes the Gaussian's log density at u."""
-        white = (self.whiten @ (position - self.loc).unsqueeze(-1)).squeeze(-1)
-        log_prob: Tensor = self.log_normalizer - 0.5 * white.square().sum(-1)
-        return log_prob
+        """Computes the mixture's log density at u."""
+        return self.log_density(position.unsqueeze(0))[0]
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
+        if len(self.components) == 1:
+            return self.components[0].log_density(position)
+        terms = [
+            component.log_density(position) + log_weight
+            for component, log_weight in zip(self.components, self.log_weights, strict=True)
+        ]
+        return torch.stack(terms).logsumexp(0)
 
 
 class MixtureBase:

@@ -16,13 +16,15 @@ from ..models.sites import Layout
 from ..persistence.randomness import seeded_generator
 from .bases import (
     Base,
-    GaussianBase,
+    FittedBase,
     ModelDensity,
     PathDensity,
     PriorBase,
     StandardNormalBase,
 )
+from .components import Component, DenseComponent, LowRankComponent
 from .gaussian import fit_gaussian
+from .low_rank import LowRankScale, fit_low_rank
 
 __all__ = ["FittedStart", "Once", "fit_start"]
 
@@ -32,13 +34,17 @@ Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
 # point costs Newton steps of all its elements.
 _NUM_ORIGINS = 4
 
+# A factor is full up to so many dimensions, and while the evaluations of the fit times their size,
+# 2 D * D per batch element, stay below the limit; otherwise it is of low rank plus diagonal.
+_FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class FittedStart:
     """A Gaussian base and the coordinates in which it was fitted."""
 
     model: ModelDensity
-    base: GaussianBase
+    base: FittedBase
     from_prior: Callable[[], Any] | None  # captures the path from the prior, if that is proper
     num_gradients: int  # single-chain gradients spent, per batch element
 
@@ -87,26 +93,51 @@ def fit_start(
             density = target if max_rows is None else Blockwise(target, max_rows)
             origins = _origins(layout, example, seed)
             try:
-                fit = fit_gaussian(density, origins, seed=seed, progress=progress)
+                elbo, component, count = _fit(density, origins, seed, progress)
             except ValueError as error:
                 failures.append(error)
                 continue
-            spent += fit.num_gradients
-            fits.append((float(fit.elbo.sum()), fit, sorted(layout.noncentred)))
+            spent += count
+            fits.append((elbo, component, sorted(layout.noncentred)))
         if not fits:
             raise failures[0]
-        _, fit, sites = max(fits, key=lambda entry: entry[0])
-        found = {"loc": fit.loc, "scale_tril": fit.scale_tril}
-        return found | {"noncentred": sites, "num_gradients": spent}
+        _, component, sites = max(fits, key=lambda entry: entry[0])
+        return {"components": [component], "noncentred": sites, "num_gradients": spent}
 
     found = once(compute)
-    base = GaussianBase(found["loc"].to(example), found["scale_tril"].to(example))
+    base = FittedBase([_component(kept, example) for kept in found["components"]])
     layout, sites = model.layout, frozenset(found["noncentred"])
     chosen = model
     if sites:
         chosen = ModelDensity(model.model, noncentred(layout, sites), model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
     return FittedStart(chosen, base, from_prior, found["num_gradients"])
+
+
+def _fit(
+    density: Any, origins: Tensor, seed: int, progress: Callable[[int], object]
+) -> tuple[float, dict[str, Any], int]:
+    """Fits in one choice of coordinates: the bound, the component as tensors, the gradients."""
+    example = origins[0]
+    dim, batch = example.shape[-1], example[..., 0].numel()
+    if dim <= _FULL_RANK and 2 * dim * dim * batch <= _FULL_RANK_LIMIT:
+        fit = fit_gaussian(density, origins, seed=seed, progress=progress)
+        kept = {"loc": fit.loc, "scale_tril": fit.scale_tril}
+        return float(fit.elbo.sum()), kept, fit.num_gradients
+    low = fit_low_rank(density, example, seed=seed, progress=progress)
+    scale = low.scale
+    kept = {"loc": low.loc, "deviation": scale.deviation}
+    kept |= {"vectors": scale.vectors, "stretch": scale.stretch}
+    return float(low.elbo.sum()), kept, low.num_gradients
+
+
+def _component(kept: dict[str, Any], example: Tensor) -> Component:
+    """Makes a component from the tensors of a fit."""
+    tensors = {name: value.to(example) for name, value in kept.items()}
+    if "scale_tril" in tensors:
+        return DenseComponent(tensors["loc"], tensors["scale_tril"])
+    scale = LowRankScale(tensors["deviation"], tensors["vectors"], tensors["stretch"])
+    return LowRankComponent(tensors["loc"], scale)
 
 
 def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:

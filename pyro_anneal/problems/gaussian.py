@@ -3,12 +3,13 @@ r"""``guide="auto"``: a Gaussian in unconstrained space, fitted in seconds on th
 Two phases, both invariant to affine changes of coordinates, so that a parameter near 3000 and one
 near 0.001 cost the same:
 
-1. Saddle-free Newton steps from the unconstrained origin and points around it, with Hessians by
-   central differences of the gradient. Every iterate proposes the Gaussian of its curvature, and
-   the one of largest evidence lower bound is kept, as in Pathfinder: a mode at infinity (a funnel)
-   does no harm.
+1. Saddle-free Newton steps from the unconstrained origin and points around it, all at once, with
+   Hessians by central differences of the gradient. Every iterate proposes the Gaussian of its
+   curvature, and the one of largest evidence lower bound is kept, as in Pathfinder: a mode at
+   infinity (a funnel) does no harm.
 2. Natural-gradient ascent of that bound with the path derivative only, whose variance vanishes at
-   a Gaussian target; repeated while the bound still rises.
+   a Gaussian target, on noise that has mean 0 and covariance 1 exactly; until the bound no longer
+   rises.
 
 The fit sees the data, never a posterior sample, so it may serve as the base of a sandwich. All
 batch elements are fitted at once.
@@ -28,11 +29,12 @@ from torch import Tensor
 
 from ..kernels import Density
 from ..persistence.randomness import seeded_generator
+from .rows import Rows, rows_at_once
 
-__all__ = ["GaussianFit", "fit_gaussian"]
+__all__ = ["Candidates", "GaussianFit", "ascend", "fit_gaussian", "follow_newton"]
 
-# Numbers of the full-rank fit's evaluations, 2 D * D per batch element, above which it is diagonal.
-_FULL_RANK_LIMIT = 20_000_000
+# Damping of one Newton step, relative to that of the last: tried all at once, the best is taken.
+_DAMPINGS = (1.0 / 25.0, 1.0, 25.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,25 +47,13 @@ class GaussianFit:
     num_gradients: int  # single-chain gradients, per batch element
 
 
-class _Counter:
-    """Evaluates the target at a fixed number of rows, so that one graph serves all calls."""
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The best Gaussian on the way from each origin."""
 
-    def __init__(self, density: Density, num_rows: int) -> None:
-        self.density = density
-        self.num_rows = num_rows
-        self.count = 0
-
-    def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns log p ``[K, *batch]`` and its gradient, with NaN as no density at all."""
-        rows = position.shape[0]
-        if rows < self.num_rows:
-            filler = position[:1].expand(self.num_rows - rows, *position.shape[1:])
-            position = torch.cat([position, filler])
-        state = self.density(position)
-        self.count += self.num_rows
-        value = torch.where(state.log_target.isnan(), -torch.inf, state.log_target)
-        grad = torch.where(state.grad_target.isfinite(), state.grad_target, 0.0)
-        return value[:rows], grad[:rows]
+    loc: Tensor  # [S, *batch, D]
+    scale_tril: Tensor  # [S, *batch, D, D]
+    elbo: Tensor  # [S, *batch]
 
 
 def fit_gaussian(
@@ -72,8 +62,7 @@ def fit_gaussian(
     *,
     seed: int,
     num_newton: int = 40,
-    num_ascent: int = 300,
-    max_rounds: int = 4,
+    num_ascent: int = 800,
     progress: Callable[[int], object] = lambda count: None,
 ) -> GaussianFit:
     """Fits a Gaussian to the target of each batch element.
@@ -82,114 +71,120 @@ def fit_gaussian(
         density: Evaluates positions ``[K, *batch, D]``; only the target side is used.
         origins: Starting points of the Newton steps, ``[S, *batch, D]``.
         seed: Seed of the fit's own randomness.
-        num_newton: Newton steps from each.
-        num_ascent: Natural-gradient steps of one round.
-        max_rounds: Rounds of ascent; there is another one only if the last raised the bound of
-            some batch element by over 0.1 nats.
+        num_newton: Newton steps from each, at most.
+        num_ascent: Natural-gradient steps, at most.
         progress: Called with the number of steps done since the last call.
 
     Returns:
-        The fit. Its covariance is full, or diagonal where ``2 D * D * batch`` exceeds 2e7.
+        The fit.
 
     Raises:
         ValueError: If the target has no density around the origin.
     """
-    origin = origins[0]
-    dim = origin.shape[-1]
-    batch = math.prod(origin.shape[:-1])
-    full_rank = 2 * dim * dim * batch <= _FULL_RANK_LIMIT
-    num_rows = max(2 * dim if full_rank else 32, 32)
-    evaluate = _Counter(density, num_rows)
-    generator = seeded_generator(origin.device, seed, "gaussian fit")
-    noise = _balanced_noise(origin, num_rows, full_rank, generator)
-    eye = torch.eye(dim, dtype=origin.dtype, device=origin.device).expand(*origin.shape, dim)
-    loc, scale = origin, 0.1 * eye
-    elbo = _elbo(evaluate, loc, scale, noise)
-    for start in origins if full_rank else ():
-        loc, scale, elbo = _newton(evaluate, start, loc, scale, elbo, noise, num_newton, progress)
-    for _ in range(max_rounds):
-        before = elbo
-        loc, scale, elbo = _ascend(
-            evaluate, loc, scale, elbo, noise, num_ascent, full_rank, generator, progress
-        )
-        if not bool((elbo > before + 0.1).any()):
-            break
-    if not bool(elbo.isfinite().all()):
+    batch_rank, dim = origins.dim() - 2, origins.shape[-1]
+    rows = Rows(density, rows_at_once(density, dim), batch_rank)
+    generator = seeded_generator(origins.device, seed, "gaussian fit")
+    found = follow_newton(rows, origins, generator, num_steps=num_newton, progress=progress)
+    best = found.elbo.argmax(0)  # [*batch]
+    start = Candidates(*(_take(x, best) for x in (found.loc, found.scale_tril, found.elbo)))
+    fit = ascend(rows, start, generator, num_steps=num_ascent, progress=progress)
+    if not bool(fit.elbo.isfinite().all()):
         raise ValueError(
             'guide="auto" found no density around the unconstrained origin for '
-            f"{int((~elbo.isfinite()).sum())} of {elbo.numel()} batch elements: start from the "
-            "prior (guide=None) or pass a guide"
+            f"{int((~fit.elbo.isfinite()).sum())} of {fit.elbo.numel()} batch elements: start "
+            "from the prior (guide=None) or pass a guide"
         )
-    return GaussianFit(loc, scale, elbo, evaluate.count)
+    return GaussianFit(fit.loc[0], fit.scale_tril[0], fit.elbo[0], rows.count)
 
 
-def _balanced_noise(
-    origin: Tensor, num_rows: int, full_rank: bool, generator: torch.Generator
-) -> Tensor:
-    """Draws rows of normal noise with mean 0 and covariance (or variances) exactly 1.
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Selects one of S candidates per batch element, ``[1, *batch, ...]``."""
+    index = index.reshape(1, *index.shape, *[1] * (values.dim() - 1 - index.dim()))
+    return values.gather(0, index.expand(1, *values.shape[1:]))
+
+
+def _balanced_noise(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws rows of normal noise ``[count, *example.shape]`` of mean 0 and covariance exactly 1.
 
     Bounds over such noise are exact at a Gaussian target. Plain noise would let a fit that is off
     by minus the noise's mean look better than the exact one.
     """
-    shape = (num_rows // 2, *origin.shape)
-    half = torch.randn(shape, dtype=origin.dtype, device=origin.device, generator=generator)
-    if full_rank:  # num_rows / 2 >= D
-        q, r = torch.linalg.qr(half.movedim(0, -2))
-        q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-        half = q.movedim(-2, 0) * math.sqrt(num_rows // 2)
-    else:
-        half = half / half.square().mean(0).sqrt()
+    shape = (count // 2, *example.shape)
+    half = torch.randn(shape, dtype=example.dtype, device=example.device, generator=generator)
+    q, r = torch.linalg.qr(half.movedim(0, -2))  # count / 2 >= D
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    half = q.movedim(-2, 0) * math.sqrt(count // 2)
     return torch.cat([half, -half])
 
 
+def _num_draws(dim: int) -> int:
+    return max(2 * dim, 32)
+
+
 def _place(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    """Computes ``loc + scale @ noise`` for K rows of noise."""
+    """Computes ``loc + scale @ noise`` for rows of noise."""
     return loc + (scale @ noise.unsqueeze(-1)).squeeze(-1)
 
 
-def _elbo(evaluate: _Counter, loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    """Estimates E_q[log p - log q], shape ``[*batch]``."""
-    value, _ = evaluate(_place(loc, scale, noise))
+def _elbo(values: Tensor, scale: Tensor) -> Tensor:
+    """Estimates E_q[log p - log q] from log p at rows of balanced noise."""
     entropy = scale.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
-    constant = 0.5 * loc.shape[-1] * (1.0 + math.log(2.0 * math.pi))
-    elbo = value.mean(0) + entropy + constant
+    constant = 0.5 * scale.shape[-1] * (1.0 + math.log(2.0 * math.pi))
+    elbo = values.mean(0) + entropy + constant
     return torch.where(elbo.isnan(), -torch.inf, elbo)
 
 
 def _keep(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Selects per batch element."""
+    """Selects per candidate and batch element."""
     return torch.where(
         better.reshape([*better.shape, *[1] * (new.dim() - better.dim())]), new, old
     )
 
 
-def _hessian(evaluate: _Counter, loc: Tensor) -> Tensor:
-    """Computes the Hessian of the target at ``loc`` by central differences of the gradient."""
+def _hessian(rows: Rows, loc: Tensor) -> Tensor:
+    """Computes Hessians of the target at ``loc`` by central differences of the gradient."""
     dim = loc.shape[-1]
     unit = 1e-5 if loc.dtype == torch.float64 else 3e-3
-    width = unit * (1.0 + loc.abs())  # [*batch, D]
-    shifts = torch.diag_embed(width).movedim(-2, 0)  # [D, *batch, D]
-    _, grad = evaluate(torch.cat([loc + shifts, loc - shifts]))
+    width = unit * (1.0 + loc.abs())
+    shifts = torch.diag_embed(width).movedim(-2, 0)
+    _, grad = rows(torch.cat([loc + shifts, loc - shifts]))
     columns = (grad[:dim] - grad[dim:]).movedim(0, -2) / (2.0 * width.unsqueeze(-1))
     return 0.5 * (columns + columns.mT)
 
 
-def _newton(
-    evaluate: _Counter,
-    point: Tensor,
-    loc: Tensor,
-    scale: Tensor,
-    elbo: Tensor,
-    noise: Tensor,
-    num_steps: int,
-    progress: Callable[[int], object],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Follows damped saddle-free Newton steps and keeps the Gaussian of largest bound."""
-    value, grad = evaluate(point.unsqueeze(0))
-    value, grad = value[0], grad[0]
-    damping = torch.ones_like(value)
+def follow_newton(
+    rows: Rows,
+    origins: Tensor,
+    generator: torch.Generator,
+    *,
+    num_steps: int = 40,
+    patience: int = 6,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Candidates:
+    """Follows damped saddle-free Newton steps and keeps the Gaussians of largest bound.
+
+    Args:
+        rows: Evaluates the target.
+        origins: Starting points ``[S, *batch, D]``.
+        generator: Source of noise.
+        num_steps: Steps at most.
+        patience: Steps without a better Gaussian for any, after which all end.
+        progress: Called after each step.
+
+    Returns:
+        The best Gaussian from each origin.
+    """
+    point = origins
+    noise = _balanced_noise(point, _num_draws(point.shape[-1]), generator)
+    eye = torch.eye(point.shape[-1], dtype=point.dtype, device=point.device)
+    loc, scale = point, (0.1 * eye).expand(*point.shape, len(eye))
+    elbo = torch.full_like(point[..., 0], -torch.inf)
+    value, grad = (part[0] for part in rows(point.unsqueeze(0)))
+    damping, quiet = torch.ones_like(value), 0
+    hessian, success = torch.zeros_like(scale), torch.ones_like(value, dtype=torch.bool)
     for _ in range(num_steps):
-        hessian = _hessian(evaluate, point).nan_to_num()
+        if bool(success.any()):
+            hessian = _hessian(rows, point).nan_to_num()
         eigenvalues, vectors = torch.linalg.eigh(hessian)
         curvature = eigenvalues.abs()
         floor = 1e-8 * curvature.amax(-1, keepdim=True).clamp(min=1e-12)
@@ -197,67 +192,107 @@ def _newton(
         proposal = vectors * curvature.rsqrt().unsqueeze(-2)
         upper = torch.linalg.qr(proposal.mT).R  # proposal @ proposal.mT = upper.mT @ upper
         candidate = upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-        at_candidate = _elbo(evaluate, point, candidate, noise)
+        along = (vectors.mT @ grad.unsqueeze(-1)).squeeze(-1)
+        median = curvature.median(-1, keepdim=True).values
+        trials = []
+        for factor in _DAMPINGS:
+            damped = curvature + (factor * damping).unsqueeze(-1) * median
+            trials.append(point + (vectors @ (along / damped).unsqueeze(-1)).squeeze(-1))
+        values, grads = rows(torch.cat([_place(point, candidate, noise), torch.stack(trials)]))
+        at_candidate = _elbo(values[: len(noise)], candidate)
         better = at_candidate > elbo
+        quiet = 0 if bool((at_candidate > elbo + 0.01).any()) else quiet + 1
         loc, scale = _keep(better, point, loc), _keep(better, candidate, scale)
         elbo = torch.where(better, at_candidate, elbo)
-        damped = curvature + damping.unsqueeze(-1) * curvature.median(-1, keepdim=True).values
-        along = (vectors.mT @ grad.unsqueeze(-1)).squeeze(-1)
-        step = (vectors @ (along / damped).unsqueeze(-1)).squeeze(-1)
-        new_value, new_grad = evaluate((point + step).unsqueeze(0))
-        success = new_value[0] >= value
-        point = _keep(success, point + step, point)
-        value, grad = _keep(success, new_value[0], value), _keep(success, new_grad[0], grad)
-        damping = torch.where(success, 0.2 * damping, 8.0 * damping).clamp(1e-6, 1e12)
+        new_value, choice = values[len(noise) :].max(0)
+        success = new_value > value
+        point = _keep(success, _pick(torch.stack(trials), choice), point)
+        grad = _keep(success, _pick(grads[len(noise) :], choice), grad)
+        value = torch.where(success, new_value, value)
+        factors = torch.tensor(_DAMPINGS, dtype=point.dtype, device=point.device)[choice]
+        damping = torch.where(success, factors, 25.0 * 25.0) * damping
+        damping = damping.clamp(1e-6, 1e12)
         progress(1)
-    return loc, scale, elbo
+        if quiet >= patience or not bool(success.any() | (damping < 1e12).any()):
+            break
+    return Candidates(loc, scale, elbo)
 
 
-def _ascend(
-    evaluate: _Counter,
-    loc: Tensor,
-    scale: Tensor,
-    elbo: Tensor,
-    fixed_noise: Tensor,
-    num_steps: int,
-    full_rank: bool,
+def _pick(trials: Tensor, choice: Tensor) -> Tensor:
+    """Selects the chosen trial, per candidate and batch element."""
+    index = choice.reshape(1, *choice.shape, 1).expand(1, *trials.shape[1:])
+    return trials.gather(0, index)[0]
+
+
+def ascend(
+    rows: Rows,
+    start: Candidates,
     generator: torch.Generator,
-    progress: Callable[[int], object],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Climbs the bound by natural gradients; keeps the better of start, end and average."""
-    dim = loc.shape[-1]
-    best = (loc, scale, elbo)
-    mean_loc, mean_scale = torch.zeros_like(loc), torch.zeros_like(scale)
-    tail = num_steps // 3
-    for step in range(num_steps):
-        noise = torch.randn(
-            fixed_noise.shape, dtype=loc.dtype, device=loc.device, generator=generator
-        )
-        _, grad = evaluate(_place(loc, scale, noise))
-        white = (scale.mT @ grad.unsqueeze(-1)).squeeze(-1) + noise  # zero at a Gaussian target
-        norm = white.norm(dim=-1, keepdim=True)
-        white = white * (10.0 * math.sqrt(dim) / norm.clamp(min=1e-30)).clamp(max=1.0)
-        outer = torch.einsum("k...i,k...j->...ij", white, noise) / len(noise)
-        outer = outer.tril() if full_rank else outer.diagonal(dim1=-2, dim2=-1).diag_embed()
-        rate = 0.3 * 0.03 ** (step / max(num_steps - 1, 1))
-        size = outer.norm(dim=(-2, -1), keepdim=True)
-        outer = outer * (1.0 / size.clamp(min=1.0))
-        mean = white.mean(0)
-        mean = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1.0)
-        growth = rate * outer
-        diagonal = growth.diagonal(dim1=-2, dim2=-1)
-        growth = growth.tril(-1) + diagonal.exp().diag_embed()
-        loc = loc + rate * (scale @ mean.unsqueeze(-1)).squeeze(-1)
-        scale = scale @ growth
-        if step >= num_steps - tail:
-            mean_loc, mean_scale = mean_loc + loc / tail, mean_scale + scale / tail
-        progress(1)
-    for new_loc, new_scale in ((loc, scale), (mean_loc, mean_scale)):
-        new_elbo = _elbo(evaluate, new_loc, new_scale, fixed_noise)
-        better = new_elbo > best[2]
-        best = (
-            _keep(better, new_loc, best[0]),
-            _keep(better, new_scale, best[1]),
-            torch.where(better, new_elbo, best[2]),
-        )
+    *,
+    num_steps: int = 800,
+    round_steps: int = 20,
+    tolerance: float = 0.02,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Candidates:
+    """Climbs the bound by natural gradients; keeps the best of start, ends and averages.
+
+    Args:
+        rows: Evaluates the target.
+        start: Where to start.
+        generator: Source of noise.
+        num_steps: Steps at most.
+        round_steps: Steps of one round, within which the step size falls.
+        tolerance: Nats by which a round must raise a bound for another to follow.
+        progress: Called after each step.
+
+    Returns:
+        The best Gaussian of each candidate.
+    """
+    loc, scale, round_steps = start.loc, start.scale_tril, min(round_steps, num_steps)
+    count = _num_draws(loc.shape[-1])
+    fixed = _balanced_noise(loc, count, generator)
+    best = Candidates(loc, scale, _elbo(rows(_place(loc, scale, fixed))[0], scale))
+    fall = 0.1
+    for _ in range(max(1, num_steps // round_steps)):
+        before = best.elbo
+        loc, scale = best.loc, best.scale_tril
+        mean_loc, mean_scale = torch.zeros_like(loc), torch.zeros_like(scale)
+        tail = max(1, round_steps // 2)
+        for step in range(round_steps):
+            rate = 0.6 * fall ** (step / max(round_steps - 1, 1))
+            loc, scale = _natural_step(rows, loc, scale, count, rate, generator)
+            if step >= round_steps - tail:
+                mean_loc, mean_scale = mean_loc + loc / tail, mean_scale + scale / tail
+            progress(1)
+        for new_loc, new_scale in ((loc, scale), (mean_loc, mean_scale)):
+            elbo = _elbo(rows(_place(new_loc, new_scale, fixed))[0], new_scale)
+            better = elbo > best.elbo
+            best = Candidates(
+                _keep(better, new_loc, best.loc),
+                _keep(better, new_scale, best.scale_tril),
+                torch.where(better, elbo, best.elbo),
+            )
+        gain = best.elbo - before
+        if not bool((gain > tolerance).any()):
+            break
+        fall = 1.0 if bool((gain > 1.0).any()) else 0.1  # a long way to go: do not slow down
     return best
+
+
+def _natural_step(
+    rows: Rows, loc: Tensor, scale: Tensor, count: int, rate: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Makes one natural-gradient step with the path derivative, of bounded size."""
+    noise = _balanced_noise(loc, count, generator)
+    _, grad = rows(_place(loc, scale, noise))
+    white = (scale.mT @ grad.unsqueeze(-1)).squeeze(-1) + noise  # zero at a Gaussian target
+    norm = white.norm(dim=-1, keepdim=True)
+    white = white * (10.0 * math.sqrt(loc.shape[-1]) / norm.clamp(min=1e-30)).clamp(max=1.0)
+    outer = torch.einsum("k...i,k...j->...ij", white, noise).tril() / len(noise)
+    size = outer.norm(dim=(-2, -1), keepdim=True)
+    growth = rate * outer / size.clamp(min=1.0)
+    mean = white.mean(0)
+    mean = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1.0)
+    diagonal = growth.diagonal(dim1=-2, dim2=-1)
+    growth = growth.tril(-1) + diagonal.exp().diag_embed()
+    return loc + rate * (scale @ mean.unsqueeze(-1)).squeeze(-1), scale @ growth

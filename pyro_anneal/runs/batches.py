@@ -81,7 +81,7 @@ def run_batches(
     visible = settings.progress_bar and journal.is_first
     with progress_bar(visible, "batches", length) as bar:
         for index, arguments in enumerate(_reproducibly(batches, to_arguments)):
-            digest = _digest(arguments)
+            digest = _digest(arguments, strict=journal.is_kept)
             if index < count:
                 _check_finished(settings, arguments, journal, index, total.digests[index], digest)
                 bar.update(1)
@@ -125,8 +125,8 @@ def _reproducibly(
         yield to_arguments(batch)
 
 
-def _digest(arguments: Arguments) -> str:
-    described = repr(sorted(describe_arguments(arguments).items()))
+def _digest(arguments: Arguments, *, strict: bool) -> str:
+    described = repr(sorted(describe_arguments(arguments, strict=strict).items()))
     return f"{derived_seed(described):016x}"
 
 

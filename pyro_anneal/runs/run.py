@@ -28,6 +28,7 @@ from ..problems.problem import Problem, prepare
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
+from .continuation import Continuation
 from .settings import Frozen, Settings, progress_bar
 
 __all__ = [
@@ -199,7 +200,12 @@ def forward(
     """
     resampling = frozen.grouping.resampling
     ends = _from_base(frozen, journal, prefix, stream, resampling)
-    return _result(frozen, ends, "forward", keep_samples, resampling), ends
+    run = _result(frozen, ends, "forward", keep_samples, resampling)
+    if keep_samples:
+        rows = frozen.chain_batch_size
+        handle = Continuation(frozen.problem, frozen.path, ends.position, ends.log_weights, rows)
+        run = replace(run, continuation=handle)
+    return run, ends
 
 
 def _from_base(
@@ -258,7 +264,9 @@ def around_paths(
     back = _back(frozen, starts, journal, prefix, blocks, f"{stream} paths", resampling)
     around = f"{stream} populations"
     ends = _from_base(frozen, journal, prefix, around, resampling, back.paths)
-    run = _result(frozen, ends, "reverse", keep_samples=False, resampling=resampling)
+    # curves are those of the paths, which start at the posterior sample
+    curves = ends._replace(statistics=back.statistics, integral=back.integral)
+    run = _result(frozen, curves, "reverse", keep_samples=False, resampling=resampling)
     return replace(
         run,
         num_gradients=2 * run.num_gradients,
@@ -397,7 +405,7 @@ def _result(
     problem, path = frozen.problem, frozen.path
     layout = problem.layout
     statistics = ends.statistics
-    if direction == "reverse" and resampling is None:  # populations go forward around their paths
+    if direction == "reverse":
         statistics = StepStatistics(*(value.flip(0) for value in statistics))
     moves = path.betas[1:-1].tolist()
     step_size = [float(path.tuning.at(beta).step_size.log().mean().exp()) for beta in moves]

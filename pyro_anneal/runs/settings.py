@@ -15,7 +15,13 @@ from ..chains.path import Path
 from ..chains.plan import PathOptions
 from ..chains.tuning import Budget
 from ..models.simulation import MakeArgs
-from ..persistence.fingerprints import Fingerprint, describe, versions
+from ..persistence.fingerprints import (
+    Fingerprint,
+    describe,
+    describe_name,
+    described,
+    versions,
+)
 from ..problems.problem import Guide, Problem
 from ..results.run import PilotSummary
 
@@ -70,20 +76,32 @@ class Settings(PathOptions):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else as_count(name, value))
 
-    def describe(self) -> Fingerprint:
-        """Describes what a checkpoint must share with a run that continues it."""
+    def describe(self, *, strict: bool = True) -> Fingerprint:
+        """Describes what a checkpoint must share with a run that continues it.
+
+        Args:
+            strict: Whether to refuse an option without a description by content.
+        """
         plan = self.plan
+        kernel = self.kernel if len(plan.kernels) > 1 else plan.kernel
         decided = {  # by what was decided, not by what was told
+            "model": describe_name(self.model),
+            "guide": describe_name(self.guide),
             "num_chains (K)": str(plan.num_chains),
             "num_steps (T)": str(plan.num_steps),
             "schedule": "adaptive" if plan.betas is None else describe(plan.betas),
-            "kernel": describe(self.kernel if len(plan.kernels) > 1 else plan.kernel),
+            "kernel": described("the kernel", kernel, strict=strict),
             "pilot": describe(plan.pilot),
             "batch_plates": str(self.batch_plates),
+            "make_args": describe_name(self.make_args),
         }
         done = {name.split()[0] for name in decided}
         told = [option.name for option in fields(self) if option.metadata.get("told", True)]
-        rest = {name: describe(getattr(self, name)) for name in told if name not in done}
+        rest = {
+            name: described(name, getattr(self, name), strict=strict)
+            for name in told
+            if name not in done
+        }
         return versions() | rest | decided
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from paths import LOG_2PI, Counted
 
-import pyro_anneal.problems.gaussian
 from pyro_anneal.kernels import State
 from pyro_anneal.problems.gaussian import fit_gaussian
 
@@ -83,18 +82,6 @@ def test_float32():
     assert torch.allclose(fit.loc, target.loc, rtol=0.0, atol=0.02)
 
 
-def test_a_diagonal_fit_has_the_variances_of_mean_field(monkeypatch):
-    # the best diagonal Gaussian has the same mean, and 1 / diag(precision) as variances
-    monkeypatch.setattr(pyro_anneal.problems.gaussian, "_FULL_RANK_LIMIT", 0)
-    target = lopsided_gaussian([1.0, 0.5, 2.0], [0.3, -0.6, 1.1])
-    fit = fit_gaussian(target, torch.zeros(1, 3), seed=0, num_ascent=600)
-    assert torch.equal(fit.scale_tril, fit.scale_tril.diagonal().diag())
-    variances = fit.scale_tril.diagonal().square()
-    truth = 1.0 / target.precision.diagonal()
-    assert ((variances / truth - 1.0).abs() < 0.1).all()
-    assert ((fit.loc - target.loc).abs() < 0.1 * truth.sqrt()).all()
-
-
 def funnel(position):
     """Neal's funnel, v ~ N(0, 3), x_i ~ N(0, e^{v/2}): no mode but at infinity, log Z = 0."""
     v, x = position[..., :1], position[..., 1:]
@@ -161,5 +148,5 @@ def test_the_fit_is_a_function_of_its_seed_and_counts_its_gradients():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.loc, again.loc)
     assert torch.equal(first.scale_tril, again.scale_tril)
-    assert first.num_gradients == 32 * counted.count  # rows of single-chain gradients
+    assert first.num_gradients == 128 * counted.count  # rows of single-chain gradients
     assert sum(steps) == 5 + 9

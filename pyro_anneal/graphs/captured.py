@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import State
+from ..models.places import user_line
 from .exits import Exit, PositionLeft
 from .inductor import compile_graph, compiler_problem
-from .places import user_line
 from .purity import check_pure, undisturbed, worst_difference
 from .recording import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .repetition import ComputeOnce, WrittenTo, repeated_dims

@@ -16,8 +16,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..models.places import user_line
 from ..models.validation import validation_disabled
-from .places import user_line
 from .recording import Outputs, evaluate_or_nan
 from .rewriting import Impure, is_random
 

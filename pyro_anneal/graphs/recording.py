@@ -28,10 +28,10 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..models.places import current_place
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
 from .guards import Guards, split_guards
-from .places import current_place
 from .rewriting import (
     dependent_nodes,
     is_mutable,

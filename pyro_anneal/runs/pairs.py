@@ -20,7 +20,13 @@ from torch.utils._pytree import tree_map
 from ..chains.grouping import Grouping
 from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
-from ..models.simulation import Arguments, Simulation, guide_arguments, simulate
+from ..models.simulation import (
+    Arguments,
+    Simulation,
+    check_copies,
+    guide_arguments,
+    simulate,
+)
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..results.digest import add_digests
@@ -105,7 +111,9 @@ def simulate_pair(
     Returns:
         The runs, and what the next data set shares with them.
     """
-    conditioned, guide_args, simulation = _simulated(settings, arguments, seed)
+    conditioned, guide_args, simulation = _simulated(
+        settings, arguments, seed, check=prefix in ("", "0/")
+    )
     frozen = freeze(
         settings,
         conditioned,
@@ -143,11 +151,13 @@ def simulate_pair(
 
 
 def _simulated(
-    settings: Settings, arguments: Arguments, seed: int
+    settings: Settings, arguments: Arguments, seed: int, *, check: bool
 ) -> tuple[Any, Arguments, Simulation]:
     """Simulates a data set: the model conditioned on it, and the guide's arguments."""
     torch.manual_seed(seed)
     simulation = simulate(settings.model, arguments)
+    if check:
+        check_copies(settings.model, arguments, simulation)
     conditioned = poutine.condition(settings.model, data=simulation.observed)
     guide_args = arguments
     if sees_arguments(settings.guide) or settings.make_args is not None:
@@ -180,7 +190,7 @@ def simulate_pairs(
     stored, seed = journal.get("pairs"), journal.seed
     total, shared = PairSum(), Shared()
     if stored is not None:  # by a model that must be what it was: the first data set shows it
-        model, guide_args, _ = _simulated(settings, arguments, seed)
+        model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
         shared = Shared.from_dict(stored["shared"])

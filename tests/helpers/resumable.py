@@ -58,6 +58,12 @@ def call_sandwich(path, **options):
     return ais.sandwich(DATA, bounds=("CR lower", "CR upper"))
 
 
+def call_populations(path, **options):
+    options = {"resampling": True, "chain_batch_size": 3} | options  # two populations of three
+    ais = annealed(path, **options)
+    return ais.sandwich(DATA, bounds=("CR lower", "CR upper"))
+
+
 def call_mutual_information(path, **options):
     return annealed(path, **options).mutual_information(DATA[:2], num_simulations=2)
 
@@ -72,6 +78,7 @@ CALLS = {
     "run": call_run,
     "run_reverse": call_run_reverse,
     "sandwich": call_sandwich,
+    "populations": call_populations,
     "mutual_information": call_mutual_information,
     "run_batches": call_run_batches,
 }

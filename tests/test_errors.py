@@ -80,8 +80,12 @@ def column(x):  # [3, 1] against [3]: nine terms instead of three
         pyro.sample("x", dist.Normal(z, 1.0), obs=x.unsqueeze(-1))
 
 
+class Symmetric(dist.MultivariateNormal):
+    support = constraints.symmetric
+
+
 def no_bijection(x):
-    z = pyro.sample("z", dist.ProjectedNormal(torch.tensor([1.0, 0.0, 0.0])))
+    z = pyro.sample("z", Symmetric(torch.zeros(3), torch.eye(3)))
     pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
 

@@ -23,6 +23,7 @@ from .sites import (
     observed_sites,
     unmasked,
 )
+from .supports import normalized_support
 
 __all__ = [
     "check_latents",
@@ -111,7 +112,7 @@ def check_log_probs(trace: Any) -> None:
             log_prob = site["fn"].log_prob(value)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             shape = [*site["fn"].batch_shape, *site["fn"].event_shape]
             raise ValueError(
                 f'at site "{name}": {kind} of shape {shape} has no log density at '
@@ -321,9 +322,11 @@ def _check_same_sites(
 
 
 def support_of(name: str, site: Mapping[str, Any]) -> Any:
-    """Reads the support of a latent site, which a user's own distribution may lack."""
+    """Works out the support of a latent site, which a user's own distribution may lack."""
     try:
-        return site["fn"].support
+        return normalized_support(site["fn"])
+    except ValueError as error:
+        raise ValueError(f'latent site "{name}": {error}') from error
     except NotImplementedError as error:
         raise ValueError(
             f'latent site "{name}": {type(site["fn"]).__name__} declares no support, so there is '

@@ -22,9 +22,9 @@ import torch
 from pyro import poutine
 from pyro.distributions import transforms as T
 from torch import Tensor
-from torch.distributions import biject_to
 
 from .sites import Layout, base_distribution
+from .supports import bijection_onto, normalized_support
 
 __all__ = ["bijection", "hierarchical_sites", "noncentred"]
 
@@ -34,7 +34,7 @@ _REAL = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace)
 _POSITIVE = (dist.HalfNormal, dist.HalfCauchy)
 
 
-def bijection(fn: Any, *, noncentred: bool) -> Any:
+def bijection(fn: Any, *, noncentred: bool = False) -> Any:
     """Chooses the map from a site's unconstrained value to its support.
 
     Args:
@@ -50,7 +50,7 @@ def bijection(fn: Any, *, noncentred: bool) -> Any:
     """
     base = base_distribution(fn)
     if not noncentred or not _parameters(base):
-        return biject_to(fn.support)
+        return bijection_onto(normalized_support(fn))
     if isinstance(base, dist.MultivariateNormal):
         return T.LowerCholeskyAffine(base.loc, base.scale_tril)
     shape = fn.batch_shape + fn.event_shape

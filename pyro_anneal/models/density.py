@@ -1,8 +1,8 @@
 """The model's side of the path: latents of one chain, packed, unpacked and evaluated.
 
 Each latent site is ``z = b(u)``, with ``b`` the bijection onto its support, which may depend on
-latents sampled before it. A mask on a latent site (``poutine.mask`` or ``fn.mask``) is ignored:
-otherwise its entries would have a flat, improper prior.
+latents sampled before it. A mask of some entries of a latent site (``poutine.mask`` or ``fn.mask``)
+is ignored: otherwise these would have a flat, improper prior. A constant mask False means just that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .coordinates import bijection
-from .sites import Layout, latent_sites, mark_points, observed_sites, sum_to_batch, unmasked
+from .sites import (
+    Layout,
+    is_flat,
+    latent_sites,
+    mark_points,
+    observed_sites,
+    sum_to_batch,
+    unmasked,
+)
 from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
@@ -47,8 +55,10 @@ class Substitute(Messenger):  # type: ignore[misc]
         record: frozenset[str] = frozenset(),
         loops: Mapping[str, list[int]] | None = None,
         noncentred: frozenset[str] = frozenset(),
+        ignore_masks: bool = False,
     ) -> None:
         super().__init__()
+        self.ignore_masks = ignore_masks  # of guides, which are densities whatever masks say
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
         self.record = record  # sites whose unconstrained value is wanted, sampled if not given
@@ -64,7 +74,8 @@ class Substitute(Messenger):  # type: ignore[misc]
                 msg["value"], msg["done"] = self.loops[name], True
             return
         if not msg["is_observed"]:
-            msg["fn"], msg["mask"] = unmasked(msg["fn"]), None
+            flat, fn = is_flat(msg) and not self.ignore_masks, unmasked(msg["fn"])
+            msg["fn"], msg["mask"] = fn.mask(False) if flat else fn, None
         if name in self.given:
             value = self._transform(msg)
         elif name in self.values:

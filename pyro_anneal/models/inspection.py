@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -26,6 +25,7 @@ from .checks import (
     support_of,
     undeclared_axes,
 )
+from .coordinates import bijection
 from .sites import (
     BatchPlate,
     Layout,
@@ -33,12 +33,14 @@ from .sites import (
     base_distribution,
     density_sites,
     is_factor,
+    is_flat,
     latent_sites,
     mark_points,
     observed_sites,
     plate_frames,
     plate_size,
 )
+from .supports import bijection_onto, can_be_sampled, is_improper
 from .validation import validation_disabled
 
 __all__ = ["NothingToAnneal", "inspect_model"]
@@ -130,7 +132,7 @@ def _make_site(
         raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
     support = support_of(name, site)
     try:
-        transform = biject_to(support)
+        transform = bijection_onto(support)
     except NotImplementedError as error:
         raise ValueError(
             f'at latent site "{name}": no bijection from R^n to the support {support} of '
@@ -153,18 +155,19 @@ def _make_site(
         dtype=site["value"].dtype,
         start=start,
         stop=start + size,
+        support=support,
     )
 
 
 def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
-    """Computes the image of the unconstrained origin under each site's bijection."""
+    """Computes the image of one unconstrained value under each site's bijection."""
     images = []
     for site in sites:
         node = trace.nodes[site.name]
         origin = torch.zeros(
             site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
         )
-        images.append(biject_to(node["fn"].support)(origin))
+        images.append(bijection(node["fn"])(origin + 0.5))
     return images
 
 
@@ -193,12 +196,12 @@ def _supports_are_static(
 
 
 class _StartImproper(Messenger):  # type: ignore[misc]
-    """Gives sites with an improper prior, which cannot be sampled, some value in their support."""
+    """Gives sites that cannot be sampled, as with an improper prior, some value in the support."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if msg["value"] is None and isinstance(base_distribution(fn), dist.ImproperUniform):
-            transform = biject_to(fn.support)
+        if msg["value"] is None and not can_be_sampled(fn):
+            transform = bijection(fn)
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             msg["value"] = transform(torch.randn(shape))
             msg["done"] = True
@@ -324,13 +327,11 @@ def inspect_model(
     if enumerated:
         rest = "" if is_empty else ": latents are the other sites"
         notes += (f"discrete sites {enumerated} are summed out{rest}",)
-    improper = tuple(
-        site.name
-        for site in sites
-        if isinstance(base_distribution(trace.nodes[site.name]["fn"]), dist.ImproperUniform)
-    )
+    nodes = {site.name: trace.nodes[site.name] for site in sites}
+    improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
     if improper:
-        notes += (f"a normalizer, not log p(x): the prior of {list(improper)} is improper",)
+        notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
+    unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
     dims = [
         frame.dim
         for site in trace.nodes.values()
@@ -353,7 +354,7 @@ def inspect_model(
             for name, site in observed_sites(trace).items()
             if not is_factor(site)
         },
-        improper=improper,
+        improper=tuple(dict.fromkeys([*improper, *unsampled])),
         loops={
             frame.name: list(range(frame.size))
             for site in trace.nodes.values()

@@ -24,7 +24,9 @@ __all__ = [
     "density_sites",
     "is_deterministic",
     "is_factor",
+    "is_flat",
     "is_point",
+    "is_wrapper",
     "latent_sites",
     "mark_points",
     "observed_sites",
@@ -35,7 +37,8 @@ __all__ = [
 ]
 
 
-def _wraps(fn: Any) -> bool:
+def is_wrapper(fn: Any) -> bool:
+    """Tells whether a distribution is a ``to_event``, ``mask`` or ``expand`` of another."""
     return isinstance(fn, dist.MaskedDistribution) or type(fn).__name__ in (
         "ExpandedDistribution",
         "Independent",
@@ -44,7 +47,7 @@ def _wraps(fn: Any) -> bool:
 
 def base_distribution(fn: Any) -> Any:
     """Unwraps ``to_event``, ``mask`` and ``expand`` down to the distribution that does the work."""
-    while _wraps(fn):
+    while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
@@ -53,7 +56,7 @@ def unmasked(fn: Any) -> Any:
     """Removes every ``mask`` from a distribution, also from below ``to_event`` and ``expand``."""
     if isinstance(fn, dist.MaskedDistribution):
         return unmasked(fn.base_dist)
-    if not _wraps(fn) or unmasked(fn.base_dist) is fn.base_dist:
+    if not is_wrapper(fn) or unmasked(fn.base_dist) is fn.base_dist:
         return fn
     base = unmasked(fn.base_dist)
     if type(fn).__name__ == "Independent":
@@ -71,10 +74,23 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     if site["infer"].get("_deterministic", False):
         return True
     masked_out = False
-    while _wraps(fn):
+    while is_wrapper(fn):
         masked_out |= getattr(fn, "_mask", True) is False
         fn = fn.base_dist
     return masked_out and isinstance(fn, dist.Delta)
+
+
+def is_flat(site: Mapping[str, Any]) -> bool:
+    """Tells whether a constant mask False leaves a latent site without any density of its own.
+
+    NeuTraReparam and contrib.epidemiology do so: the prior is written elsewhere, as a factor. A
+    mask that is a tensor says which entries count, as ``obs_mask`` does, and is no such statement.
+    """
+    masks, fn = [site["mask"]], site["fn"]
+    while is_wrapper(fn):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return any(mask is False for mask in masks)
 
 
 def is_point(site: Mapping[str, Any]) -> bool:
@@ -165,6 +181,7 @@ class Site:
     dtype: torch.dtype
     start: int
     stop: int
+    support: Any = None  # where the prototype's density is normalized
 
     @property
     def value_shape(self) -> torch.Size:

@@ -98,11 +98,12 @@ def uninterrupted(name):
 
 
 def numbers(result):
-    """Collects all numbers of a result but the time it took."""
+    """Collects all numbers of a result but the time it took, and what lasts only as a process does."""
     if dataclasses.is_dataclass(result):
         result = vars(result)
     if isinstance(result, dict):
-        parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith("seconds")}
+        passing = ("seconds", "continuation")
+        parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith(passing)}
         return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.items()}
     return {"": result}
 

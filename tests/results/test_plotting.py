@@ -231,7 +231,7 @@ def test_forest_of_bayes_factors():
     axes = result.plot().axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
     assert axes.get_xlabel() == "log Bayes factor against a (nats)"
-    low, high = (end[:, 0].tolist() for end in result.interval(0.95))
+    low, high = (end[:, 0].tolist() for end in result.normal_interval(0.95))
     bars = [line for line in axes.lines if line.get_linewidth() == 4.5]
     assert [list(bar.get_xdata()) for bar in bars] == [[low[i], high[i]] for i in (1, 2)]
     points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]

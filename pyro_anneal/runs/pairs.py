@@ -125,8 +125,8 @@ def simulate_pair(
         budget=shared.budget,
         grouping=shared.grouping,
     )
-    run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
     exact = frozen.problem.pack(simulation.latents)
+    run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
     count, size = frozen.num_chains, frozen.grouping.population_size
     if size > 1:
         back = around_paths(frozen, exact, journal, prefix)

@@ -237,7 +237,7 @@ def test_forest_of_bayes_factors():
     points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
     assert points == pytest.approx([0.0, -4.0, -6.0])
     (sure,) = [line for line in axes.lines if line.get_label() == "guaranteed"]
-    low, high = (end[1, 0].item() for end in result.guaranteed_interval(0.95))
+    low, high = (end[1, 0].item() for end in result.interval(0.95))
     assert list(sure.get_xdata()) == [low, high]  # c has no upper bound, so no such bar
     assert len(compare({"a": a}).plot().axes) == 1
 

@@ -56,6 +56,8 @@ def make_problem(
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
     visible = settings.progress_bar and settings.guide == "auto" and journal.is_first
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
+    # One increment moves no chain; with a target gap the steps are not known yet.
+    moves = settings.plan.num_steps != 1 or settings.target_gap is not None
     with progress_bar(visible, "fit", 340) as bar:
         problem = prepare(
             model,
@@ -70,6 +72,7 @@ def make_problem(
             progress=bar.update,
             max_rows=size,
             once=lambda compute: journal.once(f"{prefix}fit", compute),
+            gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
         )
     if journal.is_kept:
         journal.identify(f"{prefix}problem", describe_problem(problem))

@@ -390,8 +390,8 @@ def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Any = 
         size = (6.4, 1.4 + 0.42 * count)
         axes = pyplot().figure(figsize=size, layout="constrained").subplots()
     factors = _numpy(comparison.log_bayes_factors[:, 0])
-    low, high = (_numpy(end[:, 0]) for end in comparison.interval(level))
-    sure_low, sure_high = (_numpy(end[:, 0]) for end in comparison.guaranteed_interval(level))
+    low, high = (_numpy(end[:, 0]) for end in comparison.normal_interval(level))
+    sure_low, sure_high = (_numpy(end[:, 0]) for end in comparison.interval(level))
     probabilities = comparison.probabilities.tolist()
     for i in range(count):
         if i and np.isfinite([sure_low[i], sure_high[i]]).all():

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 from ..arguments import as_count, as_flag, as_real, as_seed, check_function
+from ..chains.grouping import Grouping
 from ..chains.path import Path
 from ..chains.plan import PathOptions
 from ..chains.tuning import Budget
@@ -110,6 +111,7 @@ class Frozen:
     path: Path
     pilot: PilotSummary | None
     budget: Budget | None  # chosen for this problem, with target_gap
+    grouping: Grouping
     num_chains: int
     chain_batch_size: int | None
     seed: int

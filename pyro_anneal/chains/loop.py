@@ -325,7 +325,7 @@ def final_move(
         The states, and the mean acceptance probability, a scalar.
     """
     generator = seeded_generator(state.position.device, seed, stream, "final")
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     none = torch.zeros(1, dtype=torch.float64, device=state.position.device)
     table = StepTable(one.to(state.position), *path.tuning.at_all(one), none, none)
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)

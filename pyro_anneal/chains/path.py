@@ -51,7 +51,7 @@ class TuningTable:
             Step sizes ``[n, *batch]`` and scales ``[n, *batch, D]``.
         """
         last = len(self.betas) - 1
-        knots = torch.tensor(self.betas, dtype=torch.float64)
+        knots = torch.tensor(self.betas, dtype=torch.float64, device="cpu")
         betas = betas.double().cpu()
         upper = torch.searchsorted(knots, betas, right=True).clamp(min(1, last), last)
         lower = (upper - 1).clamp(min=0)

@@ -271,7 +271,7 @@ class FittedBase:
     def __init__(self, components: Sequence[Component], log_weights: Tensor | None = None) -> None:
         self.components = tuple(components)
         if log_weights is None:
-            log_weights = torch.zeros(len(self.components))
+            log_weights = torch.zeros(len(self.components), device="cpu")
         self.log_weights = log_weights.double().log_softmax(0).tolist()
 
     def draw(self) -> Tensor:

@@ -457,7 +457,7 @@ def test_a_kernel_that_changes_between_calls_is_found_out(monkeypatch):
     monkeypatch.setattr(chunk_program, "_compile", interpreted)
     density, position = schools()
     state = density(position)
-    tuning = TuningTable.constant(0.5, position[0])
+    tuning = TuningTable.constant(0.2, position[0])
     for kernel, found in ((Counting(1), True), (HMC(1), False)):
         monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
         looped = LoopedDensity(density)
@@ -701,6 +701,42 @@ def test_an_unrolled_step_is_the_step(num_chains, lanes):
         assert bool(wide) is not unroll
     for whole, apart in zip(*results, strict=True):
         torch.testing.assert_close(apart, whole, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda g, v: torch.add(g, v, alpha=2.0),
+        lambda g, v: torch.add(v, g, alpha=2.0),
+        lambda g, v: torch.sub(g, v, alpha=2.0),
+        lambda g, v: torch.rsub(g, v, alpha=2.0),
+        lambda g, v: g + v,
+        lambda g, v: g - v,
+    ],
+)
+def test_unrolled_sums_keep_their_factors(combine):
+    """The gradient of v[0] ** 2 / 2 is zero by structure everywhere but at one place."""
+
+    def one_chain(v):
+        (grad,) = torch.autograd.grad((0.5 * v[0] ** 2), v)
+        return (combine(grad, v.detach()),)
+
+    example = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    graph = make_fx(one_chain, tracing_mode="fake")(example)
+    chains = torch.randn(3, 9, dtype=torch.float64)
+    (rows,) = over_chains_unrolled(graph, [chains], [])
+    gradient = torch.zeros_like(chains)
+    gradient[0] = chains[0]
+    torch.testing.assert_close(torch.stack(rows), combine(gradient, chains))
+
+
+def test_unrolled_products_with_factors_are_refused():
+    def one_chain(v):
+        return (torch.addmm(v, v, v, alpha=2.0, beta=3.0),)
+
+    graph = make_fx(one_chain, tracing_mode="fake")(torch.zeros(2, 2))
+    with pytest.raises(CannotUnroll, match="addmm"):
+        over_chains_unrolled(graph, [torch.zeros(2, 2, 9)], [])
 
 
 def test_unrolling_is_chosen_from_counts():

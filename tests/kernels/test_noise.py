@@ -90,6 +90,7 @@ def test_other_kernels_draw_step_by_step():
 
 
 def test_who_says_nothing_may_let_chains_see_each_other():
-    assert moves_chains_alone(HMC()) and moves_chains_alone(RandomWalk())
+    assert moves_chains_alone(HMC())
+    assert moves_chains_alone(RandomWalk())
     assert not moves_chains_alone(Undeclared())
     assert not moves_chains_alone(Composite((HMC(), Undeclared())))

@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .places import Place, current_place, described
+from ..models.places import Place, current_place, described
 from .rewriting import Unsupported
 
 __all__ = ["Exit", "ExitsByFunction", "Guard", "Influence", "PositionLeft"]

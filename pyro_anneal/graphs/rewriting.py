@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .places import described
+from ..models.places import described
 
 __all__ = [
     "Impure",

@@ -20,7 +20,13 @@ from ..models.autoguides import (
     is_autoguide,
     sees_arguments,
 )
-from ..models.simulation import MakeArgs, Simulation, guide_arguments, simulate
+from ..models.simulation import (
+    MakeArgs,
+    Simulation,
+    check_copies,
+    guide_arguments,
+    simulate,
+)
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
     Evaluation,
@@ -145,6 +151,7 @@ class EUBO(ParticleELBO):
         )
         self.posterior = posterior
         self.make_args = make_args
+        self._is_checked = False  # whether the model was searched for copies of its data
 
     def _fields(self) -> dict[str, object]:
         return super()._fields() | {"posterior": self.posterior}
@@ -174,6 +181,9 @@ class EUBO(ParticleELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         simulation = simulate(model, arguments)
+        if not self._is_checked:
+            check_copies(model, arguments, simulation)
+            self._is_checked = True
         guide_args = arguments
         if sees_arguments(guide) or self.make_args is not None:
             guide_args = guide_arguments(arguments, simulation, self.make_args)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from ..graphs.differentiable import DifferentiableDensity
 from ..models.autoguides import is_autoguide
-from ..models.sites import Layout
-from ..problems.bases import GuideBase, ModelDensity, PathDensity
+from ..models.discrete import DiscreteMap
+from ..models.sites import TRANSPORT, Layout
+from ..models.transport import Transport, TransportDensity
+from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
+from ..problems.discrete import lattice_of
 from ..problems.problem import Problem, prepare
 from .scales import Scales
 from .traces import Arguments
@@ -72,6 +76,7 @@ class Prepared:
     example: Tensor  # a position, [*batch, D]
     owners: tuple[Fn, Fn]  # model and guide, kept alive since their ids are keys
     num_calls: int = 0
+    differentiable: dict[int, DifferentiableDensity | None] = field(default_factory=dict)  # by K
 
     @property
     def layout(self) -> Layout:
@@ -87,6 +92,16 @@ class Prepared:
         """Tells whether the recorded graph is right for these tensors."""
         density = self.problem.density
         return density.mode == "eager" or bool(density.serves(self.replacements(tensors)))
+
+    def differentiate(self, function: PathDensity, count: int) -> DifferentiableDensity | None:
+        """Records both log densities of K chains for autograd, once; None where that fails."""
+        if count not in self.differentiable:
+            found = None
+            if self.problem.density.mode != "eager":
+                with contextlib.suppress(Exception):  # whatever vmap does not know
+                    found = DifferentiableDensity(function, self.example, count)
+            self.differentiable[count] = found
+        return self.differentiable[count]
 
 
 def _tensors(arguments: Arguments, subsamples: Any) -> dict[str, Tensor]:
@@ -202,8 +217,14 @@ class ProblemCache:
     ) -> PathDensity:
         """Returns one chain's densities on the present data, through Pyro."""
         fixed = FixedBatch(subsamples, common_scale=common_scale)
-        density = ModelDensity(fixed(model), prepared.layout, arguments)
-        return PathDensity(density, GuideBase(_keep_kind(fixed, guide), density, arguments))
+        layout, wrapped = prepared.layout, _keep_kind(fixed, guide)
+        if layout.derived:
+            names = [site.name for site in layout.derived]
+            transport = Transport(fixed(model), wrapped, arguments, names)
+            derived = TransportDensity(transport, layout, arguments)
+            return PathDensity(derived, PriorBase(derived))
+        density = ModelDensity(fixed(model), layout, arguments)
+        return PathDensity(density, GuideBase(wrapped, density, arguments))
 
     def _prepare(
         self,
@@ -227,6 +248,13 @@ class ProblemCache:
             compile=compile or self.compile is True,
             seed=0,
         )
+        if lattice_of(problem.layout) is not None:
+            sites = problem.layout.sites
+            name = next(s.name for s in sites if isinstance(s.transform, DiscreteMap))
+            raise ValueError(
+                f'latent site "{name}" is discrete, and this loss moves continuous ones: mark it with '
+                'infer={"enumerate": "parallel"}, or use TVO or IWAE'
+            )
         plates = tuple(plate.name for plate in problem.layout.batch)
         example = problem.draw(1)[0].nan_to_num()
         return Prepared(problem, tensors, plates, example, (model, guide))
@@ -264,7 +292,8 @@ def pack_draws(prepared: Prepared, traces: list[Any], num_particles: int) -> Ten
     layout = prepared.layout
     values = {}
     for site in layout.sites:
-        draws = [trace.nodes[site.name]["value"] for trace in traces]
+        name = site.name.removeprefix(TRANSPORT)
+        draws = [trace.nodes[name]["value"] for trace in traces]
         value = draws[0] if len(draws) == 1 and num_particles > 1 else torch.stack(draws)
         # In the particle plate there may be axes of size 1 between it and the site's own.
         values[site.name] = value.expand(
@@ -293,7 +322,7 @@ def particle_values(
     if max_plate_nesting is None:
         return dict(values)
     shaped = {}
-    for site in layout.sites:
+    for site in layout.model_sites:
         value = values[site.name]
         gap = int(max_plate_nesting) - 1 - len(site.batch_shape)
         shaped[site.name] = value.reshape(len(value), *[1] * gap, *site.value_shape)

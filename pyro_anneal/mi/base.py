@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..arguments import as_count, check_function
 from ..results.mutual_information import MutualInformation
-from .guides import Conditional, condition_on
+from .guides import Conditional, Prior, condition_on
 from .joints import Joint, Knowledge
 from .pyro_joint import as_joint
 
@@ -252,8 +252,14 @@ class Bound(nn.Module, ABC):
         return "the mutual information may be much larger; use more particles or a better guide"
 
     def _condition(self, x: Tensor) -> Conditional:
-        assert self.guide is not None
-        return condition_on(self.guide, x, self.joint)
+        if self.guide is not None:
+            return condition_on(self.guide, x, self.joint)
+        if self.joint is None or _LEVELS[self.joint.knowledge] < _LEVELS["marginal p(z)"]:
+            raise ValueError(
+                f"{type(self).__name__} needs a guide q(z|x), or a model whose prior can stand in "
+                "for it: pass guide="
+            )
+        return Prior(self.joint, x)
 
     def _score(self, x: Tensor, z: Tensor, num_leading: int = 1) -> Tensor:
         """Scores z ``[(K,) N, *z_event]`` against x ``[N, *x_event]`` with the critic."""
@@ -270,5 +276,10 @@ class Bound(nn.Module, ABC):
 
 
 def flatten(value: Tensor, num_leading: int) -> Tensor:
-    """Flattens events: ``[*leading, *event]`` to ``[*leading, D]``, with D = 1 for scalars."""
+    """Flattens events: ``[*leading, *event]`` to ``[*leading, D]``, with D = 1 for scalars.
+
+    Critics are networks on vectors of floats: integers and booleans (labels) are cast.
+    """
+    if not value.is_floating_point() and not value.is_complex():
+        value = value.to(torch.get_default_dtype())
     return value.reshape((*value.shape[:num_leading], -1))

@@ -17,10 +17,11 @@ from pyro import poutine
 from torch import Tensor
 
 from .bijections import Bijection
+from .joints import Joint
 from .packing import Layout, sample_sites, site_bijection
 from .pyro_joint import PyroJoint
 
-__all__ = ["Conditional", "condition_on"]
+__all__ = ["Conditional", "Prior", "condition_on"]
 
 
 class Conditional(ABC):
@@ -130,6 +131,28 @@ class _FromTrace(Conditional):
                 _refuse_score_function(log_q, f'guide site "{name}"')
         values = {name: trace.nodes[name]["value"] for name in self.layout.names}
         return self.layout.pack(values, 2), log_q
+
+
+class Prior(Conditional):
+    """The prior p(z) of a joint in place of a guide, whatever x is: q(z | x) = p(z)."""
+
+    def __init__(self, joint: Joint, x: Tensor) -> None:
+        self.joint = joint
+        self.x = x
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Computes log p(z)."""
+        return self.joint.log_prior(z, self.x)
+
+    def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
+        """Draws K values per row, and computes log p of them."""
+        with torch.no_grad():
+            z = self.joint.sample_prior(num_particles, self.x)
+        return z, self.log_prob(z)
+
+    def bijection(self) -> Bijection:
+        """Maps the support of the prior to unconstrained vectors."""
+        return self.joint.bijection(self.x)
 
 
 def _guide_sites(trace: Any) -> dict[str, Any]:

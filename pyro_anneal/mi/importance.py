@@ -69,7 +69,7 @@ class IWAE(_Importance):
 
     Args:
         model: The full joint: a Pyro model or a joint.
-        guide: The proposal q(z|x), called with x.
+        guide: The proposal q(z|x), called with x; None for the prior of the model.
         num_particles: K.
 
     Raises:
@@ -86,7 +86,9 @@ class IWAE(_Importance):
 
     breaks: ClassVar[str] = "a guide trained on the same pairs"
 
-    def __init__(self, model: Any, guide: Callable[..., Any], num_particles: int = 100) -> None:
+    def __init__(
+        self, model: Any, guide: Callable[..., Any] | None = None, num_particles: int = 100
+    ) -> None:
         super().__init__(model=model, guide=guide, num_particles=num_particles)
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:

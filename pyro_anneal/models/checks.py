@@ -15,6 +15,7 @@ from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .discrete import discrete_map
 from .sites import (
     base_distribution,
     density_sites,
@@ -23,6 +24,7 @@ from .sites import (
     observed_sites,
     unmasked,
 )
+from .supports import normalized_support
 
 __all__ = [
     "check_latents",
@@ -111,7 +113,7 @@ def check_log_probs(trace: Any) -> None:
             log_prob = site["fn"].log_prob(value)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             shape = [*site["fn"].batch_shape, *site["fn"].event_shape]
             raise ValueError(
                 f'at site "{name}": {kind} of shape {shape} has no log density at '
@@ -229,7 +231,7 @@ def check_structure(first: Any, second: Any) -> None:
 
 
 def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
-    """Checks that latents are continuous or enumerated and covered by the guide."""
+    """Checks that latents can be moved or are enumerated, and are covered by the guide."""
     latents = latent_sites(model_trace)
     enumerated = []
     for name, site in latents.items():
@@ -253,7 +255,7 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
                 'infer={"enumerate": "parallel"} or config_enumerate(model, "parallel")'
             )
         elif support_of(name, site).is_discrete:
-            raise ValueError(_discrete(name, site))
+            discrete_map(name, site["fn"])  # raises where no kernel could move it
     continuous = [name for name in latents if name not in enumerated]
     if not observed_sites(model_trace):
         raise ValueError(
@@ -263,29 +265,6 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
     if guide_trace is not None:
         _check_same_sites(continuous, enumerated, guide_trace, observed_sites(model_trace))
     return enumerated
-
-
-def _discrete(name: str, site: Mapping[str, Any]) -> str:
-    """Says why a discrete latent is refused, and what helps with this one."""
-    fn = site["fn"]
-    base = base_distribution(fn)
-    start = f'latent site "{name}" is discrete ({type(base).__name__}) and nothing sums it out or '
-    start += "moves it: "
-    with_guide = (
-        "with a guide that samples it, pyro_anneal.losses.IWAE(1000).loss(model, guide, ...) is a "
-        "bound"
-    )
-    if getattr(fn, "has_enumerate_support", False):
-        return (
-            f'{start}mark it with infer={{"enumerate": "parallel"}} or wrap the model in '
-            f"pyro.infer.config_enumerate; or, {with_guide}"
-        )
-    if getattr(base, "has_enumerate_support", False) and fn.event_shape != base.event_shape:
-        return (
-            f"{start}its event dimensions (to_event) cannot be enumerated; put its elements in a "
-            f"pyro.plate in place of to_event; or, {with_guide}"
-        )
-    return f"{start}its support has no finite list to sum over; {with_guide}"
 
 
 def _check_same_sites(
@@ -321,9 +300,11 @@ def _check_same_sites(
 
 
 def support_of(name: str, site: Mapping[str, Any]) -> Any:
-    """Reads the support of a latent site, which a user's own distribution may lack."""
+    """Works out the support of a latent site, which a user's own distribution may lack."""
     try:
-        return site["fn"].support
+        return normalized_support(site["fn"])
+    except ValueError as error:
+        raise ValueError(f'latent site "{name}": {error}') from error
     except NotImplementedError as error:
         raise ValueError(
             f'latent site "{name}": {type(site["fn"]).__name__} declares no support, so there is '

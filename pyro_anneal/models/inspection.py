@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -26,19 +25,24 @@ from .checks import (
     support_of,
     undeclared_axes,
 )
+from .coordinates import bijection
+from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
 from .sites import (
+    TRANSPORT,
     BatchPlate,
     Layout,
     Site,
     base_distribution,
     density_sites,
     is_factor,
+    is_flat,
     latent_sites,
     mark_points,
     observed_sites,
     plate_frames,
     plate_size,
 )
+from .supports import bijection_onto, can_be_sampled, is_improper
 from .validation import validation_disabled
 
 __all__ = ["NothingToAnneal", "inspect_model"]
@@ -105,7 +109,7 @@ def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
     notes = []
     scales: dict[str, float | None] = {}
     for name, site in density_sites(model_trace):
-        if is_factor(site):
+        if is_factor(site) and not name.startswith(TRANSPORT):
             notes.append(f'a normalizer, not log p(x): the model has pyro.factor("{name}")')
         scale = site["scale"]
         constant = not isinstance(scale, Tensor) or scale.numel() == 1
@@ -130,14 +134,14 @@ def _make_site(
         raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
     support = support_of(name, site)
     try:
-        transform = biject_to(support)
+        transform = discrete_map(name, fn) if support.is_discrete else bijection_onto(support)
     except NotImplementedError as error:
         raise ValueError(
             f'at latent site "{name}": no bijection from R^n to the support {support} of '
             f"{type(fn).__name__} is registered; reparameterize it (a correlation matrix through "
             "LKJCholesky, say) or register one with torch.distributions.biject_to.register"
         ) from error
-    rank = len(fn.batch_shape)
+    rank, dtype = len(fn.batch_shape), site["value"].dtype
     shape = torch.Size(transform.inverse_shape(fn.batch_shape + fn.event_shape))
     axes = tuple(rank + plate.dim for plate in batch)
     size = math.prod(n for i, n in enumerate(shape) if i not in axes)
@@ -150,21 +154,25 @@ def _make_site(
         batch_axes=axes,
         plates=tuple(by_axis.get(axis) for axis in range(rank)),
         transform=transform,
-        dtype=site["value"].dtype,
+        dtype=dtype if dtype.is_floating_point else torch.get_default_dtype(),
         start=start,
         stop=start + size,
+        support=support,
     )
 
 
 def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
-    """Computes the image of the unconstrained origin under each site's bijection."""
+    """Computes the image of one unconstrained value under each site's bijection."""
     images = []
     for site in sites:
         node = trace.nodes[site.name]
+        if is_discrete(node["fn"]):
+            images.append(support_edges(site.name, node["fn"]))
+            continue
         origin = torch.zeros(
             site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
         )
-        images.append(biject_to(node["fn"].support)(origin))
+        images.append(bijection(node["fn"])(origin + 0.5))
     return images
 
 
@@ -181,24 +189,25 @@ def _supports_are_static(
         return False
     latents = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
     with torch.enable_grad():
-        for value in latents.values():
+        continuous = [value for value in latents.values() if value.is_floating_point()]
+        for value in continuous:
             value.requires_grad_(True)
         trace = _trace(poutine.condition(model, data=latents), arguments)
         images = [image for image in _support_images(trace, sites) if image.requires_grad]
         if not images:
             return True
         total = torch.stack([image.sum() for image in images]).sum()
-        grads = torch.autograd.grad(total, list(latents.values()), allow_unused=True)
+        grads = torch.autograd.grad(total, continuous, allow_unused=True)
     return all(grad is None for grad in grads)
 
 
 class _StartImproper(Messenger):  # type: ignore[misc]
-    """Gives sites with an improper prior, which cannot be sampled, some value in their support."""
+    """Gives sites that cannot be sampled, as with an improper prior, some value in the support."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if msg["value"] is None and isinstance(base_distribution(fn), dist.ImproperUniform):
-            transform = biject_to(fn.support)
+        if msg["value"] is None and not can_be_sampled(fn):
+            transform = bijection(fn)
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             msg["value"] = transform(torch.randn(shape))
             msg["done"] = True
@@ -236,14 +245,22 @@ def _moving_supports(first: Any, second: Any) -> tuple[str, ...]:
         images = []
         for fn in (site["fn"], second.nodes[name]["fn"]):
             try:
+                if is_discrete(fn):
+                    images.append(support_edges(name, fn))
+                    continue
                 transform = biject_to(fn.support)
                 shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
                 images.append(transform(torch.zeros(shape, device=site["value"].device)))
-            except (AttributeError, NotImplementedError, RuntimeError):  # none, or discrete
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # none
                 continue
         if len(images) == 2 and not torch.equal(*images):
             moving.append(name)
     return tuple(moving)
+
+
+def _has_bounds(site: Site) -> bool:
+    """Tells whether a latent is an integer, whose family may give a density beyond its support."""
+    return isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
 
 
 def _trace_pair(
@@ -317,6 +334,7 @@ def inspect_model(
             )
         is_static = is_empty or _supports_are_static(model, model_args, trace, second[0], sites)
         guarded = _moving_supports(trace, second[0])
+        guarded += tuple(site.name for site in sites if _has_bounds(site))
     _check_observed(model, model_args, trace, guarded)
     scale, notes = _find_scale(trace)
     if undeclared:
@@ -324,13 +342,11 @@ def inspect_model(
     if enumerated:
         rest = "" if is_empty else ": latents are the other sites"
         notes += (f"discrete sites {enumerated} are summed out{rest}",)
-    improper = tuple(
-        site.name
-        for site in sites
-        if isinstance(base_distribution(trace.nodes[site.name]["fn"]), dist.ImproperUniform)
-    )
+    nodes = {site.name: trace.nodes[site.name] for site in sites}
+    improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
     if improper:
-        notes += (f"a normalizer, not log p(x): the prior of {list(improper)} is improper",)
+        notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
+    unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
     dims = [
         frame.dim
         for site in trace.nodes.values()
@@ -353,7 +369,7 @@ def inspect_model(
             for name, site in observed_sites(trace).items()
             if not is_factor(site)
         },
-        improper=improper,
+        improper=tuple(dict.fromkeys([*improper, *unsampled])),
         loops={
             frame.name: list(range(frame.size))
             for site in trace.nodes.values()

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import explained
+from .copies import explain_copies, find_copies
 from .sites import (
     base_distribution,
     density_sites,
@@ -32,7 +33,14 @@ from .sites import (
 )
 from .validation import validation_disabled
 
-__all__ = ["Arguments", "MakeArgs", "Simulation", "guide_arguments", "simulate"]
+__all__ = [
+    "Arguments",
+    "MakeArgs",
+    "Simulation",
+    "check_copies",
+    "guide_arguments",
+    "simulate",
+]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MakeArgs = Callable[[dict[str, Tensor]], Arguments]
@@ -163,6 +171,22 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
         replaced = _overwrite(arguments, original, observed).arguments
         _check_agreement(joint, again(observed, replaced), observed, "")
     return Simulation(latents, observed, original, joint.log_prob)
+
+
+def check_copies(model: Callable[..., Any], arguments: Arguments, simulation: Simulation) -> None:
+    """Checks that the densities of a simulated pair do not depend on a copy of the user's data.
+
+    One run of the model and one of its gradient: a property of the model, so that one of several
+    simulations is enough.
+
+    Raises:
+        ValueError: If they do; it names the site and the line that reads the copy.
+    """
+    copies = find_copies(
+        model, arguments, simulation.latents, simulation.observed, simulation.original
+    )
+    if copies:
+        raise ValueError(explain_copies(copies))
 
 
 def _check_agreement(

@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
+    "TRANSPORT",
     "BatchPlate",
     "Layout",
     "Site",
@@ -24,7 +25,9 @@ __all__ = [
     "density_sites",
     "is_deterministic",
     "is_factor",
+    "is_flat",
     "is_point",
+    "is_wrapper",
     "latent_sites",
     "mark_points",
     "observed_sites",
@@ -35,7 +38,11 @@ __all__ = [
 ]
 
 
-def _wraps(fn: Any) -> bool:
+TRANSPORT = "guide: "  # begins the names of sites that stand for a guide's (models/transport.py)
+
+
+def is_wrapper(fn: Any) -> bool:
+    """Tells whether a distribution is a ``to_event``, ``mask`` or ``expand`` of another."""
     return isinstance(fn, dist.MaskedDistribution) or type(fn).__name__ in (
         "ExpandedDistribution",
         "Independent",
@@ -44,7 +51,7 @@ def _wraps(fn: Any) -> bool:
 
 def base_distribution(fn: Any) -> Any:
     """Unwraps ``to_event``, ``mask`` and ``expand`` down to the distribution that does the work."""
-    while _wraps(fn):
+    while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
@@ -53,7 +60,7 @@ def unmasked(fn: Any) -> Any:
     """Removes every ``mask`` from a distribution, also from below ``to_event`` and ``expand``."""
     if isinstance(fn, dist.MaskedDistribution):
         return unmasked(fn.base_dist)
-    if not _wraps(fn) or unmasked(fn.base_dist) is fn.base_dist:
+    if not is_wrapper(fn) or unmasked(fn.base_dist) is fn.base_dist:
         return fn
     base = unmasked(fn.base_dist)
     if type(fn).__name__ == "Independent":
@@ -71,10 +78,23 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     if site["infer"].get("_deterministic", False):
         return True
     masked_out = False
-    while _wraps(fn):
+    while is_wrapper(fn):
         masked_out |= getattr(fn, "_mask", True) is False
         fn = fn.base_dist
     return masked_out and isinstance(fn, dist.Delta)
+
+
+def is_flat(site: Mapping[str, Any]) -> bool:
+    """Tells whether a constant mask False leaves a latent site without any density of its own.
+
+    NeuTraReparam and contrib.epidemiology do so: the prior is written elsewhere, as a factor. A
+    mask that is a tensor says which entries count, as ``obs_mask`` does, and is no such statement.
+    """
+    masks, fn = [site["mask"]], site["fn"]
+    while is_wrapper(fn):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return any(mask is False for mask in masks)
 
 
 def is_point(site: Mapping[str, Any]) -> bool:
@@ -153,7 +173,7 @@ class BatchPlate:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One continuous latent site and its place in the flat vector."""
+    """One latent site, continuous or discrete, and its place in the flat vector."""
 
     name: str
     batch_shape: torch.Size  # of the distribution at the site
@@ -165,6 +185,7 @@ class Site:
     dtype: torch.dtype
     start: int
     stop: int
+    support: Any = None  # where the prototype's density is normalized
 
     @property
     def value_shape(self) -> torch.Size:
@@ -202,7 +223,14 @@ class Layout:
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
     loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
+    lifted: tuple[str, ...] = ()  # discrete sites whose gradient is that of exact differences
+    derived: tuple[Site, ...] = ()  # latents that a guide derives from the sites, if it does
     noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
+
+    @property
+    def model_sites(self) -> tuple[Site, ...]:
+        """The model's own latents, in whichever coordinates chains move."""
+        return self.derived or self.sites
 
     @property
     def batch_shape(self) -> torch.Size:

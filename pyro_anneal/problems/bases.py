@@ -14,7 +14,7 @@ model's latents is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -26,7 +26,10 @@ from torch import Tensor
 from ..models import autoguides
 from ..models.checks import explained
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
+from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
+from ..models.lifting import own_extension
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
+from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
 from .components import Component
 from .exchangeable import Symmetry
@@ -106,7 +109,34 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        self._tabled = {
+            site.name: site
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap)
+            and (site.name in layout.lifted or site.transform.kind == "index")
+        }
+        self._check_angles(trace)
         self._check_supports()
+
+    def _check_angles(self, trace: Any) -> None:
+        """Refuses guides on the reals for sites that live on a period, or on an image."""
+        for site in self.model.layout.sites:
+            if site.name not in self._direct and is_mistaken_by_pyro(site.support):
+                raise ValueError(
+                    f'at site "{site.name}" {type(self.guide).__name__} takes the declared support '
+                    "for real, but the density is normalized on a smaller set only (one period, or "
+                    'the image of a bounded base): use guide="auto", guide=None, or write the guide '
+                    "by hand with the model's family"
+                )
+            if site.name in self._direct and isinstance(leaf_constraint(site.support), Circle):
+                fn = trace.nodes[site.name]["fn"]
+                if not isinstance(leaf_constraint(normalized_support(fn)), Circle):
+                    raise ValueError(
+                        f'at site "{site.name}" the model has an angle, one period around the '
+                        f"circle, and the guide a {type(base_distribution(fn)).__name__}, which is "
+                        "normalized on another set: use VonMises in the guide, or "
+                        'guide="auto"'
+                    )
 
     def _auxiliary(self, trace: Any) -> set[str]:
         """Collects the sites on which an AutoGuide is conditioned."""
@@ -118,29 +148,68 @@ class GuideBase:
             )
         )
 
-    def _check_supports(self, num_points: int = 32) -> None:
-        """Checks that hand-written parts of the guide cover the model's support."""
+    def _check_supports(self) -> None:
+        """Checks that hand-written parts of the guide have density all over the model's support.
+
+        The two supports are compared at values up to the ends of the model's: unconstrained values
+        of growing size, as far as they are told apart from the edge in this precision.
+        """
+        if not self._direct:
+            return
         layout = self.model.layout
-        shape = (*layout.batch_shape, layout.dim)
+        integers = {
+            site.name: site.transform
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
+        }
         with torch.no_grad():
-            for _ in range(num_points if self._direct else 0):
-                position = torch.randn(shape, dtype=layout.dtype, device=layout.device)
+            for position in self._far_positions():
                 values = self.model.unpack(position)
-                given = {name: values[name] for name in self._direct}
-                trace = self._trace(Substitute(constrained=given))
+                again = self.model.pack(values)
+                reached = (again - position).abs() <= 1e-3 * (1.0 + position.abs())
+                told_apart = self.model.layout.split(reached.to(position.dtype))
+                trace = self._trace(self._at({n: values[n] for n in self._direct}))
                 for name in self._direct:
                     fn = trace.nodes[name]["fn"]
-                    if not bool(fn.support.check(values[name]).all()):
+                    if is_discrete(fn) and name in integers:
+                        wide = self._covers(integers[name], discrete_map(name, fn))
+                        covered = wide or not layout.is_static
+                    else:
+                        inside = normalized_support(fn).check(values[name])
+                        covered = bool(inside.all()) or not bool((told_apart[name] > 0).all())
+                    if not covered:
                         raise ValueError(
                             f'at site "{name}" the guide ({type(base_distribution(fn)).__name__}, '
                             f"support {fn.support}) has no density at values that the model "
-                            "allows: no chain could reach them; use a guide with the model's "
-                            "support"
+                            "allows: no chain could reach them, and the number would be the "
+                            "evidence of a truncated prior; use a guide with the model's support"
                         )
+
+    @staticmethod
+    def _covers(model: DiscreteMap, guide: DiscreteMap) -> bool:
+        """Tells whether the guide's integers reach as far as the model's."""
+        low, high = guide.lower <= model.lower, guide.upper >= model.upper
+        return bool((low & high).all())
+
+    def _far_positions(self) -> Iterator[Tensor]:
+        """Makes unconstrained positions near the origin and far from it, in several directions."""
+        layout = self.model.layout
+        shape = (*layout.batch_shape, layout.dim)
+        for size in (1.0, 1.0, 1.0, 1.0, 3.0, 6.0, 12.0, 25.0, 60.0, 1e3, 1e6):
+            noise = torch.randn(shape, dtype=layout.dtype, device=layout.device)
+            if size == 1.0:
+                yield noise
+            else:
+                yield size * noise.sign()
+                yield -size * noise.sign()
+
+    @staticmethod
+    def _at(values: dict[str, Tensor]) -> Substitute:
+        return Substitute(constrained=values, ignore_masks=True)
 
     def _trace(self, substitute: Messenger | None) -> Any:
         args, kwargs = self.arguments
-        with validation_disabled(), poutine.block(), substitute or Messenger():
+        with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
     def draw(self) -> Tensor:
@@ -156,12 +225,16 @@ class GuideBase:
         given = {name: evaluation.values[name] for name in self._direct}
         if autoguides.is_autoguide(self.guide):
             given |= autoguides.auxiliary_values(self.guide, evaluation.unconstrained)
-        trace = self._trace(Substitute(constrained=given))
+        trace = self._trace(self._at(given))
         shape = self.model.layout.batch_shape
         result: Tensor = torch.zeros(shape, dtype=position.dtype, device=position.device)
         for name in given:
             site = trace.nodes[name]
             log_prob = site["fn"].log_prob(site["value"])
+            if name in self._tabled:  # the value has no gradient
+                u = evaluation.unconstrained[name]
+                extension = own_extension(self._tabled[name], u, site["fn"])
+                log_prob = log_prob + (extension - extension.detach())
             result = result + sum_to_batch(log_prob, self._dims, shape)
             if name in evaluation.log_det:
                 result = result + evaluation.log_det[name]

@@ -16,8 +16,11 @@ from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
+from ..models.discrete import DiscreteMap, is_discrete
 from ..models.inspection import inspect_model
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
+from ..models.supports import normalized_support
+from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -29,6 +32,8 @@ from .bases import (
     PriorBase,
     StandardNormalBase,
 )
+from .coupling import find_coupling
+from .discrete import lattice_of, lift
 from .fitted import Once, fit_start
 
 __all__ = ["Problem", "prepare"]
@@ -90,7 +95,7 @@ class Problem:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
         with torch.no_grad():
             chains = [self.model.unpack(chain) for chain in position]
-        names = [site.name for site in self.layout.sites]
+        names = [site.name for site in self.layout.model_sites]
         return {name: torch.stack([chain[name] for chain in chains]) for name in names}
 
     def pack(self, values: dict[str, Tensor]) -> Tensor:
@@ -104,12 +109,22 @@ class Problem:
         Raises:
             ValueError: If one does not; names the site.
         """
+        for site in self.layout.sites:  # before the model looks a category up
+            transform = site.transform
+            if isinstance(transform, DiscreteMap) and transform.kind == "index":
+                value = values[site.name]
+                if bool(((value < transform.lower) | (value > transform.upper)).any()):
+                    raise ValueError(
+                        f'a posterior sample of site "{site.name}" lies outside its support: '
+                        f"it has {transform.size} categories, from 0"
+                    )
         args, kwargs = self.model.arguments
         model = poutine.condition(self.model.model, data=values)
         with torch.no_grad(), validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
-            support = trace.nodes[name]["fn"].support
+            fn = trace.nodes[name]["fn"]
+            support = fn.support if is_discrete(fn) else normalized_support(fn)
             if not bool(support.check(value).all()):
                 raise ValueError(
                     f'a posterior sample of site "{name}" lies outside its support {support}'
@@ -218,28 +233,46 @@ def prepare(
     if not (guide is None or guide == "auto" or callable(guide)):
         raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
     hand_written = None if isinstance(guide, str) else guide
-    check_guide(hand_written)
-    layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
-    if layout.improper and guide is None:
+    check_guide(hand_written, invertible=False)
+    if hand_written is not None and is_transport(hand_written, guide_args):
+        if prior_weight > 0.0:
+            raise ValueError(
+                "prior_weight mixes the prior into the density of the guide, which derives the "
+                "model's latents from auxiliary sites: its density at draws of the prior is not "
+                "known; leave prior_weight out"
+            )
+        model, layout = inspect_transport(
+            model, hand_written, model_args, guide_args, batch_plates=batch_plates
+        )
+        guide = hand_written = None
+    else:
+        layout = inspect_model(
+            model, hand_written, model_args, guide_args, batch_plates=batch_plates
+        )
+    if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
         raise ValueError(
-            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform), so "
+            f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
         )
     problem = _assemble(model, guide, model_args, guide_args, layout)
-    coupled = _coupled_plates(problem)
-    if coupled:
-        if batch_plates != "auto":
-            raise ValueError(
-                f"elements of plate(s) {coupled} influence each other's log density in spite of "
-                "the plate (a mean over rows, BatchNorm in the decoder): leave them out of "
-                "batch_plates to treat the plate jointly"
-            )
-        rest = [plate.name for plate in layout.batch if plate.name not in coupled]
-        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
-        note = f"elements of plate(s) {coupled} influence each other: they share one evidence"
-        layout = replace(layout, notes=(*layout.notes, note))
+    coupling = find_coupling(
+        problem.function, layout.batch, problem.probe, is_requested=batch_plates != "auto"
+    )
+    if coupling.plates:
+        rest = [plate.name for plate in layout.batch if plate.name not in coupling.plates]
+        joint = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        static = joint.is_static and not layout.derived
+        layout = replace(joint, derived=layout.derived, is_static=static)
+    if coupling.notes:
+        layout = replace(layout, notes=(*layout.notes, *coupling.notes))
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
+    if lattice_of(layout) is not None:
+        layout = lift(problem.model, example)
+        if guide == "auto":
+            note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
+            guide, layout = None, replace(layout, notes=(*layout.notes, note))
+        problem = _assemble(model, guide, model_args, guide_args, layout)
     with _hidden_sites_named(problem.model, problem.base):
         if guide == "auto":
             problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
@@ -276,7 +309,8 @@ def _assemble(
     guide_args: Arguments,
     layout: Layout,
 ) -> Problem:
-    model_density = ModelDensity(model, layout, model_args)
+    kind = TransportDensity if isinstance(model, Transport) else ModelDensity
+    model_density = kind(model, layout, model_args)
     base: Base
     if guide is None:
         base = PriorBase(model_density)
@@ -315,38 +349,3 @@ def _fit(
         fit_gradients=start.num_gradients,
         from_prior=start.from_prior,
     )
-
-
-def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:
-    """Names the batch plates whose elements move each other's log densities.
-
-    Two draws a and b are mixed along one plate, half of its elements from each: an element whose
-    latents come from a must have the densities it has at a, whatever its neighbours do.
-    """
-    layout = problem.layout
-    if layout.batch_shape.numel() < 2:
-        return []
-    first, second = problem.probe(), problem.probe()
-    coupled = []
-    with torch.no_grad():
-        ends = problem.function(first), problem.function(second)
-        for axis, plate in enumerate(layout.batch):
-            shape = [plate.size if i == axis else 1 for i in range(len(layout.batch))]
-            for _ in range(num_tests if plate.size > 1 else 0):
-                order = torch.randperm(plate.size, device=first.device)
-                take = (order < plate.size // 2).reshape(shape)
-                mixed = problem.function(torch.where(take.unsqueeze(-1), second, first))
-                if any(
-                    _differ(torch.where(take, b, a), m)
-                    for a, b, m in zip(*ends, mixed, strict=True)
-                ):
-                    coupled.append(plate.name)
-                    break
-    return coupled
-
-
-def _differ(expected: Tensor, value: Tensor) -> bool:
-    """Compares log densities where they are finite, up to rounding."""
-    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-4
-    same = (value - expected).abs() <= tolerance * (1.0 + expected.abs())
-    return not bool((same | ~expected.isfinite()).all())

@@ -10,21 +10,36 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from .._version import __version__
-from .run import AnnealedRun
-from .sandwich import Sandwich
+
+if TYPE_CHECKING:  # results import their exports, not the other way round
+    from .run import AnnealedRun
+    from .sandwich import Sandwich
 
 __all__ = ["to_arviz", "to_data_tree", "to_datasets", "to_inference_data"]
 
 
+_DRAWS_FOR_LOO = 1000
+
+
+def _is_run(result: AnnealedRun | Sandwich) -> TypeIs[AnnealedRun]:
+    return len(result.directions) == 1
+
+
 def to_arviz(
-    result: AnnealedRun | Sandwich, *, resample: bool = False, seed: int | None = None
+    result: AnnealedRun | Sandwich,
+    *,
+    resample: bool = False,
+    num_samples: int | None = None,
+    log_likelihood: bool = False,
+    seed: int | None = None,
 ) -> Any:
     """Converts a result to what the installed ArviZ works with.
 
@@ -32,18 +47,31 @@ def to_arviz(
         result: A run or a sandwich.
         resample: Whether ``posterior`` holds K equally weighted draws, resampled per datum, for
             summaries that know no weights; the weights then move out of ``sample_stats``.
-        seed: Seed of the resampling.
+        num_samples: Number of equally weighted draws in ``posterior`` instead of the K ends, by
+            :meth:`~pyro_anneal.AnnealedRun.posterior_samples`. Forward runs only.
+        log_likelihood: Whether to add the group ``log_likelihood`` of each datum at each draw,
+            which ``arviz.loo`` and ``arviz.compare`` need; ``num_samples`` is then 1000 unless
+            given. Forward runs only.
+        seed: Seed of the draws.
 
     Returns:
         ``arviz.InferenceData`` where ArviZ has it, else ``xarray.DataTree``. Groups: ``posterior``
         (forward chains only), ``sample_stats``, ``observed_data``, ``annealing`` (curves over
-        beta), ``evidence`` (bounds, estimates and effective sample sizes per datum).
+        beta), ``evidence`` (bounds, estimates and effective sample sizes per datum), and on demand
+        ``log_likelihood``.
 
     Raises:
         ImportError: If ArviZ is not installed.
+        ValueError: If draws or log likelihoods are asked of what cannot be continued.
     """
     arviz = _import("arviz")
-    datasets = to_datasets(result, resample=resample, seed=seed)
+    datasets = to_datasets(
+        result,
+        resample=resample,
+        num_samples=num_samples,
+        log_likelihood=log_likelihood,
+        seed=seed,
+    )
     kind = vars(arviz).get("InferenceData")  # asking ArviZ 1 for the attribute warns
     if isinstance(kind, type) and not issubclass(kind, _import("xarray").DataTree):
         return to_inference_data(datasets)
@@ -61,26 +89,56 @@ def to_data_tree(datasets: Mapping[str, Any]) -> Any:
 
 
 def to_datasets(
-    result: AnnealedRun | Sandwich, *, resample: bool = False, seed: int | None = None
+    result: AnnealedRun | Sandwich,
+    *,
+    resample: bool = False,
+    num_samples: int | None = None,
+    log_likelihood: bool = False,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Converts a result to one ``xarray.Dataset`` per group; see :func:`to_arviz`."""
-    if isinstance(result, Sandwich):
-        return _sandwich_datasets(result, resample=resample, seed=seed)
-    return _run_datasets(result, resample=resample, seed=seed)
+    if log_likelihood and num_samples is None:
+        num_samples = _DRAWS_FOR_LOO
+    if _is_run(result):
+        drawn = None
+        if num_samples is not None:
+            drawn = result.posterior_samples(num_samples, seed=seed)
+        return _run_datasets(
+            result, resample=resample, seed=seed, drawn=drawn, log_likelihood=log_likelihood
+        )
+    if num_samples is not None:
+        raise ValueError(
+            "num_samples and log_likelihood need a forward run on your data: a sandwich speaks of "
+            "simulated data; pass the result of run()"
+        )
+    return _sandwich_datasets(result, resample=resample, seed=seed)
 
 
-def _run_datasets(run: AnnealedRun, *, resample: bool, seed: int | None) -> dict[str, Any]:
+def _run_datasets(
+    run: AnnealedRun,
+    *,
+    resample: bool,
+    seed: int | None,
+    drawn: Mapping[str, Tensor] | None = None,
+    log_likelihood: bool = False,
+) -> dict[str, Any]:
     plates = tuple(run.plates)
     forward = run.direction == "forward"
     groups: dict[str, dict[str, Any]] = {}
+    count, equal = run.num_chains, resample or drawn is not None
     if forward:
-        draws = run.resample(run.num_chains, seed=seed) if resample else run.posterior
+        ends = run.resample(run.num_chains, seed=seed) if resample else run.posterior
+        draws = ends if drawn is None else drawn
+        count = len(next(iter(draws.values()), run.log_weights))
         groups["posterior"] = _posterior(run, draws)
+        if log_likelihood:
+            pointwise = run._continued("log_likelihood").log_likelihood(draws)
+            groups["log_likelihood"] = _posterior(run, pointwise)
     acceptance = run.accept_prob.mean() if run.num_steps > 1 else torch.tensor(torch.nan)
     groups["sample_stats"] = {
-        "acceptance_rate": (("chain", "draw"), _numpy(acceptance.expand(1, run.num_chains)))
+        "acceptance_rate": (("chain", "draw"), _numpy(acceptance.expand(1, count)))
     }
-    if not (forward and resample):  # draws that were resampled weigh the same
+    if not (forward and equal):  # draws that were resampled weigh the same
         log_weight = (("chain", "draw", *plates), _numpy(run.log_weights.unsqueeze(0)))
         groups["sample_stats"]["log_weight"] = log_weight
     if run.observed:
@@ -96,7 +154,7 @@ def _run_datasets(run: AnnealedRun, *, resample: bool, seed: int | None) -> dict
         "thermodynamic_integration_std_error": ti.std_error,
     }
     groups["evidence"] = {name: (plates, _numpy(value)) for name, value in evidence.items()}
-    attrs = _attributes(run) | {"resampled": int(resample and forward)}
+    attrs = _attributes(run) | {"resampled": int(equal and forward)}
     return _datasets(groups, attrs, {"annealing": _beta_coordinates(run)})
 
 

@@ -7,14 +7,15 @@ is the tuple of plates that enclose the whole model, in the order of ``AnnealedR
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import bounds
-from ..arguments import as_real
+from ..arguments import as_count, as_real, as_seed
 from ..weights import (
     effective_sample_size,
     log_mean_exp,
@@ -27,7 +28,7 @@ from .findings import Diagnostic
 from .provenance import Provenance
 from .tables import Table, format_value
 
-__all__ = ["AnnealedRun", "Estimate", "PilotSummary", "std_error_over_pairs"]
+__all__ = ["AnnealedRun", "Continues", "Estimate", "PilotSummary", "std_error_over_pairs"]
 
 
 class Estimate(NamedTuple):
@@ -35,6 +36,16 @@ class Estimate(NamedTuple):
 
     value: Tensor
     std_error: Tensor
+
+
+class Continues(Protocol):
+    """What continues a run in the process that ran it; see :mod:`pyro_anneal.runs.continuation`."""
+
+    def draw(self, num_samples: int, *, thin: int, seed: int | None) -> dict[str, Tensor]:
+        """Draws values by site, ``[n, *value_shape]``."""
+
+    def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes log likelihoods by observed site in nats, ``[n, ...]``."""
 
 
 @stored
@@ -96,6 +107,11 @@ class AnnealedRun(Result):
     diagnostics: tuple[Diagnostic, ...] = ()
     data_digest: str = ""  # of the observed values, whatever their arrangement
     provenance: Provenance | None = None
+    continuation: Continues | None = field(default=None, metadata={"saved": False})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what lasts only as long as the process."""
+        return self.__dict__ | {"continuation": None}
 
     def __post_init__(self) -> None:
         if tuple(self.plates.values()) != self.batch_shape:
@@ -266,6 +282,59 @@ class AnnealedRun(Result):
                 draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
         return draws
 
+    def posterior_samples(
+        self, num_samples: int, *, thin: int = 10, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        r"""Draws many equally weighted posterior samples: the chains go on at :math:`\beta = 1`.
+
+        The K ends are resampled by their weights, per datum, and moved by the run's own frozen
+        kernel, which keeps the posterior; every ``thin`` transitions each chain gives a draw. So
+        the draws are as good as the K weights, and do not repeat their K values as :meth:`resample`
+        does. Draws of one chain are dependent. A mode that no chain ended in stays missed. The
+        cost is about ``num_samples * thin`` transitions, K at a time.
+
+        Args:
+            num_samples: Number n of draws.
+            thin: Transitions of a chain before each of its draws.
+            seed: Seed of the draws; one drawn from torch's global generator if None.
+
+        Returns:
+            Values by site in the model's own space, ``[n, *value_shape]``.
+
+        Raises:
+            ValueError: If the chains ran in reverse, a count is below 1, or this result cannot be
+                continued: it was loaded, copied, or merged from several simulated data sets.
+
+        Example:
+            >>> from pyro_anneal import AnnealedImportance
+            >>> def model(x):
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> ais = AnnealedImportance(model, num_steps=50, progress_bar=False, seed=0)
+            >>> draws = ais.run(torch.tensor(2.0)).posterior_samples(500, seed=1)["z"]
+            >>> draws.shape, bool((draws.mean() - 1.0).abs() < 0.1)  # p(z | x) = N(1, 1/2)
+            (torch.Size([500]), True)
+        """
+        num_samples, thin = as_count("num_samples", num_samples), as_count("thin", thin)
+        return self._continued("posterior_samples").draw(
+            num_samples, thin=thin, seed=as_seed(seed)
+        )
+
+    def _continued(self, what: str) -> Continues:
+        """Returns what continues the run, or says why there is none."""
+        if self.direction == "reverse":
+            raise ValueError(
+                f"{what} needs a forward run: reverse chains end at the base, not at the posterior"
+            )
+        if self.continuation is None:
+            raise ValueError(
+                f"{what} needs the model and the chains, which are kept only in the process that "
+                "ran them, not in files, copies or results on simulated data: call run() again "
+                "(with the same seed it gives the same run), or use resample(n) for draws among "
+                f"the {self.num_chains} ends"
+            )
+        return self.continuation
+
     @property
     def directions(self) -> dict[str, AnnealedRun]:
         """This run, by its direction."""
@@ -352,11 +421,24 @@ class AnnealedRun(Result):
             notes.append("certified=False: the starts are approximate, so this is no bound")
         return Table(title, fields, notes)
 
-    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+    def to_arviz(
+        self,
+        *,
+        resample: bool = False,
+        num_samples: int | None = None,
+        log_likelihood: bool = False,
+        seed: int | None = None,
+    ) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
         from .arviz import to_arviz
 
-        return to_arviz(self, resample=resample, seed=seed)
+        return to_arviz(
+            self,
+            resample=resample,
+            num_samples=num_samples,
+            log_likelihood=log_likelihood,
+            seed=seed,
+        )
 
     def plot(self) -> Any:
         """Draws the run; see :func:`pyro_anneal.results.plotting.plot_run`."""

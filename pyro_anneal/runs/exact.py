@@ -11,6 +11,7 @@ import torch
 from ..models.density import Arguments, ModelDensity
 from ..models.sites import Layout
 from ..models.validation import validation_disabled
+from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 
 __all__ = ["exact_run"]
@@ -61,4 +62,5 @@ def exact_run(
         notes=(NOTE, *layout.notes),
         scale=layout.scale,
         observed=layout.observed,
+        data_digest=digest_of_data(layout.observed),
     )

@@ -393,17 +393,6 @@ def _handlers() -> list[KnownProblem]:
         keep = torch.tensor([True, False, True])
         pyro.sample("x", dist.Normal(z, 1.0).expand([3]).mask(keep).to_event(1), obs=x)
 
-    def masked_latent(x):
-        with poutine.mask(mask=False):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def masked_latent_distribution(x):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
     def missing(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -450,8 +439,6 @@ def _handlers() -> list[KnownProblem]:
         ("scale of the prior", scaled_prior, gaussian(values, 1.0, 2.0), 1),
         ("mask of the data", masked, gaussian(values[[0, 2]]), 1),
         ("masked distribution of the data", masked_distribution, gaussian(values[[0, 2]]), 1),
-        ("mask of a latent", masked_latent, gaussian(values), 1),
-        ("masked distribution of a latent", masked_latent_distribution, gaussian(values), 1),
         ("factor", factor, gaussian(values), 1),
         ("condition", conditioned, gaussian(values), 1),
         ("reparam", reparameterized, gaussian(values), 1),

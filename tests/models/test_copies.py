@@ -1,0 +1,180 @@
+"""Data that a model also reads elsewhere are found by value; constants that look alike are not."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_anneal import AnnealedImportance
+from pyro_anneal.losses import EUBO
+from pyro_anneal.models.copies import share_values
+
+DATA = [0.5, -1.0, 2.0, 0.3]
+LONG = torch.tensor([0.31, -1.22, 0.75, 2.11, -0.43, 0.08, 1.37, -0.92])
+
+
+def annealed(model, guide=None):
+    return AnnealedImportance(
+        model, guide, num_chains=16, num_steps=50, seed=0, progress_bar=False
+    )
+
+
+def lagged_array(x):
+    x = torch.as_tensor(np.array(x))
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 3):
+        pyro.sample("x", dist.Normal(a * x[:-1], 1.0), obs=x[1:])
+
+
+def empirical_prior(x):
+    x = torch.as_tensor(x)
+    a = pyro.sample("a", dist.Normal(x.mean(), x.std()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x * 1.0)
+
+
+def cast(x):
+    y = torch.as_tensor(x).float()
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("x", dist.Normal(a + y.mean(), 1.0), obs=y.double())
+
+
+def lagged_numbers(x):
+    x = [float(v) for v in x]
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    for i in range(1, len(x)):
+        pyro.sample(f"x_{i}", dist.Normal(a * x[i - 1], 1.0), obs=torch.tensor(x[i]))
+
+
+def lagged_parameters(x):
+    x = [float(v) for v in x]
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(a + torch.tensor(x).flip(0), 1.0), obs=torch.tensor(x))
+
+
+class Holder:
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self, x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a * self.x.roll(1), 1.0), obs=x.clone())
+
+
+COPIES = {
+    "lagged array of a list": (lagged_array, DATA),
+    "lagged array of a tensor": (lagged_array, torch.tensor(DATA, dtype=torch.float64)),
+    "prior of the data's moments": (empirical_prior, DATA),
+    "prior of the moments of a tensor": (empirical_prior, torch.tensor(DATA)),
+    "cast": (cast, DATA),
+    "numbers in parameters": (lagged_parameters, LONG),
+    "lagged numbers of a loop": (lagged_numbers, LONG),
+    "attribute": (Holder(LONG.clone()), LONG),
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # np.array while recording
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_data_are_refused(name):
+    model, x = COPIES[name]
+    message = r'reads the data of site "x.*" elsewhere.* at test_copies.py:\d+ \('
+    with pytest.raises(ValueError, match=message):
+        annealed(model).sandwich(x)
+    with pytest.raises(ValueError, match=message):
+        annealed(model).mutual_information(x)
+    annealed(model).run(x)  # a lower bound needs no simulation
+
+
+def test_closures_are_searched():
+    held = [float(v) for v in LONG]
+
+    def model(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a * torch.tensor(held), 1.0), obs=x + 0.0)
+
+    with pytest.raises(ValueError, match='reads the data of site "x"'):
+        annealed(model).sandwich(LONG)
+
+
+def test_losses_on_simulated_data_refuse_copies():
+    def guide(x):
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    loss = EUBO(2, posterior="simulated", make_args=lambda observed: ((DATA,), {}))
+    with pytest.raises(ValueError, match='reads the data of site "x"'):
+        loss.loss(empirical_prior, guide, DATA)
+
+
+def regression(x, y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a * x, 0.5), obs=y)
+
+
+def transformed(y):
+    y = torch.as_tensor(y)
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a, 0.5), obs=(y - 0.5) * 2.0)
+
+
+def counts(y):
+    k = torch.arange(len(y), dtype=torch.get_default_dtype())
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Poisson(rate * (1.0 + k)), obs=y)
+
+
+def binary(x, y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=a * x), obs=y)
+
+
+def constants(y):
+    a = pyro.sample("a", dist.Normal(0.3, 0.5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a, torch.tensor([1.0, 1.0, 2.0, 2.0])), obs=y)
+
+
+CLEAN = {
+    "covariates": (regression, (torch.linspace(-1, 1, 8), LONG)),
+    "a transform of the data": (transformed, ([0.31, -1.22, 0.75],)),
+    "index ranges beside counts": (counts, (torch.tensor([0.0, 1.0, 2.0, 3.0, 9.0]),)),
+    "binary covariates": (
+        binary,
+        (torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])),
+    ),
+    "numbers that are also data": (constants, (torch.tensor([0.5, 0.3, 1.0, 2.0]),)),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_values_that_agree_by_chance_do_no_harm(name):
+    model, arguments = CLEAN[name]
+    result = annealed(model).sandwich(*arguments)
+    assert bool(result.gap.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("values", "data", "same"),
+    [
+        ([0.5, -1.0, 2.0], [-1.0, 2.0, 0.3], True),
+        ([3.0, 7.0, 2.0, 9.0], [7.0, 2.0, 9.0, 4.0], True),  # counts, lagged
+        (LONG.flip(0).tolist(), LONG.tolist(), True),  # another order
+        (LONG[:4].tolist(), LONG.tolist(), True),  # a part
+        ([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 7.0], False),
+        ([2.0, 2.0, 2.0], [2.0, 2.0, 5.0], False),
+        ([0.0, 1.0, 1.0], [0.0, 1.0, 1.0], False),
+        ([0.0, 1.0] * 10, [0.0, 1.0] * 10, True),
+        ([0.5], [0.5, 0.7], False),
+        ([0.1, 0.2], [0.31, 0.42], False),
+    ],
+)
+def test_what_counts_as_a_copy(values, data, same):
+    assert share_values(torch.tensor(values), torch.tensor(data)) is same

@@ -111,7 +111,7 @@ def test_weights_next_to_zero_keep_their_digits():
 
 def test_the_averaged_base_is_invariant_and_normalized():
     """The even mixture of all permuted densities, by enumeration in the space of values."""
-    problem, symmetry = symmetry_of(mixture, X, 2)
+    _, symmetry = symmetry_of(mixture, X, 2)
     generator = torch.Generator().manual_seed(3)
     loc = torch.randn(5, generator=generator)
     scale = 0.5 * torch.eye(5) + 0.2 * torch.randn(5, 5, generator=generator).tril(-1)

@@ -23,8 +23,9 @@ from ..results.batches import EvidenceOfBatches
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
+from .progress import progress_bar
 from .run import forward, freeze, make_problem, particles
-from .settings import Settings, progress_bar
+from .settings import Settings
 
 __all__ = ["as_arguments", "run_batches"]
 
@@ -78,8 +79,7 @@ def run_batches(
     length = len(batches) if isinstance(batches, Sized) else math.inf
     turns: dict[int, Arguments] = {}
     index = -1
-    visible = settings.progress_bar and journal.is_first
-    with progress_bar(visible, "batches", length) as bar:
+    with progress_bar("batches", length) as bar:
         for index, arguments in enumerate(_reproducibly(batches, to_arguments)):
             digest = _digest(arguments, strict=journal.is_kept)
             if index < count:

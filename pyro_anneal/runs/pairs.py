@@ -7,6 +7,7 @@ of latents and data times the number of simulations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -32,8 +33,9 @@ from ..persistence.memory import released
 from ..results.digest import add_digests
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
+from .progress import progress_bar
 from .run import around_paths, forward, freeze, make_problem, reverse, shared_end
-from .settings import Settings, progress_bar
+from .settings import Settings
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
@@ -194,9 +196,10 @@ def simulate_pairs(
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
         shared = Shared.from_dict(stored["shared"])
-    visible = settings.progress_bar and journal.is_first and num_simulations > 1
-    with progress_bar(visible, "simulations", num_simulations) as bar:
-        bar.update(total.count)
+    several = progress_bar("simulations", num_simulations) if num_simulations > 1 else None
+    with several or contextlib.nullcontext() as bar:
+        if bar is not None:
+            bar.update(total.count)
         for index in range(total.count, num_simulations):
             prefix = f"{index}/"
             with released():
@@ -213,7 +216,8 @@ def simulate_pairs(
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))
             journal.put("pairs", partial(_described, total, shared))
-            bar.update(1)
+            if bar is not None:
+                bar.update(1)
     return total
 
 

@@ -30,7 +30,8 @@ from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
 from .continuation import Continuation
-from .settings import Frozen, Settings, progress_bar
+from .progress import progress_bar
+from .settings import Frozen, Settings
 
 __all__ = [
     "around_paths",
@@ -54,11 +55,10 @@ def make_problem(
     seed: int,
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
-    visible = settings.progress_bar and settings.guide == "auto" and journal.is_first
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
     # One increment moves no chain; with a target gap the steps are not known yet.
     moves = settings.plan.num_steps != 1 or settings.target_gap is not None
-    with progress_bar(visible, "fit", 340) as bar:
+    with progress_bar("fit", 340) as bar:
         problem = prepare(
             model,
             settings.guide,
@@ -135,8 +135,7 @@ def freeze(
     began = time.perf_counter()
     problem = make_problem(settings, model, model_args, guide_args, journal, prefix, seed=seed)
     setup_seconds = time.perf_counter() - began
-    visible = settings.progress_bar and journal.is_first
-    with progress_bar(visible, "pilot", 1.0, delay=1e-3) as bar:
+    with progress_bar("pilot", 1.0) as bar:
         walkers = particles(
             problem,
             seed,
@@ -176,7 +175,6 @@ def freeze(
         chain_batch_size=settings.chain_batch_size,
         seed=seed,
         setup_seconds=setup_seconds,
-        progress_bar=visible,
     )
 
 
@@ -385,7 +383,7 @@ def _anneal(
 ) -> Ends:
     own = range(journal.world.rank, len(blocks), journal.world.size)
     total = frozen.path.num_steps * len(own)
-    with torch.no_grad(), progress_bar(frozen.progress_bar, stream, total) as bar:
+    with torch.no_grad(), progress_bar(stream, total) as bar:
         return anneal_blocks(
             frozen.problem.density,
             frozen.path,

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..arguments import as_count, as_flag, as_real, as_seed, check_function
 from ..chains.grouping import Grouping
 from ..chains.path import Path
@@ -25,7 +23,7 @@ from ..persistence.fingerprints import (
 from ..problems.problem import Guide, Problem
 from ..results.run import PilotSummary
 
-__all__ = ["Frozen", "Settings", "progress_bar"]
+__all__ = ["Frozen", "Settings"]
 
 
 # An option that a checkpoint need not share, since it changes no number.
@@ -118,16 +116,3 @@ class Frozen:
     chain_batch_size: int | None
     seed: int
     setup_seconds: float
-    progress_bar: bool
-
-
-def progress_bar(visible: bool, label: str, total: float, *, delay: float = 0.0) -> Any:
-    """Makes a bar that disappears when it is done.
-
-    Args:
-        visible: Whether it is shown at all.
-        label: What stands before it.
-        total: What it counts to.
-        delay: Seconds before it is shown.
-    """
-    return tqdm(total=total, desc=label, disable=not visible, leave=False, delay=delay)

@@ -100,7 +100,8 @@ def uninterrupted(name):
 def numbers(result):
     """Collects all numbers of a result but the time it took, and what lasts only as a process does."""
     if dataclasses.is_dataclass(result):
-        result = vars(result)
+        kept = [f.name for f in dataclasses.fields(result) if f.metadata.get("saved", True)]
+        result = {name: getattr(result, name) for name in kept}
     if isinstance(result, dict):
         passing = ("seconds", "continuation")
         parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith(passing)}

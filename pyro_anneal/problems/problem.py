@@ -206,6 +206,7 @@ def prepare(
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
     once: Once = lambda compute: compute(),
+    gradients: bool = True,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -222,6 +223,7 @@ def prepare(
         progress: Called with the steps of the automatic fit.
         max_rows: Positions that the automatic fit may evaluate at once.
         once: Calls the automatic fit, or returns what it gave before.
+        gradients: Whether the chains need gradients.
 
     Returns:
         The problem.
@@ -279,7 +281,13 @@ def prepare(
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
-        density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+        density = capture(
+            problem.function,
+            example,
+            num_chains=num_chains,
+            compile=compile,
+            gradients=gradients,
+        )
     return replace(problem, density=density)
 
 

@@ -54,6 +54,11 @@ class RandomWalk:
         """A standard normal step and a uniform number."""
         return Noise("normal", (state.position.shape[-1],)), Noise("uniform")
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Proposals do not look at gradients, so the density may leave torch."""
+        return False
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws what is declared, for one step."""
         return draw_step(self.declared_noise(state), state, generator)

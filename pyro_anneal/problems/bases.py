@@ -26,10 +26,13 @@ from torch import Tensor
 from ..models import autoguides
 from ..models.checks import explained
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
+from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
+from ..models.lifting import own_extension
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
 from .components import Component
+from .exchangeable import Symmetry
 
 __all__ = [
     "Arguments",
@@ -106,6 +109,12 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        self._tabled = {
+            site.name: site
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap)
+            and (site.name in layout.lifted or site.transform.kind == "index")
+        }
         self._check_angles(trace)
         self._check_supports()
 
@@ -147,6 +156,12 @@ class GuideBase:
         """
         if not self._direct:
             return
+        layout = self.model.layout
+        integers = {
+            site.name: site.transform
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
+        }
         with torch.no_grad():
             for position in self._far_positions():
                 values = self.model.unpack(position)
@@ -156,14 +171,25 @@ class GuideBase:
                 trace = self._trace(self._at({n: values[n] for n in self._direct}))
                 for name in self._direct:
                     fn = trace.nodes[name]["fn"]
-                    inside = normalized_support(fn).check(values[name])
-                    if bool((told_apart[name] > 0).all()) and not bool(inside.all()):
+                    if is_discrete(fn) and name in integers:
+                        wide = self._covers(integers[name], discrete_map(name, fn))
+                        covered = wide or not layout.is_static
+                    else:
+                        inside = normalized_support(fn).check(values[name])
+                        covered = bool(inside.all()) or not bool((told_apart[name] > 0).all())
+                    if not covered:
                         raise ValueError(
                             f'at site "{name}" the guide ({type(base_distribution(fn)).__name__}, '
                             f"support {fn.support}) has no density at values that the model "
                             "allows: no chain could reach them, and the number would be the "
                             "evidence of a truncated prior; use a guide with the model's support"
                         )
+
+    @staticmethod
+    def _covers(model: DiscreteMap, guide: DiscreteMap) -> bool:
+        """Tells whether the guide's integers reach as far as the model's."""
+        low, high = guide.lower <= model.lower, guide.upper >= model.upper
+        return bool((low & high).all())
 
     def _far_positions(self) -> Iterator[Tensor]:
         """Makes unconstrained positions near the origin and far from it, in several directions."""
@@ -183,7 +209,7 @@ class GuideBase:
 
     def _trace(self, substitute: Messenger | None) -> Any:
         args, kwargs = self.arguments
-        with validation_disabled(), poutine.block(), substitute or Messenger():
+        with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
     def draw(self) -> Tensor:
@@ -205,6 +231,10 @@ class GuideBase:
         for name in given:
             site = trace.nodes[name]
             log_prob = site["fn"].log_prob(site["value"])
+            if name in self._tabled:  # the value has no gradient
+                u = evaluation.unconstrained[name]
+                extension = own_extension(self._tabled[name], u, site["fn"])
+                log_prob = log_prob + (extension - extension.detach())
             result = result + sum_to_batch(log_prob, self._dims, shape)
             if name in evaluation.log_det:
                 result = result + evaluation.log_det[name]
@@ -237,10 +267,18 @@ class FittedBase:
     Args:
         components: Normalized densities.
         log_weights: Their log weights ``[J]``, in nats; they are normalized here.
+        symmetry: Permutations over which the mixture is averaged.
     """
 
-    def __init__(self, components: Sequence[Component], log_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        components: Sequence[Component],
+        log_weights: Tensor | None = None,
+        symmetry: Symmetry | None = None,
+    ) -> None:
         self.components = tuple(components)
+        self.symmetry = symmetry
+        self.elements = [] if symmetry is None else symmetry.elements()
         if log_weights is None:
             log_weights = torch.zeros(len(self.components))
         self.log_weights = log_weights.double().log_softmax(0).tolist()
@@ -251,13 +289,25 @@ class FittedBase:
         if len(self.components) > 1:
             weights = torch.tensor(self.log_weights, dtype=torch.float64).exp()
             index = int(torch.multinomial(weights, 1))
-        return self.components[index].draw()
+        position = self.components[index].draw()
+        if self.symmetry is None:
+            return position
+        element = int(torch.randint(len(self.elements), ()))
+        return self.symmetry.act([self.elements[element]], position)[0][0]
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the mixture's log density at u."""
-        return self.log_density(position.unsqueeze(0))[0]
+        return self.log_density(position)
 
     def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q(u) of ``u`` alone, shape ``[*batch]``."""
+        if self.symmetry is None:
+            return self._log_density(position.unsqueeze(0))[0]
+        rows, log_jacobian = self.symmetry.act(self.elements, position)
+        terms = self._log_density(rows) + log_jacobian
+        return terms.logsumexp(0) - math.log(len(self.elements))
+
+    def _log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
         if len(self.components) == 1:
             return self.components[0].log_density(position)

@@ -16,9 +16,11 @@ from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
+from ..models.discrete import DiscreteMap, is_discrete
 from ..models.inspection import inspect_model
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
+from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -31,6 +33,7 @@ from .bases import (
     StandardNormalBase,
 )
 from .coupling import find_coupling
+from .discrete import lattice_of, lift
 from .fitted import Once, fit_start
 
 __all__ = ["Problem", "prepare"]
@@ -92,7 +95,7 @@ class Problem:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
         with torch.no_grad():
             chains = [self.model.unpack(chain) for chain in position]
-        names = [site.name for site in self.layout.sites]
+        names = [site.name for site in self.layout.model_sites]
         return {name: torch.stack([chain[name] for chain in chains]) for name in names}
 
     def pack(self, values: dict[str, Tensor]) -> Tensor:
@@ -106,12 +109,22 @@ class Problem:
         Raises:
             ValueError: If one does not; names the site.
         """
+        for site in self.layout.sites:  # before the model looks a category up
+            transform = site.transform
+            if isinstance(transform, DiscreteMap) and transform.kind == "index":
+                value = values[site.name]
+                if bool(((value < transform.lower) | (value > transform.upper)).any()):
+                    raise ValueError(
+                        f'a posterior sample of site "{site.name}" lies outside its support: '
+                        f"it has {transform.size} categories, from 0"
+                    )
         args, kwargs = self.model.arguments
         model = poutine.condition(self.model.model, data=values)
         with torch.no_grad(), validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
-            support = normalized_support(trace.nodes[name]["fn"])
+            fn = trace.nodes[name]["fn"]
+            support = fn.support if is_discrete(fn) else normalized_support(fn)
             if not bool(support.check(value).all()):
                 raise ValueError(
                     f'a posterior sample of site "{name}" lies outside its support {support}'
@@ -193,6 +206,7 @@ def prepare(
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
     once: Once = lambda compute: compute(),
+    gradients: bool = True,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -209,6 +223,7 @@ def prepare(
         progress: Called with the steps of the automatic fit.
         max_rows: Positions that the automatic fit may evaluate at once.
         once: Calls the automatic fit, or returns what it gave before.
+        gradients: Whether the chains need gradients.
 
     Returns:
         The problem.
@@ -220,9 +235,23 @@ def prepare(
     if not (guide is None or guide == "auto" or callable(guide)):
         raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
     hand_written = None if isinstance(guide, str) else guide
-    check_guide(hand_written)
-    layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
-    if layout.improper and guide is None:
+    check_guide(hand_written, invertible=False)
+    if hand_written is not None and is_transport(hand_written, guide_args):
+        if prior_weight > 0.0:
+            raise ValueError(
+                "prior_weight mixes the prior into the density of the guide, which derives the "
+                "model's latents from auxiliary sites: its density at draws of the prior is not "
+                "known; leave prior_weight out"
+            )
+        model, layout = inspect_transport(
+            model, hand_written, model_args, guide_args, batch_plates=batch_plates
+        )
+        guide = hand_written = None
+    else:
+        layout = inspect_model(
+            model, hand_written, model_args, guide_args, batch_plates=batch_plates
+        )
+    if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
         raise ValueError(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
@@ -233,18 +262,32 @@ def prepare(
     )
     if coupling.plates:
         rest = [plate.name for plate in layout.batch if plate.name not in coupling.plates]
-        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        joint = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        static = joint.is_static and not layout.derived
+        layout = replace(joint, derived=layout.derived, is_static=static)
     if coupling.notes:
         layout = replace(layout, notes=(*layout.notes, *coupling.notes))
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
+    if lattice_of(layout) is not None:
+        layout = lift(problem.model, example)
+        if guide == "auto":
+            note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
+            guide, layout = None, replace(layout, notes=(*layout.notes, note))
+        problem = _assemble(model, guide, model_args, guide_args, layout)
     with _hidden_sites_named(problem.model, problem.base):
         if guide == "auto":
             problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
-        density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+        density = capture(
+            problem.function,
+            example,
+            num_chains=num_chains,
+            compile=compile,
+            gradients=gradients,
+        )
     return replace(problem, density=density)
 
 
@@ -274,7 +317,8 @@ def _assemble(
     guide_args: Arguments,
     layout: Layout,
 ) -> Problem:
-    model_density = ModelDensity(model, layout, model_args)
+    kind = TransportDensity if isinstance(model, Transport) else ModelDensity
+    model_density = kind(model, layout, model_args)
     base: Base
     if guide is None:
         base = PriorBase(model_density)

@@ -23,6 +23,7 @@ from pyro import poutine
 from pyro.distributions import transforms as T
 from torch import Tensor
 
+from .edges import bend
 from .sites import Layout, base_distribution
 from .supports import bijection_onto, normalized_support
 
@@ -50,7 +51,8 @@ def bijection(fn: Any, *, noncentred: bool = False) -> Any:
     """
     base = base_distribution(fn)
     if not noncentred or not _parameters(base):
-        return bijection_onto(normalized_support(fn))
+        onto, bent = bijection_onto(normalized_support(fn)), bend(fn) if noncentred else None
+        return onto if bent is None else T.ComposeTransform([bent, onto])
     if isinstance(base, dist.MultivariateNormal):
         return T.LowerCholeskyAffine(base.loc, base.scale_tril)
     shape = fn.batch_shape + fn.event_shape
@@ -77,7 +79,7 @@ def _parameters(base: Any) -> list[Tensor]:
 def hierarchical_sites(
     model: Callable[..., Any], arguments: Arguments, layout: Layout, values: dict[str, Tensor]
 ) -> frozenset[str]:
-    """Names the sites whose location or scale depends on other latents.
+    """Names the sites whose location or scale depends on other latents, or whose tails are long.
 
     Args:
         model: Pyro model.
@@ -99,6 +101,9 @@ def hierarchical_sites(
             moving = [p.sum() for p in parameters if p.requires_grad]
             if moving and _depends(torch.stack(moving).sum(), list(data.values())):
                 found.add(name)
+            bent = bend(trace.nodes[name]["fn"])
+            if bent is not None and bool((bent.left > 0).any() | (bent.right > 0).any()):
+                found.add(name)  # heavy tails, which a bent coordinate takes away
     return frozenset(found)
 
 

@@ -78,7 +78,7 @@ def simulate_pair(
     )
     frozen = freeze(settings, conditioned, arguments, guide_args, journal, prefix, seed=seed)
     run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
-    exact = frozen.problem.pack(simulation.latents)
+    exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
     count = settings.num_chains
     back = reverse(
         settings,

@@ -30,8 +30,9 @@ import torch
 from torch import nn
 
 from pyro_anneal import HMC, Linear
-from pyro_anneal.chains.loop import Path as AnnealingPath
-from pyro_anneal.chains.loop import TuningTable, run_chains
+from pyro_anneal.chains.loop import run_chains
+from pyro_anneal.chains.path import Path as AnnealingPath
+from pyro_anneal.chains.path import TuningTable
 from pyro_anneal.kernels import State, Tuning
 from pyro_anneal.problems.problem import prepare
 

@@ -22,12 +22,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_anneal.chains.loop import Path as AnnealingPath
-from pyro_anneal.chains.loop import TuningTable, run_chains
+from pyro_anneal.chains.loop import run_chains
+from pyro_anneal.chains.path import Path as AnnealingPath
+from pyro_anneal.chains.path import StepTable, TuningTable
 from pyro_anneal.compiled import program as chunk_program
 from pyro_anneal.compiled.program import LoopedDensity
 from pyro_anneal.compiled.step_graph import DensityGraphs
-from pyro_anneal.compiled.storage import StepTable
 from pyro_anneal.kernels import HMC
 from pyro_anneal.problems.problem import prepare
 from pyro_anneal.schedules import Linear

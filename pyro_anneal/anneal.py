@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .arguments import (
-    as_count,
-    as_flag,
-    as_real,
-    as_seed,
-    check_function,
-    check_kernel,
-    check_step_size,
-)
-from .chains.pilot import Pilot
+from .arguments import as_count
 from .diagnostics import checks as diagnostics
-from .kernels import HMC, Kernel
 from .models.inspection import NothingToAnneal
-from .models.simulation import Arguments, MakeArgs
+from .models.simulation import Arguments
 from .persistence.fingerprints import describe_arguments, described
 from .persistence.journal import Journal, keep_journal
-from .problems.problem import Guide
+from .problems.samples import pack_samples
 from .results.batches import EvidenceOfBatches
 from .results.mutual_information import MutualInformation
 from .results.provenance import Provenance
@@ -37,14 +26,14 @@ from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
 from .runs.pairs import simulate_pairs
-from .runs.run import Frozen, Settings, forward, freeze, pack_samples, reverse
+from .runs.run import forward, freeze, reverse
 from .runs.scout import scout_run
-from .schedules import Schedule, as_betas
+from .runs.settings import Frozen, Settings
 
 __all__ = ["AnnealedImportance", "log_evidence"]
 
 
-class AnnealedImportance:
+class AnnealedImportance(Settings):
     r"""Annealed importance sampling for any Pyro model and guide.
 
     K chains move along the geometric path ``log pi_beta = (1 - beta) log q + beta log p`` from a
@@ -107,83 +96,6 @@ class AnnealedImportance:
         True
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Guide = None,
-        *,
-        num_chains: int = 16,
-        num_steps: int | None = None,
-        target_gap: float | None = None,
-        schedule: str | Schedule | Tensor = "adaptive",
-        kernel: Kernel | None = None,
-        batch_plates: str | Sequence[str] = "auto",
-        step_size: float | Tensor | None = None,
-        pilot: Pilot | None = None,
-        prior_weight: float = 0.0,
-        cross_check: bool | str = "auto",
-        compile: bool | str = "auto",
-        progress_bar: bool = True,
-        seed: int | None = None,
-        make_args: MakeArgs | None = None,
-        chain_batch_size: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | None = None,
-    ) -> None:
-        check_function("model", model)
-        if guide is not None and guide != "auto":
-            check_function("guide", guide, what='a Pyro guide, "auto" or None')
-        if make_args is not None:
-            check_function("make_args", make_args, what="a function of the simulated values")
-        num_chains = as_count("num_chains (K)", num_chains)
-        if target_gap is not None:
-            if not as_real("target_gap", target_gap) > 0.0:
-                raise ValueError(f"target_gap must be positive, in nats per datum: {target_gap}")
-            if num_steps is not None or not isinstance(schedule, str):
-                raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
-        num_steps = 1000 if num_steps is None else as_count("num_steps (T)", num_steps)
-        free_leapfrogs = kernel is None
-        kernel = HMC() if kernel is None else kernel
-        check_kernel(kernel)
-        if step_size is not None:
-            check_step_size(step_size)
-        if not isinstance(pilot, Pilot | None):
-            raise ValueError(f"pilot must be a Pilot(...) or None, got {pilot!r}")
-        if isinstance(schedule, str) and schedule != "adaptive":
-            raise ValueError(f'schedule must be "adaptive", a schedule or betas, got {schedule!r}')
-        if not 0.0 <= as_real("prior_weight", prior_weight) < 1.0:
-            raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
-        if chain_batch_size is not None:
-            chain_batch_size = as_count("chain_batch_size", chain_batch_size)
-        if checkpoint_every is not None:
-            checkpoint_every = as_count("checkpoint_every", checkpoint_every)
-            if checkpoint is None:
-                raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
-        betas = None
-        if not isinstance(schedule, str):
-            betas = as_betas(schedule, None if isinstance(schedule, Tensor) else num_steps)
-            num_steps = len(betas) - 1
-        self.model = model
-        self.guide = guide
-        self.num_chains = num_chains
-        self.num_steps = num_steps
-        self.target_gap = target_gap
-        self._free_leapfrogs = free_leapfrogs
-        self.kernel = kernel
-        self.batch_plates = batch_plates
-        self.step_size = step_size
-        self.pilot = Pilot() if pilot is None else pilot
-        self.prior_weight = prior_weight
-        self.cross_check = as_flag("cross_check", cross_check)
-        self.compile = as_flag("compile", compile, "density", "unrolled")
-        self.progress_bar = progress_bar
-        self.seed = as_seed(seed)
-        self.make_args = make_args
-        self.chain_batch_size = chain_batch_size
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every = checkpoint_every
-        self._betas = betas
-
     def run(self, *args: Any, **kwargs: Any) -> AnnealedRun:
         """Runs K forward chains and returns a lower bound on log p(x) per datum.
 
@@ -202,14 +114,13 @@ class AnnealedImportance:
             return self._run(arguments)
         except NothingToAnneal as error:
             layout = error.layout
-        return exact_run(self.model, arguments, layout, num_chains=self.num_chains)
+        return exact_run(self.model, arguments, layout, num_chains=self.plan.num_chains)
 
     def _run(self, arguments: Arguments) -> AnnealedRun:
         began = time.perf_counter()
         with self._journal("run", arguments, cross_check=self.cross_check) as journal:
-            settings = self._settings(journal)
-            frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
-            run, _ = forward(settings, frozen, journal)
+            frozen = freeze(self, self.model, arguments, arguments, journal, seed=journal.seed)
+            run, _ = forward(frozen, journal)
             found = diagnostics.diagnose(run)
             if self.cross_check:
                 found = (*found, *self._scout(frozen, run, journal))
@@ -246,10 +157,9 @@ class AnnealedImportance:
             posterior_samples = posterior_samples.get_samples()
         options = {"exact": exact, "posterior_samples": posterior_samples}
         with self._journal("run_reverse", arguments, **options) as journal:
-            settings = self._settings(journal)
-            frozen = freeze(settings, self.model, arguments, arguments, journal, seed=journal.seed)
+            frozen = freeze(self, self.model, arguments, arguments, journal, seed=journal.seed)
             position = pack_samples(frozen.problem, posterior_samples)
-            run = reverse(settings, frozen, position, journal, certified=exact)
+            run = reverse(frozen, position, journal, certified=exact)
         found = diagnostics.diagnose(run)
         diagnostics.warn(found)
         return replace(run, diagnostics=found, provenance=_provenance("run_reverse", began, run))
@@ -368,12 +278,12 @@ class AnnealedImportance:
         """
         began = time.perf_counter()
         with self._journal("run_batches") as journal:
-            result = run_batches(self._settings(journal), batches, journal, arguments, on_batch)
+            result = run_batches(self, batches, journal, arguments, on_batch)
         diagnostics.warn(result.diagnostics)
         provenance = Provenance(
             task="run_batches",
             seed=result.seed,
-            kernel=repr(self.kernel),
+            kernel=repr(self.plan.kernel),
             device=str(result.lower.device),
             seconds={"chains": result.seconds, "total": time.perf_counter() - began},
             gradients={"chains": result.num_gradients},
@@ -399,19 +309,19 @@ class AnnealedImportance:
         """Sends particles down from the prior where the guide was fitted."""
         if frozen.problem.from_prior is None:
             return ()
-        found = scout_run(frozen.problem, run, self.kernel, frozen.seed, journal)
+        found = scout_run(frozen.problem, run, frozen.path.kernel, frozen.seed, journal)
         return () if found is None else (found,)
 
     def _compare_with_prior(
         self, run: AnnealedRun, arguments: Arguments, journal: Journal
     ) -> tuple[diagnostics.Diagnostic, ...]:
         """Runs the same chains from the prior and compares what both starts found."""
-        settings, prefix = replace(self._settings(journal), guide=None), "from the prior/"
+        settings, prefix = replace(self, guide=None), "from the prior/"
         frozen = freeze(
             settings, self.model, arguments, arguments, journal, prefix, seed=journal.seed
         )
         stream = "forward from the prior"
-        other, _ = forward(settings, frozen, journal, prefix, stream=stream, keep_samples=False)
+        other, _ = forward(frozen, journal, prefix, stream=stream, keep_samples=False)
         found = diagnostics.diagnose_starts(run, other)
         return () if found is None else (found,)
 
@@ -431,7 +341,7 @@ class AnnealedImportance:
         options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
         with self._journal(task, arguments, **options, coupled=coupled) as journal:
             pairs = simulate_pairs(
-                self._settings(journal),
+                self,
                 arguments,
                 journal,
                 num_simulations=num_simulations,
@@ -443,27 +353,6 @@ class AnnealedImportance:
         diagnostics.warn(found)
         provenance = _provenance(task, began, result.forward, result.reverse)
         return replace(result, diagnostics=found, provenance=provenance)
-
-    def _settings(self, journal: Journal | None = None) -> Settings:
-        """Collects what this object was told; only rank 0 shows progress."""
-        return Settings(
-            model=self.model,
-            guide=self.guide,
-            num_chains=self.num_chains,
-            num_steps=self.num_steps,
-            betas=self._betas,
-            kernel=self.kernel,
-            batch_plates=self.batch_plates,
-            step_size=self.step_size,
-            pilot=self.pilot,
-            prior_weight=self.prior_weight,
-            compile=self.compile,
-            progress_bar=self.progress_bar and (journal is None or journal.world.rank == 0),
-            make_args=self.make_args,
-            chain_batch_size=self.chain_batch_size,
-            target_gap=self.target_gap,
-            free_leapfrogs=self._free_leapfrogs,
-        )
 
     def _journal(
         self, task: str, arguments: Arguments = ((), {}), **options: Any
@@ -478,12 +367,11 @@ class AnnealedImportance:
                 parts = {f'{name}["{site}"]': part for site, part in by_site.items()}
                 for what, part in (parts or {name: value}).items():
                     given[what] = described(what, part, strict=strict)
-            ours = self._settings().describe(strict=strict)
+            ours = self.describe(strict=strict)
             return ours | describe_arguments(arguments, strict=strict) | given
 
-        return keep_journal(
-            task, identity, path=self.checkpoint, every=self.checkpoint_every, seed=self.seed
-        )
+        path = None if self.checkpoint is None else Path(self.checkpoint)
+        return keep_journal(task, identity, path=path, every=self.checkpoint_every, seed=self.seed)
 
 
 def _provenance(task: str, began: float, *runs: AnnealedRun) -> Provenance:

@@ -13,9 +13,11 @@ from paths import lopsided, lopsided_gaussian
 from transitions import AdaptingHMC, CachedMixtureHMC, GibbsScan, MetropolisScan
 
 from pyro_anneal import bounds
-from pyro_anneal.chains.loop import Path, TuningTable, run_chains, seeded_generator
+from pyro_anneal.chains.loop import run_chains
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.chains.pilot import Pilot, adaptive_betas, run_pilot
 from pyro_anneal.kernels import HMC, RandomWalk
+from pyro_anneal.persistence.randomness import seeded_generator
 from pyro_anneal.schedules import Linear, LogUniform, Power, Sigmoid
 
 NUM_CHAINS = 3

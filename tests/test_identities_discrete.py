@@ -5,7 +5,7 @@ import torch
 from lattices import DISCRETE, MIXED, LatticePath, UncorrectedLangevin
 from test_identities import NUM_STEPS, frozen_path, identities
 
-from pyro_anneal.chains.loop import Path, TuningTable
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.kernels import HMC, Composite, DiscreteLangevin, SingleSite
 from pyro_anneal.schedules import Linear
 

@@ -11,7 +11,8 @@ from paths import lopsided
 from scipy import stats
 
 from pyro_anneal import AnnealedImportance, Sigmoid
-from pyro_anneal.chains.loop import Path, TuningTable, run_chains
+from pyro_anneal.chains.loop import run_chains
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.kernels import HMC
 from pyro_anneal.schedules import Linear
 

@@ -12,135 +12,59 @@ the device.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..compiled.program import LoopedDensity
-from ..compiled.storage import StepTable
 from ..kernels import Density, Kernel, State, Tuning
 from ..persistence.randomness import seeded_generator
+from .path import Carry, Direction, Path, StepStatistics, StepTable
 from .resampling import Lineage, Reference, Resampling
 
 __all__ = [
     "CHUNK_SIZE",
-    "Carry",
-    "Direction",
-    "Path",
+    "ChunkRunner",
     "Progress",
-    "StepStatistics",
-    "TuningTable",
     "final_move",
     "reversed_paths",
     "run_chains",
-    "seeded_generator",
 ]
 
 CHUNK_SIZE = 100
-Direction = Literal["forward", "reverse"]
 
 
-@dataclass(frozen=True, eq=False)
-class TuningTable:
-    """Step sizes and scales at the pilot's betas, interpolated between them, and frozen."""
+@runtime_checkable
+class ChunkRunner(Protocol):
+    """A density that can also run a chunk of steps as a whole, such as a compiled loop."""
 
-    betas: tuple[float, ...]  # S knots, increasing
-    log_step_size: Tensor  # [S, *batch]; of a kernel of M parts, [S, *batch, M]
-    log_scale: Tensor  # [S, *batch, D]
-
-    def at(self, beta: float) -> Tuning:
-        """Interpolates the tuning at ``beta``; constant beyond the outer knots."""
-        knots = self.betas
-        if beta <= knots[0] or len(knots) == 1:
-            return Tuning(self.log_step_size[0].exp(), self.log_scale[0].exp())
-        if beta >= knots[-1]:
-            return Tuning(self.log_step_size[-1].exp(), self.log_scale[-1].exp())
-        upper = bisect.bisect_right(knots, beta)
-        fraction = (beta - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
-        log_step = torch.lerp(self.log_step_size[upper - 1], self.log_step_size[upper], fraction)
-        log_scale = torch.lerp(self.log_scale[upper - 1], self.log_scale[upper], fraction)
-        return Tuning(log_step.exp(), log_scale.exp())
-
-    def at_all(self, betas: Tensor) -> Tuning:
-        """Interpolates the tuning at several betas ``[n]``, all at once.
-
-        Returns:
-            Step sizes ``[n, *batch]`` and scales ``[n, *batch, D]``.
-        """
-        last = len(self.betas) - 1
-        knots = torch.tensor(self.betas, dtype=torch.float64)
-        betas = betas.double().cpu()
-        upper = torch.searchsorted(knots, betas, right=True).clamp(min(1, last), last)
-        lower = (upper - 1).clamp(min=0)
-        width = (knots[upper] - knots[lower]).clamp(min=torch.finfo(torch.float64).tiny)
-        fraction = ((betas - knots[lower]) / width).clamp(0.0, 1.0)
-
-        def interpolate(table: Tensor) -> Tensor:
-            weight = fraction.to(table).reshape(-1, *(1 for _ in table.shape[1:]))
-            below, above = table[lower.to(table.device)], table[upper.to(table.device)]
-            return torch.lerp(below, above, weight).exp()
-
-        return Tuning(interpolate(self.log_step_size), interpolate(self.log_scale))
-
-    @staticmethod
-    def constant(
-        step_size: float | Tensor, example: Tensor, kernel: Kernel | None = None
-    ) -> TuningTable:
-        """Builds the table of one step size for all betas and unit scales.
+    def run_chunk(
+        self,
+        kernel: Kernel,
+        carry: Carry,
+        table: StepTable,
+        generator: torch.Generator,
+        *,
+        rows: int,
+    ) -> tuple[Carry, Tensor] | None:
+        """Runs the steps of ``table``: for each a move, then an increment of the weights.
 
         Args:
-            step_size: Number, or tensor of shape ``[*batch]``.
-            example: Position of one chain, ``[*batch, D]``.
-            kernel: A kernel of several parts gives each of them this step size.
+            kernel: Moves the chains.
+            carry: Where they stand.
+            table: One row per step.
+            generator: Source of the noise, used as the loop itself would; left as it was if the
+                answer is None.
+            rows: The most steps that any chunk has.
+
+        Returns:
+            Where the chains stand after the last step, and the statistics of each step ``[n, 4]``
+            in the order of :class:`~pyro_anneal.chains.path.StepStatistics`. None where the steps
+            must be run one by one.
         """
-        step = torch.as_tensor(step_size, dtype=example.dtype, device=example.device)
-        batch = example.shape[:-1]
-        if step.shape not in (torch.Size(), batch):
-            raise ValueError(
-                f"step_size has shape {list(step.shape)}, expected a number or the batch's shape "
-                f"{list(batch)}"
-            )
-        log_step = step.log().expand(batch)
-        parts = getattr(kernel, "num_step_sizes", None)
-        if parts is not None:
-            log_step = log_step.unsqueeze(-1).expand(*batch, parts)
-        return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
-
-
-@dataclass(frozen=True, eq=False)
-class Path:
-    """Everything frozen before the chains start."""
-
-    betas: Tensor  # [T + 1], float64, on the host
-    kernel: Kernel
-    tuning: TuningTable
-
-    @property
-    def num_steps(self) -> int:
-        """Number T of weight increments."""
-        return len(self.betas) - 1
-
-
-class Carry(NamedTuple):
-    """What the loop carries from step to step."""
-
-    state: State
-    log_weights: Tensor  # [K, *batch], float64
-    integral: Tensor  # thermodynamic integration by trapezoids, [K, *batch], float64
-
-
-class StepStatistics(NamedTuple):
-    """Averages over chains and batch, one entry per step: memory does not grow with K or batch."""
-
-    mean_log_ratio: Tensor  # [T]
-    var_log_ratio: Tensor  # over chains, averaged over the batch, [T]
-    accept_prob: Tensor  # [T - 1]
-    num_diverging: Tensor  # [T - 1], over chains and batch
+        ...
 
 
 class Progress(NamedTuple):
@@ -317,61 +241,93 @@ def _run_chunk(
     generator: torch.Generator,
 ) -> Carry:
     """Runs the visits ``steps`` (0 is the first): one increment each, and a move between visits."""
-    betas = path.betas if direction == "forward" else path.betas.flip(0)
-    quadrature = _trapezoid_weights(path.betas, direction)
+    table = _step_table(path, steps, direction, carry.state)
+    if steps.start == 0:  # no move leads to the first visit
+        carry, seen_first = _weigh(carry, carry.state, table.width[0], table.quadrature[0])
+        statistics.mean_log_ratio[0], statistics.var_log_ratio[0] = seen_first
+        table = StepTable(*(column[1:] for column in table))
     kernel = path.kernel if direction == "forward" else path.kernel.reversal()
-    state, log_weights, integral = carry
-    host_betas, host_quadrature = betas.tolist(), quadrature.tolist()
-    for visit in steps:
-        if visit > 0:  # the move that leads to this visit
-            if isinstance(density, LoopedDensity):
-                rest = slice(visit, steps.stop)
-                table = _step_table(
-                    path.tuning, betas[visit : steps.stop + 1], quadrature[rest], state
-                )
-                outcome = density.run(
-                    kernel, state, log_weights, integral, table, generator, rows=CHUNK_SIZE
-                )
-                if outcome is not None:
-                    _write(statistics, rest, outcome.statistics)
-                    return Carry(*outcome[:3])
-            beta = host_betas[visit]
-            noise = kernel.noise(state, generator)
-            on_device = torch.full((), beta, dtype=state.position.dtype, device=noise[0].device)
-            state, info = kernel.step(state, density, on_device, path.tuning.at(beta), noise)
-            statistics.accept_prob[visit - 1] = info.accept_prob.mean()
-            statistics.num_diverging[visit - 1] = info.diverging.sum()
-        ratio = _log_ratio(state)
-        log_weights = log_weights + abs(host_betas[visit + 1] - host_betas[visit]) * ratio
-        integral = integral + host_quadrature[visit] * ratio
-        statistics.mean_log_ratio[visit] = ratio.mean()
-        statistics.var_log_ratio[visit] = ratio.var(dim=0, correction=0).mean()
-    return Carry(state, log_weights, integral)
+    if len(table.beta):
+        carry, seen = _move(density, kernel, carry, table, generator)
+        _write(statistics, slice(steps.stop - len(seen), steps.stop), seen)
+    return carry
 
 
-def _step_table(tuning: TuningTable, betas: Tensor, quadrature: Tensor, state: State) -> StepTable:
-    """Tabulates the moves at all but the last of ``betas`` and the increments after them."""
+def _move(
+    density: Density,
+    kernel: Kernel,
+    carry: Carry,
+    table: StepTable,
+    generator: torch.Generator,
+) -> tuple[Carry, Tensor]:
+    """Runs the steps of a table, at once where the density can."""
+    if isinstance(density, ChunkRunner):
+        outcome = density.run_chunk(kernel, carry, table, generator, rows=CHUNK_SIZE)
+        if outcome is not None:
+            return outcome
+    seen = []
+    for beta, step_size, scale, width, quadrature in zip(*table, strict=True):
+        noise = kernel.noise(carry.state, generator)
+        state, info = kernel.step(carry.state, density, beta, Tuning(step_size, scale), noise)
+        carry, ratio = _weigh(carry, state, width, quadrature)
+        moves = (info.accept_prob.mean().double(), info.diverging.sum().double())
+        seen.append(torch.stack([*ratio, *moves]))
+    return carry, torch.stack(seen)
+
+
+def _weigh(
+    carry: Carry, state: State, width: Tensor, quadrature: Tensor
+) -> tuple[Carry, tuple[Tensor, Tensor]]:
+    """Takes the weight at ``state``; also returns mean and variance of its log ratio."""
+    ratio = _log_ratio(state)
+    statistics = (ratio.mean(), ratio.var(dim=0, correction=0).mean())
+    weights = carry.log_weights + width * ratio
+    return Carry(state, weights, carry.integral + quadrature * ratio), statistics
+
+
+def _step_table(path: Path, visits: range, direction: Direction, state: State) -> StepTable:
+    """Tabulates the moves that lead to ``visits`` and the increments there."""
+    betas = path.betas if direction == "forward" else path.betas.flip(0)
     position = state.position
-    step_size, scale = tuning.at_all(betas[:-1])
+    rows = slice(visits.start, visits.stop)
+    step_size, scale = path.tuning.at_all(betas[rows])
+    widths, quadrature = betas.diff().abs(), _trapezoid_weights(path.betas, direction)
     return StepTable(
-        beta=betas[:-1].to(position),
+        beta=betas[rows].to(position),
         step_size=step_size,
         scale=scale,
-        width=betas.diff().abs().to(position.device),
-        quadrature=quadrature.to(position.device),
+        width=widths[rows].to(position.device),
+        quadrature=quadrature[rows].to(position.device),
     )
 
 
 def _write(statistics: StepStatistics, visits: slice, seen: Tensor) -> None:
-    """Enters the statistics of a compiled chunk, ``[n, 4]``."""
+    """Enters the statistics ``[n, 4]`` of the steps that lead to ``visits``."""
     moves = slice(visits.start - 1, visits.stop - 1)
     statistics.mean_log_ratio[visits], statistics.var_log_ratio[visits] = seen[:, 0], seen[:, 1]
     statistics.accept_prob[moves], statistics.num_diverging[moves] = seen[:, 2], seen[:, 3]
 
 
-def final_move(density: Density, path: Path, state: State, *, seed: int, stream: str) -> State:
-    """Moves chains once at beta = 1, after the last weight was taken (AIWAE uses these states)."""
+def final_move(
+    density: Density, path: Path, state: State, *, seed: int, stream: str
+) -> tuple[State, Tensor]:
+    """Moves chains once at beta = 1, after the last weight was taken (AIWAE uses these states).
+
+    Args:
+        density: Evaluates base and target of K chains.
+        path: Frozen kernel and tuning.
+        state: Where a forward run ended.
+        seed: Seed of the run.
+        stream: Name of its stream of noise.
+
+    Returns:
+        The states, and the mean acceptance probability, a scalar.
+    """
     generator = seeded_generator(state.position.device, seed, stream, "final")
-    one = torch.ones((), dtype=state.position.dtype, device=state.position.device)
-    noise = path.kernel.noise(state, generator)
-    return path.kernel.step(state, density, one, path.tuning.at(1.0), noise)[0]
+    one = torch.ones(1, dtype=torch.float64)
+    none = torch.zeros(1, dtype=torch.float64, device=state.position.device)
+    table = StepTable(one.to(state.position), *path.tuning.at_all(one), none, none)
+    weights = torch.zeros_like(state.log_target, dtype=torch.float64)
+    carry = Carry(state, weights, weights)
+    carry, seen = _move(density, path.kernel, carry, table, generator)
+    return carry.state, seen[0, 2]

@@ -30,7 +30,7 @@ from ..arguments import as_count, as_real
 from ..kernels import Density, Kernel, State, Tuning
 from ..weights import effective_sample_size, log_mean_exp, resample_indices
 from .fluctuations import Fluctuations, Pieces
-from .loop import TuningTable
+from .path import TuningTable
 
 __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 

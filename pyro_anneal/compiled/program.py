@@ -19,15 +19,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.path import Carry, StepTable
 from ..graphs.captured import CapturedDensity
 from ..graphs.repetition import repeated_dims
 from ..kernels import Kernel, State, Tuning
 from .runners import Run, as_cuda_graph, as_loop, step_by_step
 from .statistics import new_table
 from .step_graph import Body, DensityGraphs, build_body
-from .storage import StepTable, store_table
+from .storage import store_table
 
-__all__ = ["ChunkOutcome", "LoopMode", "LoopedDensity"]
+__all__ = ["LoopMode", "LoopedDensity"]
 
 LoopMode = Literal["loop", "cuda-graph", "step"]
 
@@ -48,15 +49,6 @@ _CAPACITY = 32
 _NOISE_LIMIT = 2**22
 # Inductor's time grows with the operations of the step, and so does the C++ compiler's.
 _MAX_OPERATIONS = 12_000
-
-
-class ChunkOutcome(NamedTuple):
-    """Where a chunk of steps ended."""
-
-    state: State
-    log_weights: Tensor
-    integral: Tensor
-    statistics: Tensor  # as of step_statistics, one row per step: [n, 4]
 
 
 class LoopedDensity:
@@ -92,37 +84,33 @@ class LoopedDensity:
             raise AttributeError(name)
         return getattr(self.density, name)
 
-    def run(
+    def run_chunk(
         self,
         kernel: Kernel,
-        state: State,
-        log_weights: Tensor,
-        integral: Tensor,
+        carry: Carry,
         table: StepTable,
         generator: torch.Generator,
         *,
         rows: int,
-    ) -> ChunkOutcome | None:
+    ) -> tuple[Carry, Tensor] | None:
         """Runs the steps of ``table``, or returns None where they must be run one by one.
 
         Args:
             kernel: Moves the chains; its noise is drawn from ``generator`` step by step.
-            state: Where the chains are, ``[K, *batch]``.
-            log_weights: Float64, ``[K, *batch]``.
-            integral: Likewise.
+            carry: Where the chains are.
             table: One row per step.
             generator: Left as it was if the answer is None.
             rows: The most steps that any chunk has: programs are made for so many, or fewer where
                 their noise would not fit.
 
         Returns:
-            Everything after the last step, and the statistics of each.
+            Where the chains are after the last step, and the statistics of each, ``[n, 4]``.
         """
         if self.loop_reason is not None and self.loop_mode is None:
             return None
         before = generator.get_state()
         try:
-            outcome = self._run(kernel, state, log_weights, integral, table, generator, rows)
+            outcome = self._run(kernel, carry, table, generator, rows)
         except Exception as error:  # of kernels, vmap, inductor, the C++ compiler
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
@@ -134,16 +122,10 @@ class LoopedDensity:
         return outcome
 
     def _run(
-        self,
-        kernel: Kernel,
-        state: State,
-        log_weights: Tensor,
-        integral: Tensor,
-        table: StepTable,
-        generator: torch.Generator,
-        rows: int,
-    ) -> ChunkOutcome:
+        self, kernel: Kernel, carry: Carry, table: StepTable, generator: torch.Generator, rows: int
+    ) -> tuple[Carry, Tensor]:
         total = len(table.beta)
+        state, log_weights, integral = carry
         noise = kernel.noise(state, generator)
         size = max(1, min(rows, _NOISE_LIMIT // max(1, sum(part.numel() for part in noise))))
         program = self._program(kernel, state, noise, table, size)
@@ -158,7 +140,7 @@ class LoopedDensity:
             )
             seen.append(part_seen)
             pending = []
-        return ChunkOutcome(state, log_weights, integral, torch.cat(seen))
+        return Carry(state, log_weights, integral), torch.cat(seen)
 
     def _program(
         self,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ..chains.path import StepTable
 from ..graphs.folding import simplify
 from ..graphs.matrix_products import right_operands
 from ..graphs.recording import flat_graph
@@ -29,7 +30,6 @@ from .statistics import in_one_pass, in_passes, last_mean, new_table, with_colum
 from .storage import (
     Layout,
     Shared,
-    StepTable,
     Template,
     by_dtype,
     pack,

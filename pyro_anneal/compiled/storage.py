@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.path import StepTable
 from ..graphs.repetition import narrowed, repeated_dims
 
 __all__ = [
     "Layout",
     "Shared",
-    "StepTable",
     "Template",
     "by_dtype",
     "pack",
@@ -29,16 +29,6 @@ _PACK_UP_TO = 4096
 # it is stored as often as it repeats, unless that takes too many numbers.
 _SHORT_ROW = 64
 _STORE_REPEATED_UP_TO = 2**18
-
-
-class StepTable(NamedTuple):
-    """What changes from step to step apart from the noise, one row per step."""
-
-    beta: Tensor  # [n], of the position's dtype
-    step_size: Tensor  # [n, *batch]
-    scale: Tensor  # [n, *batch, D]
-    width: Tensor  # beta_t - beta_{t-1} of the increment after the move, float64, [n]
-    quadrature: Tensor  # weight of the state after the move in the integral over beta, [n]
 
 
 class Template(NamedTuple):
@@ -138,7 +128,7 @@ class Layout:
         tables = []
         for group in by_dtype([template.dtype for template in self.noise]):
             rows = [parts[i].movedim(1, -1).reshape(len(steps), -1, self.count) for i in group]
-            table = rows[0].new_zeros(size, sum(x.shape[1] for x in rows), self.lanes)
+            table = rows[0].new_empty(size, sum(x.shape[1] for x in rows), self.lanes)
             filled = table[: len(steps)]
             torch.cat(rows, 1, out=filled[..., : self.count])
             filled[..., self.count :] = filled[..., : self.lanes - self.count]
@@ -202,7 +192,7 @@ def unpack(buffers: Sequence[Tensor], templates: Sequence[Template], count: int)
 def _padded(tensor: Tensor, size: int) -> Tensor:
     if len(tensor) == size:
         return tensor.contiguous()
-    table = tensor.new_zeros(size, *tensor.shape[1:])
+    table = tensor.new_empty(size, *tensor.shape[1:])  # nobody reads the rest
     table[: len(tensor)] = tensor
     return table
 

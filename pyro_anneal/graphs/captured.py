@@ -23,7 +23,7 @@ from ..kernels import State
 from ..models.places import user_line
 from .exits import Exit, PositionLeft
 from .inductor import compile_graph, compiler_problem
-from .purity import check_pure, undisturbed, worst_difference
+from .purity import check_pure, rows_meet_at, undisturbed, worst_difference
 from .recording import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
 from .repetition import ComputeOnce, WrittenTo, repeated_dims
 from .rewriting import Impure
@@ -279,27 +279,42 @@ class CapturedDensity:
 
         A graph is wrong where the model turned tensors into numbers (``.numpy()``, ``.tolist()``,
         ``.item()``) or read a Python attribute that changed since: these were recorded as
-        constants.
+        constants. Beside it, the gradient of a sum with random weights of rows tells whether rows of
+        a batch plate meet there: it must be every row's own, times its weight.
 
         Args:
             positions: Where to compare, shape ``[N, *batch, D]``; each costs one evaluation
                 through the model.
 
         Raises:
-            ValueError: If they differ by more than rounding.
+            ValueError: If they differ by more than rounding, or rows meet.
         """
         if self._trace is None:
+            self._check_rows(positions)
             return
         if self.function is None:
             raise ValueError("this density was rebound without function: nothing to check against")
         with undisturbed(self.example.device):
             mismatch = self._mismatch(self.function, positions)
-        if mismatch is not None:
+        if mismatch is None:
+            self._check_rows(positions)
+        else:
             raise ValueError(
                 f"the density depends on values that left the graph: {mismatch}. Look for "
                 ".numpy(), .tolist(), .item() or float() of latents, parameters or data, and for "
                 "Python attributes that changed; keep such values in tensors"
             )
+
+    def _check_rows(self, positions: Tensor) -> None:
+        function = self.function
+        if function is None or self.example.shape[:-1].numel() < 2:
+            return
+        with undisturbed(self.example.device):
+            if any(rows_meet_at(function, position) for position in positions):
+                raise ValueError(
+                    "rows of a batch plate influence each other's log density: leave the plate "
+                    "out of batch_plates to treat it jointly"
+                )
 
     def _evaluator(self, num_chains: int) -> _Evaluator:
         """Finds or makes the graph of K chains; of one chain if vmap fails."""

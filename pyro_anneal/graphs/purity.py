@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.places import user_line
 from ..models.validation import validation_disabled
-from .recording import Outputs, evaluate_or_nan
+from .recording import Outputs, evaluate, evaluate_or_nan
 from .rewriting import Impure, is_random
 
-__all__ = ["check_pure", "undisturbed", "worst_difference"]
+__all__ = ["check_pure", "rows_meet_at", "undisturbed", "worst_difference"]
 
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
@@ -85,6 +85,34 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
                 "evaluation"
             )
     return result
+
+
+def rows_meet_at(function: LogDensities, position: Tensor) -> bool:
+    """Tells whether a row's log density depends on other rows, to first order at one position.
+
+    With weights w of the rows, the gradient of ``sum_i w_i log p_i`` with respect to row i is
+    ``w_i`` times the gradient of the plain sum, if and only if no pair of rows meets (but for
+    weights of measure zero).
+
+    Args:
+        function: One chain's ``(log_base, log_target)``.
+        position: Where to look, ``[*batch, D]``.
+    """
+    generator = torch.Generator("cpu").manual_seed(1)
+    weights = torch.rand(position.shape[:-1], generator=generator, device="cpu").to(position) + 0.5
+    try:
+        plain, weighted = evaluate(function, position), evaluate(function, position, weights)
+    except (ValueError, ArithmeticError, RuntimeError):  # the model fails here
+        return False
+    for value, one, two in zip(plain[:2], plain[2:], weighted[2:], strict=True):
+        expected, fine = weights.unsqueeze(-1) * one, one.isfinite() & two.isfinite()
+        fine &= value.isfinite().unsqueeze(-1)
+        scale = expected.abs().where(fine, 0.0).amax()
+        # Parts of the model may be narrower than the position.
+        allowed = 10.0 * torch.finfo(one.dtype).eps ** (1 / 3) * (1.0 + scale)
+        if bool((((two - expected).abs() > allowed) & fine).any()):
+            return True
+    return False
 
 
 def worst_difference(

@@ -144,12 +144,15 @@ def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
     return torch.where(failed, torch.nan, value)
 
 
-def evaluate(function: LogDensities, position: Tensor) -> Outputs:
+def evaluate(
+    function: LogDensities, position: Tensor, row_weights: Tensor | None = None
+) -> Outputs:
     """Computes both log densities and their gradients for one chain.
 
     Args:
         function: One chain's ``(log_base, log_target)``, each of shape ``[*batch]``.
         position: Unconstrained position, shape ``[*batch, D]``.
+        row_weights: Weights ``[*batch]`` of the rows in the sum whose gradient is taken.
 
     Returns:
         Log densities ``[*batch]`` and gradients ``[*batch, D]``; a gradient is zero where the
@@ -160,23 +163,30 @@ def evaluate(function: LogDensities, position: Tensor) -> Outputs:
     """
     with torch.enable_grad():
         leaf = position.detach().requires_grad_()
-        log_densities = function(leaf)
-        for name, value in zip(("log_base", "log_target"), log_densities, strict=True):
-            if value.shape != position.shape[:-1]:
-                raise ValueError(
-                    f"{name} has shape {list(value.shape)}, expected {list(position.shape[:-1])}: "
-                    f"one log density per row of the position {list(position.shape)}"
-                )
-        grads = [_gradient(value, leaf) for value in log_densities]
+        log_densities = _values(function, leaf)
+        grads = [_gradient(value, leaf, row_weights) for value in log_densities]
     log_base, log_target = (value.detach().contiguous() for value in log_densities)
     return log_base, log_target, grads[0].contiguous(), grads[1].contiguous()
 
 
-def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
+def _values(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes both log densities of one chain, and checks that there is one per row."""
+    log_densities = function(position)
+    for name, value in zip(("log_base", "log_target"), log_densities, strict=True):
+        if value.shape != position.shape[:-1]:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, expected {list(position.shape[:-1])}: "
+                f"one log density per row of the position {list(position.shape)}"
+            )
+    return log_densities
+
+
+def _gradient(value: Tensor, leaf: Tensor, row_weights: Tensor | None) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     # Rows are independent, so the gradient of the sum holds every row's own gradient. The graph is
     # retained because base and target share parts of it.
+    value = value if row_weights is None else value * row_weights
     (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)
     return torch.zeros_like(leaf) if grad is None else grad.detach()
 
@@ -246,12 +256,15 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
             vars(tracer).clear()
 
 
-def trace(function: LogDensities, position: Tensor) -> Trace:
+def trace(function: LogDensities, position: Tensor, *, gradients: bool = True) -> Trace:
     """Records :func:`evaluate` as a functional graph whose every constant is an input.
 
     Args:
         function: One chain's ``(log_base, log_target)``.
         position: Example position, shape ``[*batch, D]``.
+        gradients: Whether to record gradients as well. Without them the graph itself may be
+            differentiated, twice if need be: recorded gradients hold what autograd saved as
+            constants, which breaks second derivatives.
 
     Returns:
         The graph and the live tensors to call it with.
@@ -262,7 +275,8 @@ def trace(function: LogDensities, position: Tensor) -> Trace:
         Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
             raise, for example at a branch that depends on the position.
     """
-    graph, constants, noted = record(lambda leaf: evaluate(function, leaf), position)
+    outputs = evaluate if gradients else _values
+    graph, constants, noted = record(lambda leaf: outputs(function, leaf), position)
     refuse_writes(graph)
     guards = split_guards(graph, position, constants, noted)
     graph.graph.eliminate_dead_code()

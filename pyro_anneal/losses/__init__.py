@@ -4,6 +4,7 @@ from .aiwae import AIWAE
 from .differentiable_ais import DifferentiableAIS
 from .eubo import EUBO
 from .iwae import IWAE
+from .reverse_score import ReverseScore
 from .tvo import TVO, Moments
 
-__all__ = ["AIWAE", "EUBO", "IWAE", "TVO", "DifferentiableAIS", "Moments"]
+__all__ = ["AIWAE", "EUBO", "IWAE", "TVO", "DifferentiableAIS", "Moments", "ReverseScore"]

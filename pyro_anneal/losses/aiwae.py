@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..arguments import as_count, as_real
-from ..chains.loop import Path, TuningTable, run_chains, seeded_generator
-from ..kernels import HMC, State, Tuning
+from ..chains.loop import final_move, run_chains
+from ..chains.path import Path, TuningTable
+from ..kernels import HMC, State
 from ..schedules import Linear, as_betas
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
@@ -184,7 +185,6 @@ class AIWAE(ParticleELBO):
         adapt: bool,
     ) -> tuple[State, Tensor]:
         """Runs K chains; returns their states after the move at beta = 1, and their weights."""
-        device = prepared.layout.device
         seed = int(torch.randint(2**31, (), device="cpu").item())
         draws = self._draws(guide, arguments, subsamples)
         state = density(pack_draws(prepared, draws, self.num_particles))
@@ -200,12 +200,8 @@ class AIWAE(ParticleELBO):
         carry, statistics = run_chains(
             density, path, state, direction="forward", seed=seed, stream="AIWAE"
         )
-        one = torch.ones((), dtype=example.dtype, device=device)
-        generator = seeded_generator(device, seed, "AIWAE", "final")
-        noise = self.kernel.noise(carry.state, generator)
-        tuning: Tuning = table.at(1.0)
-        state, info = self.kernel.step(carry.state, density, one, tuning, noise)
-        accept = torch.cat([statistics.accept_prob, info.accept_prob.double().mean().reshape(1)])
+        state, last = final_move(density, path, carry.state, seed=seed, stream="AIWAE")
+        accept = torch.cat([statistics.accept_prob, last.reshape(1)])
         self.accept_prob = accept.cpu()
         if adapt:
             self._adapt()

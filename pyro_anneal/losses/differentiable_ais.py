@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..arguments import as_count, as_real
+from ..graphs.differentiable import DifferentiableDensity
 from ..problems.bases import PathDensity
 from ..weights import log_mean_exp
 from .base import Evaluation, ParticleELBO, PyroOptions, require_pathwise
 from .particles import collect
-from .problem_cache import ProblemCache, pack_draws
+from .problem_cache import FixedBatch, ProblemCache, pack_draws
 from .traces import Arguments
 
 __all__ = ["DifferentiableAIS"]
@@ -36,6 +38,15 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         \log w = \log p(x, u_T) - \log q(u_0)
                  + \sum_{t=1}^T \bigl(\log N(\hat v_t) - \log N(v_t)\bigr)
 
+    With a network ``reverse`` s the reversed refreshment learns its mean, and each step adds
+
+    .. math:: \log \frac{N(\hat v_t; \gamma v_{t+1} + (1 - \gamma^2) s, (1 - \gamma^2) I)}
+                     {N(\hat v_t; \gamma v_{t+1}, (1 - \gamma^2) I)},
+              \qquad s = s(u_t, v_{t+1}, \beta_t)
+
+    so that the bound can close where the momenta of neighbouring temperatures are far from
+    independent of the positions.
+
     ``E[w] = p(x)``, so ``log mean w`` over K chains is a lower bound in expectation, and the loss
     is **minus** it. Without a Metropolis test everything is differentiable: model, guide, step
     sizes, betas and damping learn from the same bound by the reparameterized gradient. Memory grows
@@ -46,13 +57,17 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
 
     Source: Geffner and Domke (2021), *MCMC Variational Inference via Uncorrected Hamiltonian
     Annealing*, Algorithm 2; Zhang et al. (2021), *Differentiable Annealed Importance Sampling and
-    the Perils of Gradient Noise*, Algorithm 1.
+    the Perils of Gradient Noise*, Algorithm 1; Doucet et al. (2022), *Score-Based Diffusion meets
+    Annealed Importance Sampling*, and Geffner and Domke (2023), *Langevin Diffusion Variational
+    Inference*, for learned reverse kernels.
 
     Args:
         num_particles: Number K of chains.
         num_steps: Number T of leapfrogs.
         step_size: Step size to begin with, at every temperature.
         damping: Share gamma of the momentum that is kept, to begin with, in (0, 1).
+        reverse: Module ``(position, momentum, beta) -> correction``, all of shape
+            ``[K, *batch, D]``, such as :class:`ReverseScore`; None for the kernel's own reversal.
         name: Name of the path's parameters in Pyro's parameter store.
         **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
@@ -79,6 +94,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         *,
         step_size: float = 0.1,
         damping: float = 0.9,
+        reverse: torch.nn.Module | None = None,
         name: str = "differentiable_ais",
         **options: Unpack[PyroOptions],
     ) -> None:
@@ -94,6 +110,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
             **options,
         )
         self.name = name
+        self.reverse = reverse
         self.logit_increments = torch.nn.Parameter(torch.zeros(num_steps))
         self.log_step_size = torch.nn.Parameter(torch.full((num_steps,), math.log(step_size)))
         self.logit_damping = torch.nn.Parameter(torch.tensor(math.log(damping / (1.0 - damping))))
@@ -105,55 +122,117 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         inner = torch.softmax(self.logit_increments, dim=0).cumsum(dim=0)[:-1]
         return torch.cat([inner, inner.new_ones(1)])
 
+    def _fields(self) -> dict[str, object]:
+        shown = super()._fields() | {"num_steps": len(self.log_step_size)}
+        return shown if self.reverse is None else shown | {"reverse": self.reverse}
+
     def _evaluate(
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         learning = torch.is_grad_enabled()
         pyro.module(self.name, self)
-        count = self.num_particles
-        vectorized = self.vectorize_particles and count > 1
-        runs = self._runs(model, guide, arguments, arguments, count, None)
-        start = collect(runs, num_particles=count, vectorized=vectorized, sampling="pathwise")
+        # One particle of model and guide: subsamples, scales, and every parameter seen.
+        runs = self._runs(model, guide, arguments, arguments, 1, None)
+        start = collect(runs, num_particles=1, vectorized=False, sampling="pathwise")
         require_pathwise(start, "DifferentiableAIS", "IWAE or TVO")
         subsamples = runs[0].subsamples
-        prepared, _ = self._cache.prepared(model, guide, arguments, subsamples, start.scales)
+        prepared, tensors = self._cache.prepared(model, guide, arguments, subsamples, start.scales)
         function = self._cache.function(
             prepared, model, guide, arguments, subsamples, start.scales.is_common
         )
-        positions = pack_draws(prepared, [run.guide for run in runs], count)
-        log_weights = torch.stack([self._chain(function, u, learning) for u in positions])
+        count = self.num_particles
+        traces = self._guide_traces(guide, arguments, subsamples, runs[0].guide)
+        position = pack_draws(prepared, traces, count)
+        chains: _Chains
+        recorded = prepared.differentiate(function, count)
+        if recorded is None:
+            chains = _OneByOne(function)
+        else:
+            chains = _Recorded(recorded, recorded.inputs(prepared.replacements(tensors)))
+        log_weights = self._anneal(chains, position, learning)
         bound = (log_mean_exp(log_weights) * start.scale).sum()
         return Evaluation(-bound.detach(), -bound if learning else None)
 
-    def _chain(self, function: PathDensity, position: Tensor, learning: bool) -> Tensor:
-        """Runs one chain from ``[*batch, D]``; returns its log-weight ``[*batch]``."""
+    def _guide_traces(
+        self, guide: Callable[..., Any], arguments: Arguments, subsamples: Any, first: Any
+    ) -> list[Any]:
+        """Runs the guide for the particles besides the first, or for all in one plate."""
+        args, kwargs = arguments
+        count = self.num_particles
+        with FixedBatch(subsamples):
+            if self.vectorize_particles and count > 1:
+                fn = self._in_particle_plate(guide, count)
+                return [poutine.trace(fn).get_trace(*args, **kwargs)]
+            others = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(count - 1)]
+        return [first, *others]
+
+    def _anneal(self, chains: _Chains, position: Tensor, learning: bool) -> Tensor:
+        """Moves K chains from ``[K, *batch, D]``; returns their log-weights ``[K, *batch]``."""
         betas = self.betas.to(position)
         step_sizes = self.log_step_size.to(position).exp()
         damping = torch.sigmoid(self.logit_damping).to(position)
+        variance = 1.0 - damping.square()
         momentum = torch.randn_like(position)
-        state = _evaluate(function, position, learning)
+        state = _evaluate(chains, position, learning)
         log_weight = -state[0]
-        for beta, step in zip(betas, step_sizes, strict=True):
+        for index, (beta, step) in enumerate(zip(betas, step_sizes, strict=True)):
             log_weight = log_weight + 0.5 * momentum.square().sum(-1)
             momentum = momentum + 0.5 * step * torch.lerp(state[2], state[3], beta)
             position = position + step * momentum
-            state = _evaluate(function, position, learning)
+            state = _evaluate(chains, position, learning)
             momentum = momentum + 0.5 * step * torch.lerp(state[2], state[3], beta)
             log_weight = log_weight - 0.5 * momentum.square().sum(-1)
+            if index == len(betas) - 1:  # the last momentum needs no successor
+                break
             fresh = torch.randn_like(momentum)
-            momentum = damping * momentum + (1.0 - damping.square()).sqrt() * fresh
+            refreshed = damping * momentum + variance.sqrt() * fresh
+            if self.reverse is not None:
+                # N(v; gamma v' + (1 - gamma^2) s, 1 - gamma^2) over the same with s = 0.
+                correction = self.reverse(position, refreshed, beta)
+                surprise = momentum - damping * refreshed
+                log_weight = log_weight + (
+                    (surprise * correction).sum(-1) - 0.5 * variance * correction.square().sum(-1)
+                )
+            momentum = refreshed
         return log_weight + state[1]
 
 
+class _Chains(Protocol):
+    def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluates log q and log p of K chains."""
+
+
+class _Recorded:
+    """Evaluates all chains at once, through a graph."""
+
+    def __init__(self, density: DifferentiableDensity, inputs: Sequence[Tensor]) -> None:
+        self.density = density
+        self.inputs = inputs
+
+    def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self.density(position, self.inputs)
+
+
+class _OneByOne:
+    """Evaluates chain by chain, through the model itself."""
+
+    def __init__(self, function: PathDensity) -> None:
+        self.function = function
+
+    def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        log_base, log_target = zip(*(self.function(chain) for chain in position), strict=True)
+        return torch.stack(log_base), torch.stack(log_target)
+
+
 def _evaluate(
-    function: PathDensity, position: Tensor, learning: bool
+    chains: _Chains, position: Tensor, learning: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Evaluates log q, log p and their gradients, all differentiable if ``learning``."""
     with torch.enable_grad():
         # A new node, so that gradients are taken with respect to this position alone.
         u = position.clone() if learning and position.requires_grad else position.detach()
         u = u if u.requires_grad else u.requires_grad_()
-        log_base, log_target = function(u)
+        log_base, log_target = chains(u)
         grads = [
             torch.autograd.grad(value.sum(), u, create_graph=learning, retain_graph=True)[0]
             if value.requires_grad

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from ..graphs.differentiable import DifferentiableDensity
 from ..models.autoguides import is_autoguide
 from ..models.sites import Layout
 from ..problems.bases import GuideBase, ModelDensity, PathDensity
@@ -72,6 +73,7 @@ class Prepared:
     example: Tensor  # a position, [*batch, D]
     owners: tuple[Fn, Fn]  # model and guide, kept alive since their ids are keys
     num_calls: int = 0
+    differentiable: dict[int, DifferentiableDensity | None] = field(default_factory=dict)  # by K
 
     @property
     def layout(self) -> Layout:
@@ -87,6 +89,16 @@ class Prepared:
         """Tells whether the recorded graph is right for these tensors."""
         density = self.problem.density
         return density.mode == "eager" or bool(density.serves(self.replacements(tensors)))
+
+    def differentiate(self, function: PathDensity, count: int) -> DifferentiableDensity | None:
+        """Records both log densities of K chains for autograd, once; None where that fails."""
+        if count not in self.differentiable:
+            found = None
+            if self.problem.density.mode != "eager":
+                with contextlib.suppress(Exception):  # whatever vmap does not know
+                    found = DifferentiableDensity(function, self.example, count)
+            self.differentiable[count] = found
+        return self.differentiable[count]
 
 
 def _tensors(arguments: Arguments, subsamples: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..chains.pilot import Pilot
-from ..kernels import HMC, Kernel
+from ..kernels import Kernel
 from ..schedules import Schedule
 from .annealer import AnnealedWeights, Annealer
 from .base import Bound, Direction, Values
@@ -89,9 +89,9 @@ class AIS(Bound):
         self.annealer = Annealer(
             num_chains=num_chains,
             num_steps=num_steps,
-            kernel=HMC() if kernel is None else kernel,
+            kernel=kernel,
             schedule=schedule,
-            pilot=Pilot() if pilot is None else pilot,
+            pilot=pilot,
             step_size=step_size,
             compile=compile,
         )
@@ -109,7 +109,7 @@ class AIS(Bound):
     @property
     def num_rows_per_pair(self) -> int:
         """Chains of a pair that run together."""
-        return max(self.annealer.num_chains, self.annealer.pilot.chains_for(1))
+        return max(self.annealer.num_chains, self.annealer.plan.pilot.chains_for(1))
 
     def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
         """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""

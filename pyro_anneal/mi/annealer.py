@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .. import bounds
-from ..arguments import as_count, as_flag, check_kernel, check_step_size
-from ..chains.loop import Path, TuningTable, run_chains, seeded_generator
-from ..chains.pilot import Pilot, adaptive_betas, run_pilot
+from ..arguments import as_flag
+from ..chains.loop import run_chains
+from ..chains.plan import PathOptions
+from ..chains.tuning import Particles, tune
 from ..graphs.captured import capture
-from ..kernels import Density, Kernel, State
+from ..kernels import Density, State
 from ..models.validation import validation_disabled
-from ..schedules import Schedule, as_betas
 from .bijections import Bijection
 
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
@@ -96,46 +96,26 @@ class AnnealedWeights(NamedTuple):
         return bounds.single_sample(self.forward)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Annealer:
-    """How pairs are annealed.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Annealer(PathOptions):
+    """How pairs are annealed: K chains per pair and direction.
 
     Args:
-        num_chains: K chains per pair and direction.
-        num_steps: T weight increments; T = 1 is importance sampling.
-        kernel: Transition kernel.
-        schedule: ``"adaptive"`` from the pilot, a schedule, or betas.
-        pilot: Settings of the pilot.
-        step_size: Fixed step size at all betas in place of the pilot's.
         compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
 
     Raises:
-        ValueError: If a number is below 1 or the schedule is unknown.
+        ValueError: If a number is out of range or the schedule is unknown.
     """
 
-    num_chains: int
-    num_steps: int
-    kernel: Kernel
-    schedule: str | Schedule | Tensor
-    pilot: Pilot
-    step_size: float | None
-    compile: bool | str
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
-        as_count("num_chains (K)", self.num_chains)
-        as_count("num_steps (T)", self.num_steps)
-        check_kernel(self.kernel)
-        if self.step_size is not None:
-            check_step_size(self.step_size)
-        if isinstance(self.schedule, str) and self.schedule != "adaptive":
-            raise ValueError(
-                f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
-            )
+        super().__post_init__()
         as_flag("compile", self.compile)
 
     def _faster(self, density: PairDensity, example: Tensor) -> Density:
         """Records the density as a graph where that pays; keeps it where that fails."""
-        gradients = self.num_steps * self.kernel.num_gradients
+        gradients = self.plan.num_steps * self.plan.kernel.num_gradients
         compiled = gradients >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile)
         if not compiled and gradients < _CAPTURE_ABOVE:
             return density
@@ -146,27 +126,6 @@ class Annealer:
                 density.one_chain, example, num_chains=self.num_chains, compile=compiled
             )
         return captured if captured.mode in ("graph", "compiled") else density
-
-    def _path(self, density: Density, draw: Callable[[int], Tensor], seed: int) -> Path:
-        betas = None
-        if not isinstance(self.schedule, str):
-            betas = as_betas(self.schedule, self.num_steps)
-        elif self.num_steps == 1:
-            betas = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        position = draw(self.pilot.chains_for(self.num_chains))
-        if betas is not None and (self.step_size is not None or len(betas) == 2):
-            step_size = 1.0 if self.step_size is None else self.step_size
-            return Path(betas, self.kernel, TuningTable.constant(step_size, position[0]))
-        generator = seeded_generator(position.device, seed, "pilot")
-        outcome = run_pilot(
-            density, self.kernel, density(position), generator, settings=self.pilot
-        )
-        tuning = outcome.tuning
-        if self.step_size is not None:
-            tuning = TuningTable.constant(self.step_size, position[0])
-        if betas is None:
-            betas = adaptive_betas(outcome, self.num_steps)
-        return Path(betas, self.kernel, tuning)
 
     def run(
         self,
@@ -198,7 +157,7 @@ class Annealer:
 
         first = base(self.num_chains)
         density = self._faster(PairDensity(log_densities, bijection), first[0])
-        path = self._path(density, base, seed)
+        path = tune(Particles(density, base, first[0], seed), self.plan).path
         start = density(first)
         carry, statistics = run_chains(
             density, path, start, direction="forward", seed=seed, stream="forward"

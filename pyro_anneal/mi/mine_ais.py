@@ -130,9 +130,9 @@ class MINEAIS(VariationalBound):
         self.annealer = Annealer(
             num_chains=num_chains,
             num_steps=num_steps,
-            kernel=HMC() if kernel is None else kernel,
+            kernel=kernel,
             schedule=schedule,
-            pilot=Pilot() if pilot is None else pilot,
+            pilot=pilot,
             step_size=step_size,
             compile=compile,
         )
@@ -143,7 +143,7 @@ class MINEAIS(VariationalBound):
     @property
     def num_rows_per_pair(self) -> int:
         """Chains of a pair that run together."""
-        return max(self.annealer.num_chains, self.annealer.pilot.chains_for(1))
+        return max(self.annealer.num_chains, self.annealer.plan.pilot.chains_for(1))
 
     def _tempered(
         self, q: Conditional, given: Tensor

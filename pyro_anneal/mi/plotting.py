@@ -94,6 +94,7 @@ def plot_bounds(
     axes = _axes(axes)
     _draw_series(axes, series, level)
     label = {"K": "particles K", "T": "annealing steps T"}.get(against, against)
+    axes.set_title("Bounds on mutual information", fontsize="medium")
     return _finish(axes, truth, label)
 
 
@@ -166,6 +167,7 @@ def plot_decomposition(
         if est.ceiling is not None:
             top = est.ceiling + parts.get("variational", 0.0)
             axes.hlines(top, place - 0.35, place + 0.35, color="grey", linestyle=":")
+    axes.set_title("Parts of the bounds (dotted: their ceiling)", fontsize="medium")
     axes.set_xticks(range(len(estimates)), list(estimates), rotation=30, ha="right")
     axes.set_ylabel("mutual information (nats)")
     if truth is not None:

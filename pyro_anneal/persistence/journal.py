@@ -82,6 +82,11 @@ class Journal:
         """Whether anything has to be kept: there is a checkpoint, or another process."""
         return self._path is not None or self.world.size > 1
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks for all, to the user and to the file."""
+        return self._rank == 0
+
     # --- stages ---------------------------------------------------------------------------------
 
     def once(self, name: str, compute: Callable[[], Outcome]) -> Outcome:

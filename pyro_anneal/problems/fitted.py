@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.blockwise import Blockwise
 from ..graphs.captured import capture
 from ..models.coordinates import hierarchical_sites, noncentred
 from ..models.sites import Layout
 from ..persistence.randomness import seeded_generator
-from ..runs.blocks import Blockwise
 from .bases import (
     Base,
     FittedBase,

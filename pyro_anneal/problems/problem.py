@@ -30,6 +30,7 @@ from .bases import (
     PriorBase,
     StandardNormalBase,
 )
+from .coupling import find_coupling
 from .fitted import Once, fit_start
 
 __all__ = ["Problem", "prepare"]
@@ -229,18 +230,14 @@ def prepare(
             'chains cannot start from it; use guide="auto" or a guide with a density'
         )
     problem = _assemble(model, guide, model_args, guide_args, layout)
-    coupled = _coupled_plates(problem)
-    if coupled:
-        if batch_plates != "auto":
-            raise ValueError(
-                f"elements of plate(s) {coupled} influence each other's log density in spite of "
-                "the plate (a mean over rows, BatchNorm in the decoder): leave them out of "
-                "batch_plates to treat the plate jointly"
-            )
-        rest = [plate.name for plate in layout.batch if plate.name not in coupled]
+    coupling = find_coupling(
+        problem.function, layout.batch, problem.probe, is_requested=batch_plates != "auto"
+    )
+    if coupling.plates:
+        rest = [plate.name for plate in layout.batch if plate.name not in coupling.plates]
         layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
-        note = f"elements of plate(s) {coupled} influence each other: they share one evidence"
-        layout = replace(layout, notes=(*layout.notes, note))
+    if coupling.notes:
+        layout = replace(layout, notes=(*layout.notes, *coupling.notes))
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
     with _hidden_sites_named(problem.model, problem.base):
@@ -318,38 +315,3 @@ def _fit(
         fit_gradients=start.num_gradients,
         from_prior=start.from_prior,
     )
-
-
-def _coupled_plates(problem: Problem, *, num_tests: int = 2) -> list[str]:
-    """Names the batch plates whose elements move each other's log densities.
-
-    Two draws a and b are mixed along one plate, half of its elements from each: an element whose
-    latents come from a must have the densities it has at a, whatever its neighbours do.
-    """
-    layout = problem.layout
-    if layout.batch_shape.numel() < 2:
-        return []
-    first, second = problem.probe(), problem.probe()
-    coupled = []
-    with torch.no_grad():
-        ends = problem.function(first), problem.function(second)
-        for axis, plate in enumerate(layout.batch):
-            shape = [plate.size if i == axis else 1 for i in range(len(layout.batch))]
-            for _ in range(num_tests if plate.size > 1 else 0):
-                order = torch.randperm(plate.size, device=first.device)
-                take = (order < plate.size // 2).reshape(shape)
-                mixed = problem.function(torch.where(take.unsqueeze(-1), second, first))
-                if any(
-                    _differ(torch.where(take, b, a), m)
-                    for a, b, m in zip(*ends, mixed, strict=True)
-                ):
-                    coupled.append(plate.name)
-                    break
-    return coupled
-
-
-def _differ(expected: Tensor, value: Tensor) -> bool:
-    """Compares log densities where they are finite, up to rounding."""
-    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-4
-    same = (value - expected).abs() <= tolerance * (1.0 + expected.abs())
-    return not bool((same | ~expected.isfinite()).all())

@@ -86,8 +86,11 @@ def _plot_sides(
             )
     if truth is not None:
         axes.axhline(truth, color=_ESTIMATE, lw=1, ls="--", label="truth")
-    axes.set(xscale="log", xlabel="steps $T$", ylabel="log evidence per datum (nats)")
-    axes.legend(frameon=False)
+    several = any(math.prod(_batch(result)) > 1 for result in ordered.values())
+    axes.set(xscale="log", ylabel=f"log evidence{' per datum' if several else ''} (nats)")
+    axes.set_title("Bounds", fontsize="medium")
+    _steps_axis(axes, list(ordered))
+    _legend(axes)
 
 
 def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any:
@@ -131,7 +134,9 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any
         axes.axvline(estimate, color=_ESTIMATE, lw=1.2, ls="--", label="Bennett")
     minus = "" if math.prod(pooled) == 1 else " - log evidence"
     axes.set(xlabel=f"log-weight{minus} (nats)", ylabel="chains")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_title("Log-weights and bounds", fontsize="medium")
+    axes.locator_params(axis="x", nbins=4)  # labels such as -139.175 are wide
+    _legend_above(axes)
     _tidy(axes)
     return axes.figure
 
@@ -142,6 +147,8 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
     The integral of :math:`E_\beta[\log p / q]` over beta is the log evidence; the dashed line is
     the integral up to beta. Summed over the increments of a run it ends at the single-sample
     bound: below the log evidence for forward chains, above for reverse ones. Values are per datum.
+    Where a fitted base makes the curve flat beside its own height, that height is taken out of
+    both lines.
 
     Args:
         result: A run or a sandwich.
@@ -155,8 +162,9 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
     """
     axes = _new_axes() if axes is None else axes
     spread = []
+    center = _flat_height(result)
     for direction, run in _runs(result).items():
-        betas, curve = _numpy(run.betas), run.scale * _numpy(run.mean_log_ratio)
+        betas, curve = _numpy(run.betas), run.scale * _numpy(run.mean_log_ratio) - center
         curve = np.where(np.isfinite(curve), curve, np.nan)  # chains of zero weight leave gaps
         taken = betas[:-1] if direction == "forward" else betas[1:]
         color = _LOWER if direction == "forward" else _UPPER
@@ -176,8 +184,16 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
         low, high = min(0.0, drawn.min()), max(0.0, drawn.max())
         axes.set_ylim(1.5 * low - 0.2 * settled, 1.5 * high + 0.2 * settled)
     _scale_beta_axis(axes, result)
-    axes.set(ylabel="nats per datum")
-    axes.legend(frameon=False, fontsize="small")
+    per_datum = " per datum" if math.prod(_batch(result)) > 1 else ""
+    minus = (
+        "" if center == 0.0 else f", {abs(center):.4g} {'added' if center < 0 else 'taken out'}"
+    )
+    axes.set(ylabel=f"nats{per_datum}{minus}")
+    axes.set_title("Thermodynamic curve", fontsize="medium")
+    if center == 0.0:
+        _legend(axes)
+    else:
+        _legend_above(axes)
     _tidy(axes)
     return axes.figure
 
@@ -208,12 +224,15 @@ def plot_acceptance(result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | N
         pilot = run.pilot
         if direction == "forward" and pilot is not None:
             marks = {"color": _ESTIMATE, "ls": "", "marker": ".", "ms": 5, "label": "pilot"}
+            marks["clip_on"] = False  # its first beta is 0 and its last 1
             axes[0].plot(_numpy(pilot.betas), _numpy(pilot.accept_prob), **marks)
             axes[1].plot(_numpy(pilot.betas), _numpy(pilot.step_size), **marks)
     first = next(iter(runs.values()))
     axes[1].plot(_numpy(first.betas[1:-1]), _numpy(first.step_size), color=_LOWER, lw=1.2)
     axes[0].set(ylabel="acceptance", ylim=(-0.02, 1.02))
     _scale_step_sizes(axes[1], _numpy(first.step_size))
+    axes[0].set_title("Acceptance", fontsize="medium")
+    axes[1].set_title("Step size", fontsize="medium")
     axes[0].legend(frameon=False, fontsize="small", loc="lower right")
     for panel in axes:
         _scale_beta_axis(panel, result)
@@ -332,11 +351,11 @@ def plot_mutual_information(information: MutualInformation) -> Any:
     if information.ceiling is not None:
         ceiling = f"ceiling {information.ceiling:.3g}"
         left.axhline(information.ceiling, color=_SHADE, lw=1, ls="--", label=ceiling)
-        _legend(left)
+        _legend_above(left)
     target = "I(x; z)" if information.missing is None else f"I(x; z) - {information.missing}"
     left.set_ylabel(f"{target} (nats)")
     right.set(xlabel="value of a pair (nats)", ylabel="pairs")
-    _legend(right)
+    _legend_above(right)
     figure.suptitle(
         f"{information.method} on {target}, {information.num_pairs} pairs", fontsize="medium"
     )
@@ -398,20 +417,69 @@ def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Any = 
         fontsize="small",
     )
     axes.axvline(0.0, color=_SHADE, lw=1)
-    for nats in (-3.0, -5.0):
-        axes.axvline(nats, color=_SHADE, lw=0.8, ls=":")
+    for nats, name in ((-3.0, "3 and 5 nats"), (-5.0, "_")):
+        axes.axvline(nats, color=_SHADE, lw=0.8, ls=":", label=name)
     axes.set_yticks(range(count), comparison.names)
     axes.set_ylim(count - 0.4, -0.9)
     axes.set_xlabel(f"log Bayes factor against {comparison.names[0]} (nats)")
-    axes.set_title(f"Log Bayes factors, intervals at {level:.0%}", fontsize="medium")
+    title = f"Log Bayes factors, intervals at {level:.0%}"
+    axes.set_title(title, fontsize="medium", pad=24 if count > 1 else None)
     if count > 1:
-        _legend(axes)
+        where = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.0}
+        axes.legend(frameon=False, fontsize="small", ncols=3, **where)
     _tidy(axes)
     return axes.figure
 
 
 def _legend(axes: Any) -> None:
     axes.legend(frameon=False, fontsize="small")
+
+
+def _legend_above(axes: Any) -> None:
+    """Makes room for a legend above all that is drawn."""
+    handles, labels = axes.get_legend_handles_labels()
+    rows = -(-len(labels) // 2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.12 * rows * (high - low))
+    for line in axes.lines:  # vertical lines end below the legend
+        if line.get_transform() == axes.get_xaxis_transform(which="grid"):
+            line.set_ydata([0.0, 1.0 / (1.0 + 0.12 * rows)])
+    axes.legend(
+        handles,
+        labels,
+        frameon=False,
+        fontsize="small",
+        loc="upper center",
+        ncols=2,
+        borderaxespad=0.1,
+        handlelength=1.6,
+        columnspacing=1.2,
+    )
+
+
+def _steps_axis(axes: Any, steps: Sequence[int]) -> None:
+    """Labels a logarithmic axis at the numbers of steps, as far as they have room."""
+    axes.set_xlabel("steps $T$")
+    span = math.log(steps[-1] / steps[0]) if len(steps) > 1 else 0.0
+    shown: list[int] = []
+    for count in steps:
+        if not shown or math.log(count / shown[-1]) > 0.12 * span:
+            shown.append(count)
+    axes.set_xticks(shown, [str(count) for count in shown])
+    axes.set_xticks([], minor=True)
+
+
+def _flat_height(result: AnnealedRun | Sandwich) -> float:
+    """Returns the height of a curve that is flat beside it, else 0."""
+    curves = [run.scale * _numpy(run.mean_log_ratio) for run in _runs(result).values()]
+    values = np.concatenate(curves)
+    values = values[np.isfinite(values)]
+    height = float(np.median(values)) if values.size > 2 else 0.0
+    return height if values.size > 2 and np.ptp(values) < 0.2 * abs(height) else 0.0
+
+
+def _batch(result: AnnealedRun | Sandwich) -> tuple[int, ...]:
+    return next(iter(_runs(result).values())).batch_shape
 
 
 _EXPECTATION = r"$E_\beta[\log p/q]$"
@@ -452,8 +520,10 @@ def _plot_gaps(axes: Any, sandwiches: Mapping[int, Sandwich]) -> None:
     if positive.any():
         anchor = gaps[positive][0] * steps[positive][0]
         axes.plot(steps, anchor / steps, color=_SHADE, lw=1, ls="--", label=r"$\propto 1 / T$")
-        axes.legend(frameon=False, loc="lower left")
-    axes.set(xscale="log", yscale="log", xlabel="steps $T$", ylabel="mean gap (nats)")
+        axes.legend(frameon=False, fontsize="small", loc="lower left")
+    axes.set(xscale="log", yscale="log", ylabel="mean gap (nats)")
+    axes.set_title("Gap", fontsize="medium")
+    _steps_axis(axes, list(sandwiches))
 
 
 def _runs(result: AnnealedRun | Sandwich) -> dict[str, AnnealedRun]:

@@ -203,11 +203,27 @@ class Sandwich(Result):
             f"{self.forward.num_steps} steps{', batch ' + batch if batch else ''}; nats"
             f"{', means over ' + str(self.num_pairs) + ' pairs' if several else ''}"
         )
-        notes = [*self.forward.notes, *self.notes, *(d.message for d in self.diagnostics)]
+        notes = [*self._explanations((high - low).mean().item())]
+        notes += [*self.forward.notes, *self.notes, *(d.message for d in self.diagnostics)]
         fields.append(("verdict", self.verdict))
         if self.provenance is not None:
             fields.append(("wall time", self.provenance.describe_seconds()))
         return Table(title, fields, notes)
+
+    def _explanations(self, width: float) -> list[str]:
+        """Explains what a reader of the table may take for a mistake."""
+        gap = self.gap.mean().item()
+        notes = []
+        if gap < 0.0 and all(d.name != "agreement" for d in self.diagnostics):
+            notes.append(
+                f"the lower bound lies {-gap:.2g} nats above the upper one, no more than chance "
+                "allows: each is a bound in expectation, and one draw may fall on either side"
+            )
+        notes.append(
+            f"the 95% interval is {width - gap:.1f} nats wider than the gap by construction: a "
+            "margin that makes it hold in finite samples, at any numbers of chains and steps"
+        )
+        return notes
 
     def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""

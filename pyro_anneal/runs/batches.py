@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..chains.tuning import Budget, choose_budget
 from ..diagnostics import checks as diagnostics
 from ..models.simulation import Arguments
 from ..persistence.fingerprints import describe_arguments
@@ -20,11 +21,13 @@ from ..results.batches import EvidenceOfBatches
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
-from .run import Settings, forward, freeze, make_problem, progress_bar
+from .run import forward, freeze, make_problem, particles
+from .settings import Settings, progress_bar
 
 __all__ = ["as_arguments", "run_batches"]
 
 _PER_DATUM = ("lower", "single", "std_error", "ess")
+_SHARED = ("num_chains", "num_steps", "num_gradients", "scale")
 _JOINT_NOTE = (
     "the model has no batch plates, so each batch has one evidence: their sum is that of all data "
     "only if no latent is shared between batches"
@@ -73,7 +76,8 @@ def run_batches(
     length = len(batches) if isinstance(batches, Sized) else math.inf
     turns: dict[int, Arguments] = {}
     index = -1
-    with progress_bar(settings.progress_bar, "batches", length) as bar:
+    visible = settings.progress_bar and journal.is_first
+    with progress_bar(visible, "batches", length) as bar:
         for index, arguments in enumerate(_reproducibly(batches, to_arguments)):
             digest = _digest(arguments, strict=journal.is_kept)
             if index < count:
@@ -95,7 +99,7 @@ def run_batches(
             f"the checkpoint holds {count} batches, but there are {index + 1} now: pass the same "
             "batches, or name another file"
         )
-    return total.result(settings, journal.seed)
+    return total.result(journal.seed)
 
 
 def _reproducibly(
@@ -160,10 +164,14 @@ def _take_turns(
                 f"ranks {rank} and {world.rank} see different batches: pass the same loader to "
                 "every rank (no DistributedSampler); ranks take turns by themselves"
             )
+    if settings.plan.target_gap is not None and total.budget is None:
+        total.budget = _budget(settings, turns, journal)
     if world.rank < len(turns):
         index = list(turns)[world.rank]
         with released(), journal.on_this_rank():
-            run = _run_batch(settings, turns[index], journal, index, on_batch is not None)
+            run = _run_batch(
+                settings, turns[index], journal, index, on_batch is not None, total.budget
+            )
         own = _reduce(run)
         if on_batch is not None:
             on_batch(index, run)
@@ -176,20 +184,44 @@ def _take_turns(
     journal.put("batches", total.to_dict)
 
 
+def _budget(settings: Settings, turns: Mapping[int, Arguments], journal: Journal) -> Budget:
+    """Finds the budget of all batches, which the first one chooses."""
+
+    def compute() -> dict[str, Any]:
+        index, arguments = next(iter(turns.items()))
+        seed, model = journal.seed + index, settings.model
+        torch.manual_seed(seed)
+        with journal.on_this_rank():
+            problem = make_problem(
+                settings, model, arguments, arguments, journal, f"{index}/", seed=seed
+            )
+        walkers = particles(problem, seed, max_rows=settings.chain_batch_size)
+        return asdict(choose_budget(walkers, settings.plan))
+
+    return Budget(**journal.once("budget", compute))
+
+
 def _run_batch(
-    settings: Settings, arguments: Arguments, journal: Journal, index: int, keep_samples: bool
+    settings: Settings,
+    arguments: Arguments,
+    journal: Journal,
+    index: int,
+    keep_samples: bool,
+    budget: Budget | None,
 ) -> AnnealedRun:
-    seed, prefix = journal.seed + index, f"{index}/"
+    seed, prefix, model = journal.seed + index, f"{index}/", settings.model
     torch.manual_seed(seed)
-    frozen = freeze(settings, settings.model, arguments, arguments, journal, prefix, seed=seed)
-    run, _ = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
+    frozen = freeze(
+        settings, model, arguments, arguments, journal, prefix, seed=seed, budget=budget
+    )
+    run, _ = forward(frozen, journal, prefix, keep_samples=keep_samples)
     return replace(run, diagnostics=diagnostics.diagnose(run))
 
 
 def _reduce(run: AnnealedRun) -> dict[str, Any]:
     """Keeps a few numbers per datum of a run."""
     kept: dict[str, Any] = {n: getattr(run, n).detach().cpu().flatten() for n in _PER_DATUM}
-    kept |= {"num_gradients": run.num_gradients, "scale": run.scale, "seconds": run.seconds}
+    kept |= {name: getattr(run, name) for name in (*_SHARED, "seconds")}
     kept["data_digest"] = run.data_digest
     notes = [] if run.plates else [_JOINT_NOTE]
     return kept | {
@@ -206,6 +238,7 @@ class _Batches:
     """What finished batches gave."""
 
     def __init__(self) -> None:
+        self.budget: Budget | None = None  # with target_gap
         self.digests: list[str] = []
         self.sizes: list[int] = []
         self.per_datum: dict[str, list[Tensor]] = {name: [] for name in _PER_DATUM}
@@ -223,7 +256,7 @@ class _Batches:
         self.sizes.append(len(batch["lower"]))
         for name in _PER_DATUM:
             self.per_datum[name].append(batch[name])
-        shared = {name: batch[name] for name in ("num_gradients", "scale", "notes")}
+        shared = {name: batch[name] for name in (*_SHARED, "notes")}
         if self.count == 1:
             self.shared = shared
         elif shared["scale"] != self.shared["scale"]:
@@ -241,7 +274,7 @@ class _Batches:
             count = 1 if known is None else known["count"] + 1
             self.diagnostics[found["name"]] = worst | {"count": count}
 
-    def result(self, settings: Settings, seed: int) -> EvidenceOfBatches:
+    def result(self, seed: int) -> EvidenceOfBatches:
         """Builds the result."""
         found = [
             Diagnostic(
@@ -259,8 +292,6 @@ class _Batches:
             **fields,
             **shared,
             batch_sizes=tuple(self.sizes),
-            num_chains=settings.num_chains,
-            num_steps=settings.num_steps,
             seconds=self.seconds,
             seed=seed,
             data_digest=self.data_digest,

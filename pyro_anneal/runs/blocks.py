@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chains.loop import Carry, Direction, Path, Progress, StepStatistics, run_chains
-from ..kernels import Density, State
+from ..chains.loop import Progress, run_chains
+from ..chains.path import Carry, Direction, Path, StepStatistics
+from ..kernels import State
 from ..persistence.files import to_host
 from ..persistence.journal import Journal
 from ..persistence.randomness import derived_seed, own_randomness, random_state, set_random_state
 
-__all__ = ["DEFAULT_SIZE", "Blockwise", "Ends", "anneal_blocks", "split"]
+__all__ = ["DEFAULT_SIZE", "Ends", "anneal_blocks", "split"]
 
 DEFAULT_SIZE = 4096
 
@@ -37,29 +38,6 @@ class Ends(NamedTuple):
     statistics: StepStatistics
     num_evaluations: int
     seconds: float  # of the slowest process
-
-
-class Blockwise:
-    """Evaluates a density at most ``size`` positions at a time.
-
-    Args:
-        density: The density.
-        size: Positions per call, exactly: the last call is filled up, so that one graph serves all.
-    """
-
-    def __init__(self, density: Density, size: int) -> None:
-        self.density = density
-        self.size = size
-
-    def __call__(self, position: Tensor) -> State:
-        """Evaluates K positions."""
-        count = len(position)
-        if count <= self.size:
-            return self.density(position)
-        filler = position[:1].expand(-count % self.size, *position.shape[1:])
-        pieces = torch.cat([position, filler]).split(self.size)
-        states = [self.density(piece) for piece in pieces]
-        return State(*(torch.cat(parts)[:count] for parts in zip(*states, strict=True)))
 
 
 def split(num_chains: int, size: int | None) -> list[range]:

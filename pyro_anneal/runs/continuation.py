@@ -14,13 +14,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..chains.loop import Path
+from ..chains.blockwise import Blockwise
+from ..chains.path import Path
 from ..models.sites import is_factor, latent_sites, observed_sites
 from ..models.validation import validation_disabled
 from ..persistence.randomness import draw_seed, seeded_generator
 from ..problems.problem import Problem
 from ..weights import resample_indices
-from .blocks import Blockwise
 
 __all__ = ["Continuation"]
 

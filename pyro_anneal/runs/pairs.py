@@ -8,6 +8,8 @@ of latents and data times the number of simulations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
 from ..models.simulation import (
     Arguments,
@@ -28,7 +31,8 @@ from ..persistence.memory import released
 from ..results.digest import add_digests
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
-from .run import Settings, forward, freeze, make_problem, progress_bar, reverse
+from .run import forward, freeze, make_problem, reverse
+from .settings import Settings, progress_bar
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
@@ -61,7 +65,8 @@ def simulate_pair(
     seed: int,
     coupled: bool,
     keep_samples: bool,
-) -> Pair:
+    budget: Budget | None = None,
+) -> tuple[Pair, Budget | None]:
     """Simulates a data set, and runs chains in both directions on it.
 
     Args:
@@ -72,36 +77,31 @@ def simulate_pair(
         seed: Seed of the data set and its runs.
         coupled: Whether to run reverse chains from the end of a forward one.
         keep_samples: Whether to keep posterior samples and data.
+        budget: What ``target_gap`` chose on another data set, to be shared; None to choose.
+
+    Returns:
+        The runs, and the budget that they had.
     """
     conditioned, guide_args, simulation = _simulated(
         settings, arguments, seed, check=prefix in ("", "0/")
     )
-    frozen = freeze(settings, conditioned, arguments, guide_args, journal, prefix, seed=seed)
-    run, end = forward(settings, frozen, journal, prefix, keep_samples=keep_samples)
-    exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
-    count = settings.num_chains
-    back = reverse(
-        settings,
-        frozen,
-        exact.expand(count, *exact.shape),
-        journal,
-        prefix,
-        keep_samples=keep_samples,
+    frozen = freeze(
+        settings, conditioned, arguments, guide_args, journal, prefix, seed=seed, budget=budget
     )
+    run, end = forward(frozen, journal, prefix, keep_samples=keep_samples)
+    exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
+    count = frozen.num_chains
+    starts = exact.expand(count, *exact.shape)
+    back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
     extra = None
     if coupled and count > 1:
         first = end.expand(count - 1, *exact.shape)
-        extra = reverse(
-            settings,
-            frozen,
-            first,
-            journal,
-            prefix,
-            stream="coupled reverse",
-            keep_samples=False,
-        ).log_weights
+        stream = "coupled reverse"
+        again = reverse(frozen, first, journal, prefix, stream=stream, keep_samples=False)
+        extra = again.log_weights
     log_likelihood = frozen.problem.log_likelihood(exact)
-    return Pair(run, back, extra, simulation.observed if keep_samples else {}, log_likelihood)
+    observed = simulation.observed if keep_samples else {}
+    return Pair(run, back, extra, observed, log_likelihood), frozen.budget
 
 
 def _simulated(
@@ -130,6 +130,9 @@ def simulate_pairs(
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
+    With ``target_gap`` the first data set chooses the budget of all, whose curves can then be
+    averaged.
+
     Args:
         settings: Settings.
         arguments: ``(args, kwargs)`` of model and guide.
@@ -139,18 +142,19 @@ def simulate_pairs(
         keep_samples: Likewise.
     """
     stored, seed = journal.get("pairs"), journal.seed
-    total = PairSum()
+    total, budget = PairSum(), None
     if stored is not None:  # by a model that must be what it was: the first data set shows it
         model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
-        total = PairSum.from_dict(stored, problem.layout.device)
-    visible = settings.progress_bar and num_simulations > 1
+        total = PairSum.from_dict(stored["sum"], problem.layout.device)
+        budget = None if stored["budget"] is None else Budget(**stored["budget"])
+    visible = settings.progress_bar and journal.is_first and num_simulations > 1
     with progress_bar(visible, "simulations", num_simulations) as bar:
         bar.update(total.count)
         for index in range(total.count, num_simulations):
             prefix = f"{index}/"
             with released():
-                pair = simulate_pair(
+                pair, budget = simulate_pair(
                     settings,
                     arguments,
                     journal,
@@ -158,12 +162,17 @@ def simulate_pairs(
                     seed=seed + index,
                     coupled=coupled,
                     keep_samples=keep_samples,
+                    budget=budget,
                 )
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))
-            journal.put("pairs", total.to_dict)
+            journal.put("pairs", partial(_described, total, budget))
             bar.update(1)
     return total
+
+
+def _described(total: PairSum, budget: Budget | None) -> dict[str, Any]:
+    return {"sum": total.to_dict(), "budget": None if budget is None else asdict(budget)}
 
 
 class RunSum:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.blockwise import Blockwise
 from ..chains.pilot import Pilot, run_pilot
 from ..kernels import Density, Kernel, State
 from ..persistence.journal import Journal
@@ -23,7 +24,6 @@ from ..persistence.randomness import seeded_generator
 from ..problems.problem import Problem
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
-from .blocks import Blockwise
 
 __all__ = ["Scouting", "diagnose_scouting", "scout", "scout_run"]
 

@@ -21,8 +21,9 @@ from pyro_anneal.chains.budget import (
     weight_variance,
 )
 from pyro_anneal.chains.fluctuations import Pieces
-from pyro_anneal.chains.loop import seeded_generator
 from pyro_anneal.chains.pilot import Pilot, run_pilot
+from pyro_anneal.diagnostics import checks as diagnostics
+from pyro_anneal.persistence.randomness import seeded_generator
 
 
 def linear_vae(x):
@@ -168,6 +169,70 @@ def test_simulations_share_their_steps():
 def test_a_budget_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         AnnealedImportance(linear_vae, **options)
+
+
+def far_from_the_prior(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+
+def near_the_posterior(x):
+    pyro.sample("z", dist.Normal(0.9 * x, 0.6).to_event(1))
+
+
+def test_a_cross_check_chooses_its_own_budget_with_and_without_a_checkpoint(tmp_path, monkeypatch):
+    others, compare = [], diagnostics.diagnose_starts
+    monkeypatch.setattr(
+        diagnostics,
+        "diagnose_starts",
+        lambda run, other: others.append(other) or compare(run, other),
+    )
+    for checkpoint in (None, tmp_path / "x.ckpt", tmp_path / "x.ckpt"):
+        ais = AnnealedImportance(
+            far_from_the_prior,
+            near_the_posterior,
+            target_gap=0.02,
+            cross_check=True,
+            compile=False,
+            seed=0,
+            progress_bar=False,
+            checkpoint=checkpoint,
+        )
+        run = ais.run(torch.tensor([1.0, -2.0, 3.0]))
+        assert run.num_steps < 50  # the guide is nearly exact
+    alone, kept, again = others
+    assert alone.num_steps > 10 * run.num_steps  # the prior is not
+    assert kept.num_steps == again.num_steps == alone.num_steps
+    assert torch.equal(alone.log_weights, kept.log_weights)
+    assert torch.equal(alone.log_weights, again.log_weights)
+
+
+def test_batches_share_the_budget_of_the_first(tmp_path):
+    options = {"num_chains": 4, "target_gap": 1.0, "kernel": HMC(1), "seed": 0}
+    batches = [torch.ones(3, 100), torch.zeros(2, 100)]
+    results = [
+        AnnealedImportance(
+            linear_vae, progress_bar=False, checkpoint=checkpoint, **options
+        ).run_batches(batches)
+        for checkpoint in (None, tmp_path / "x.ckpt", tmp_path / "x.ckpt")
+    ]
+    assert 10 < results[0].num_steps < 500
+    assert results[0].num_gradients == results[0].num_steps  # 1 + L (T - 1), L = 1
+    for other in results[1:]:
+        assert other.num_steps == results[0].num_steps
+        assert torch.equal(other.lower, results[0].lower)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
+def test_an_object_keeps_nothing_of_a_call():
+    ais = AnnealedImportance(
+        far_from_the_prior, target_gap=0.5, compile=False, seed=0, progress_bar=False
+    )
+    told = dict(vars(ais))
+    small = ais.run(torch.tensor([0.1, 0.1, 0.1]))
+    large = ais.run(torch.tensor([30.0, -20.0, 30.0]))
+    assert small.num_steps < large.num_steps
+    assert vars(ais) == told
 
 
 def median_limit(blocks, log_weights):

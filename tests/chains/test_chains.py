@@ -10,15 +10,10 @@ from paths import Counted, GaussianPath, constant_path, lopsided
 from transitions import MetropolisScan, PerfectTransition
 
 from pyro_anneal import bounds
-from pyro_anneal.chains.loop import (
-    CHUNK_SIZE,
-    Path,
-    TuningTable,
-    final_move,
-    run_chains,
-    seeded_generator,
-)
+from pyro_anneal.chains.loop import CHUNK_SIZE, final_move, run_chains
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.kernels import HMC, Info, RandomWalk, State
+from pyro_anneal.persistence.randomness import seeded_generator
 from pyro_anneal.schedules import Linear, Power
 
 
@@ -118,9 +113,10 @@ def test_every_increment_and_move_happens_once_across_chunks(direction, num_step
 def test_final_move_is_one_transition_at_the_target():
     kernel = Recorder()
     path = constant_path(torch.tensor(BETAS), kernel, 1.0, torch.zeros(1))
-    moved = final_move(powers, path, powers(torch.zeros(2, 1)), seed=0, stream="s")
+    moved, accept = final_move(powers, path, powers(torch.zeros(2, 1)), seed=0, stream="s")
     assert kernel.moves == [(1.0, 1.0)]
     assert moved.position.tolist() == [[1.0], [1.0]]
+    assert accept == 1.0
 
 
 # --- T = 1 ------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from paths import LOG_2PI
 from transitions import PerfectTransition
 
 from pyro_anneal import bounds
-from pyro_anneal.chains.loop import Path, TuningTable, run_chains, seeded_generator
+from pyro_anneal.chains.loop import run_chains
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.chains.pilot import Pilot, run_pilot
 from pyro_anneal.kernels import HMC, State
+from pyro_anneal.persistence.randomness import seeded_generator
 from pyro_anneal.schedules import Linear
 
 TRACE = 976.282626  # tr W'W

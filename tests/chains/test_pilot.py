@@ -10,9 +10,10 @@ from paths import LOG_2PI, Counted, lopsided
 
 import pyro_anneal.anneal
 from pyro_anneal import AnnealedImportance
-from pyro_anneal.chains.loop import TuningTable, seeded_generator
+from pyro_anneal.chains.path import TuningTable
 from pyro_anneal.chains.pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from pyro_anneal.kernels import HMC, RandomWalk, State
+from pyro_anneal.persistence.randomness import seeded_generator
 from pyro_anneal.schedules import as_betas
 
 

@@ -13,7 +13,8 @@ from paths import lopsided, lopsided_gaussian
 from transitions import GibbsScan, MetropolisScan
 
 from pyro_anneal import bounds
-from pyro_anneal.chains.loop import Path, TuningTable, reversed_paths, run_chains
+from pyro_anneal.chains.loop import reversed_paths, run_chains
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.chains.resampling import (
     Lineage,
     Resampling,

@@ -14,15 +14,16 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_anneal import AnnealedImportance
-from pyro_anneal.chains.loop import CHUNK_SIZE, Path, TuningTable, run_chains, seeded_generator
+from pyro_anneal.chains.loop import CHUNK_SIZE, run_chains
 from pyro_anneal.chains.loop import _run_chunk as run_chunk
+from pyro_anneal.chains.path import Path, StepTable, TuningTable
 from pyro_anneal.compiled import program as chunk_program
 from pyro_anneal.compiled import runners as body_runners
 from pyro_anneal.compiled.chains_last import Transposing, over_chains_last
 from pyro_anneal.compiled.choice import loop_problem, repays_compilation, repays_unrolling
 from pyro_anneal.compiled.program import LoopedDensity
 from pyro_anneal.compiled.step_graph import DensityGraphs, build_body
-from pyro_anneal.compiled.storage import Layout, Shared, StepTable
+from pyro_anneal.compiled.storage import Layout, Shared
 from pyro_anneal.compiled.unrolled import CannotUnroll, over_chains_unrolled
 from pyro_anneal.graphs import matrix_products
 from pyro_anneal.graphs.captured import capture
@@ -30,6 +31,7 @@ from pyro_anneal.graphs.folding import shapes_to_literals, simplify
 from pyro_anneal.graphs.inductor import compiler_problem
 from pyro_anneal.graphs.repetition import repeated_dims
 from pyro_anneal.kernels import HMC, RandomWalk
+from pyro_anneal.persistence.randomness import seeded_generator
 from pyro_anneal.problems.problem import prepare
 from pyro_anneal.schedules import Power
 

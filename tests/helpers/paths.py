@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyro_anneal.chains.loop import Path, TuningTable
+from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.kernels import State
 
 LOG_2PI = math.log(2.0 * math.pi)

@@ -144,7 +144,7 @@ def reverse_weights(ais, position):
     with ais._journal("reverse", ((), {})) as journal:
         settings = ais._settings(journal)
         frozen = freeze(settings, ais.model, ((), {}), ((), {}), journal, seed=0)
-        return reverse(settings, frozen, position, journal).log_weights
+        return reverse(frozen, position, journal).log_weights
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from resumable import (
 
 import pyro_anneal
 import pyro_anneal.chains.loop
-from pyro_anneal.chains.loop import StepStatistics
+from pyro_anneal.chains.blockwise import Blockwise
+from pyro_anneal.chains.path import StepStatistics
 from pyro_anneal.persistence import files as checkpoint
 from pyro_anneal.persistence.journal import Journal
 from pyro_anneal.runs import blocks
@@ -110,7 +111,7 @@ def test_a_density_in_pieces_is_the_density():
 
     position = torch.arange(14.0).reshape(7, 2)
     whole = density(position)
-    pieces = blocks.Blockwise(density, 3)(position)
+    pieces = Blockwise(density, 3)(position)
     assert all(torch.equal(a, b) for a, b in zip(pieces, whole, strict=True))
     assert seen == [7, 3, 3, 3]
 

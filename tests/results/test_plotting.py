@@ -7,6 +7,7 @@ import pytest
 import torch
 from perfect_chains import make_run, make_sandwich, simulate
 
+from pyro_anneal import EvidenceOfBatches, MutualInformation, compare
 from pyro_anneal.results import plotting
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -186,3 +187,86 @@ def test_absence_names_the_extra(sandwich, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-anneal\[plot\]'"):
         plotting.plot_log_weights(sandwich)
+
+
+def test_flat_curves_are_centred(sandwich):
+    run = sandwich.forward
+    flat = dataclasses.replace(run, mean_log_ratio=-90.0 + 0.1 * torch.randn(20))
+    axes = plotting.plot_thermodynamic_curve(flat).axes[0]
+    center = float(np.median(flat.mean_log_ratio.numpy()))
+    _, y = _line(axes, "forward: $E").get_data()
+    np.testing.assert_allclose(y, flat.mean_log_ratio.numpy() - center)
+    assert axes.get_ylabel() == f"nats per datum above {center:.4g}"
+    assert max(abs(end) for end in axes.get_ylim()) < 1.0
+    _, integral = _line(axes, "forward: integral").get_data()
+    expected = float((flat.betas.diff() * (flat.mean_log_ratio - center)).sum())
+    assert integral[-1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_single_evidence_is_in_nats_not_per_datum():
+    run = make_run(simulate(S)[0])
+    assert plotting.plot_thermodynamic_curve(run).axes[0].get_ylabel() == "nats"
+    bounds = plotting.plot_bounds({50: run}).axes[0]
+    assert bounds.get_ylabel() == "log evidence (nats)"
+    assert [t.get_text() for t in bounds.get_xticklabels()] == ["50"]
+
+
+def test_legends_stay_off_the_bars(sandwich):
+    axes = plotting.plot_log_weights(sandwich).axes[0]
+    axes.figure.canvas.draw()
+    legend = axes.get_legend().get_window_extent()
+    tallest = max(bar.get_window_extent().y1 for c in axes.containers for bar in c)
+    assert legend.y0 > tallest
+    for label in ("lower bound", "upper bound", "Bennett"):
+        assert _line(axes, label).get_window_extent().y1 <= legend.y0 + 1.0
+
+
+def test_forest_of_bayes_factors():
+    problem, z = simulate(S)
+    a = make_run(problem, 400)
+    b = dataclasses.replace(make_run(problem, 400), log_weights=a.log_weights - 4.0)
+    c = dataclasses.replace(b, log_weights=b.log_weights - 2.0)
+    reverse = make_run(problem, 400, start=z, independent_starts=True)
+    result = compare({"c": c, "a": (a, reverse), "b": (b, reverse)})
+    axes = result.plot().axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert axes.get_xlabel() == "log Bayes factor against a (nats)"
+    low, high = (end[:, 0].tolist() for end in result.interval(0.95))
+    bars = [line for line in axes.lines if line.get_linewidth() == 4.5]
+    assert [list(bar.get_xdata()) for bar in bars] == [[low[i], high[i]] for i in (1, 2)]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert points == pytest.approx([0.0, -4.0, -6.0])
+    (sure,) = [line for line in axes.lines if line.get_label() == "guaranteed"]
+    low, high = (end[1, 0].item() for end in result.guaranteed_interval(0.95))
+    assert list(sure.get_xdata()) == [low, high]  # c has no upper bound, so no such bar
+    assert len(compare({"a": a}).plot().axes) == 1
+
+
+def test_batches_and_mutual_information_are_drawn(sandwich, tmp_path):
+    information = MutualInformation.from_sandwich(sandwich)
+    figure = information.plot()
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == [
+        "lower bound",
+        "upper bound",
+    ]
+    left, right = figure.axes
+    means = [container.lines[0].get_ydata()[0] for container in left.containers]
+    assert means == [information.lower.item(), information.upper.item()]
+    assert sum(bar.get_height() for bar in right.containers[0]) == 30
+    assert "nats" in left.get_ylabel()
+    batches = EvidenceOfBatches(
+        lower=torch.tensor([-3.0, -2.0, -math.inf]),
+        single=torch.zeros(3),
+        std_error=torch.ones(3),
+        ess=torch.tensor([3.0, 4.0, 1.0]),
+        batch_sizes=(2, 1),
+        num_chains=4,
+        num_steps=5,
+        num_gradients=9,
+        seconds=0.1,
+        seed=0,
+    )
+    figure = batches.plot()
+    assert figure.axes[0].get_title() == "1 without finite bound"
+    assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == 2
+    figure.savefig(tmp_path / "figure.png", dpi=50)

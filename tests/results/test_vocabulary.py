@@ -139,3 +139,22 @@ def test_mutual_information_inherits_findings():
     information = MutualInformation.from_sandwich(sandwich)
     assert information.verdict == "suspicious"
     assert "gap <seen>" in repr(information)
+
+
+def test_the_sandwich_explains_itself():
+    sandwich, _ = make_sandwich(S, (3,))
+    shift = sandwich.gap.mean() + 0.25
+    reverse = dataclasses.replace(
+        sandwich.reverse, log_weights=sandwich.reverse.log_weights - shift
+    )
+    crossed = dataclasses.replace(sandwich, reverse=reverse)
+    assert "0.25 nats above the upper one, no more than chance allows" in repr(crossed)
+    proof = dataclasses.replace(crossed, diagnostics=(_found("agreement"),))
+    assert "chance allows" not in repr(proof)
+    assert proof.verdict == "failed"
+    wide = make_sandwich(S, (3,), num_steps=2)[0]
+    low, high = wide.interval(0.95)
+    margin = ((high - low) - wide.gap).mean().item()
+    assert f"the 95% interval is {margin:.1f} nats wider than the gap by construction" in repr(
+        wide
+    )

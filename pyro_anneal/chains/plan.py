@@ -1,0 +1,126 @@
+"""What a run is asked to be, before a pilot has seen its problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..arguments import as_count, as_real, check_kernel, check_step_size
+from ..kernels import HMC, Kernel
+from ..schedules import Schedule, as_betas
+from .pilot import Pilot
+
+__all__ = ["PathOptions", "Plan"]
+
+# What an annealing run takes where nobody says otherwise, and the leapfrogs that a target tries.
+_NUM_STEPS = 1000
+_LEAPFROGS = (1, 2, 4)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that a tuner needs to know beside the densities; :class:`PathOptions` makes it.
+
+    Args:
+        num_chains: Number K of chains of the run.
+        num_steps: Number T of weight increments.
+        kernels: The kernel of the run; or several, among which ``target_gap`` decides.
+        betas: Betas from 0 to 1, ``[T + 1]``; None for those of the pilot.
+        step_size: Fixed step size at all betas; None for those of the pilot.
+        pilot: Settings of the pilot.
+        target_gap: Gap in nats per datum that decides the number of steps; None for ``num_steps``.
+    """
+
+    num_chains: int
+    num_steps: int
+    kernels: tuple[Kernel, ...]
+    betas: Tensor | None
+    step_size: float | Tensor | None
+    pilot: Pilot
+    target_gap: float | None
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel, or the first that is tried."""
+        return self.kernels[0]
+
+    def with_budget(self, kernel: Kernel, num_steps: int) -> Plan:
+        """Returns the plan once the kernel and the number of steps are decided."""
+        return replace(self, kernels=(kernel,), num_steps=num_steps, target_gap=None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PathOptions:
+    """Options of everything that anneals. They check themselves.
+
+    Args:
+        num_chains: Number K of chains.
+        num_steps: Number T of weight increments; 1000 if None.
+        target_gap: Gap in nats per datum to aim at instead of ``num_steps``.
+        schedule: ``"adaptive"`` from the pilot, a schedule, or betas from 0 to 1 of shape
+            ``[T + 1]``.
+        kernel: Transition kernel; HMC if None, whose number of leapfrogs ``target_gap`` may choose.
+        step_size: Fixed step size at all betas in place of the pilot's, with unit scales.
+        pilot: Settings of the pilot; its defaults if None.
+
+    Raises:
+        ValueError: If a number is out of range, or the schedule is unknown.
+    """
+
+    num_chains: int = 16
+    num_steps: int | None = None
+    target_gap: float | None = None
+    schedule: str | Schedule | Tensor = "adaptive"
+    kernel: Kernel | None = None
+    step_size: float | Tensor | None = None
+    pilot: Pilot | None = None
+
+    def __post_init__(self) -> None:
+        as_count("num_chains (K)", self.num_chains)
+        if self.target_gap is not None:
+            if not as_real("target_gap", self.target_gap) > 0.0:
+                raise ValueError(
+                    f"target_gap must be positive, in nats per datum: {self.target_gap}"
+                )
+            if self.num_steps is not None or not isinstance(self.schedule, str):
+                raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
+        if self.num_steps is not None:
+            as_count("num_steps (T)", self.num_steps)
+        if self.kernel is not None:
+            check_kernel(self.kernel)
+        if self.step_size is not None:
+            check_step_size(self.step_size)
+        if not isinstance(self.pilot, Pilot | None):
+            raise ValueError(f"pilot must be a Pilot(...) or None, got {self.pilot!r}")
+        if isinstance(self.schedule, str) and self.schedule != "adaptive":
+            raise ValueError(
+                f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
+            )
+        _ = self.plan  # checks the schedule
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What was asked, with what was left open decided."""
+        num_steps = _NUM_STEPS if self.num_steps is None else as_count("T", self.num_steps)
+        betas = None
+        if not isinstance(self.schedule, str):
+            free = isinstance(self.schedule, Tensor) and self.num_steps is None
+            betas = as_betas(self.schedule, None if free else num_steps)
+            num_steps = len(betas) - 1
+        elif num_steps == 1 and self.target_gap is None:
+            betas = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
+        kernels: tuple[Kernel, ...] = (HMC() if self.kernel is None else self.kernel,)
+        if self.kernel is None and self.target_gap is not None:
+            kernels = tuple(HMC(num_leapfrog=count) for count in _LEAPFROGS)
+        return Plan(
+            num_chains=as_count("num_chains (K)", self.num_chains),
+            num_steps=num_steps,
+            kernels=kernels,
+            betas=betas,
+            step_size=self.step_size,
+            pilot=Pilot() if self.pilot is None else self.pilot,
+            target_gap=self.target_gap,
+        )

@@ -1,0 +1,228 @@
+"""The tuner: what path a run takes, how long, and with which step sizes.
+
+Whoever anneals (:class:`~pyro_anneal.AnnealedImportance`, bounds on mutual information, a loss) hands
+it densities and a plan, and gets a frozen path back. It sees draws of the base, never a posterior
+sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import HMC, Density, Kernel, State
+from ..persistence.randomness import seeded_generator
+from ..results.run import PilotSummary
+from .budget import (
+    expected_gap,
+    mean_correlation,
+    steps_for_gap,
+    steps_within,
+    weight_variance,
+)
+from .fluctuations import Pieces
+from .path import Path, TuningTable
+from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
+from .plan import Plan
+
+__all__ = ["Budget", "Once", "Particles", "Tuned", "choose_budget", "tune"]
+
+Stage = dict[str, Any]  # tensors and plain values, so that it can be kept
+# Computes a stage of this name, or returns what it gave before.
+Once = Callable[[str, Callable[[], Stage]], Stage]
+
+
+def _computed(name: str, compute: Callable[[], Stage]) -> Stage:
+    return compute()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The fewest gradients whose expected gap is the target, as pilots have found them."""
+
+    num_steps: int
+    num_leapfrog: int | None  # of HMC where it was free
+    num_gradients: int  # spent by the pilots, per chain
+
+    def kernel(self, kernel: Kernel) -> Kernel:
+        """Returns the kernel with the chosen number of leapfrogs."""
+        return kernel if self.num_leapfrog is None else HMC(num_leapfrog=self.num_leapfrog)
+
+
+class Tuned(NamedTuple):
+    """What the tuner decided."""
+
+    path: Path
+    summary: PilotSummary | None  # None where nothing was left to tune
+    budget: Budget | None  # None without a target
+
+
+@dataclass(frozen=True, eq=False)
+class Particles:
+    """What a pilot walks with.
+
+    Args:
+        density: Evaluates base and target of any number of particles.
+        draw: Draws positions ``[M, *batch, D]`` from the base.
+        example: Position of one chain, ``[*batch, D]``; only its kind counts.
+        seed: Seed of the pilot.
+        check: Called with the state at the start; raises where no pilot can begin.
+        progress: Called with the beta reached after each stage.
+    """
+
+    density: Density
+    draw: Callable[[int], Tensor]
+    example: Tensor
+    seed: int
+    check: Callable[[State], object] = lambda state: None
+    progress: Callable[[float], object] = lambda beta: None
+
+    def walk(self, kernel: Kernel, settings: Pilot, num_chains: int) -> Stage:
+        """Runs the pilot of a run of ``num_chains`` chains; its outcome as a stage."""
+        began = time.perf_counter()
+        with torch.no_grad():
+            state = self.density(self.draw(settings.chains_for(num_chains)))
+            self.check(state)
+            outcome = run_pilot(
+                self.density,
+                kernel,
+                state,
+                seeded_generator(self.example.device, self.seed, "pilot"),
+                settings=settings,
+                progress=self.progress,
+            )
+        return {
+            "betas": outcome.tuning.betas,
+            "log_step_size": outcome.tuning.log_step_size,
+            "log_scale": outcome.tuning.log_scale,
+            "lengths": outcome.lengths,
+            "accept_prob": outcome.accept_prob,
+            "ess_fraction": outcome.ess_fraction,
+            "num_gradients": outcome.num_gradients,
+            "num_chains": outcome.num_chains,
+            "pieces": tuple(outcome.pieces),
+            "seconds": time.perf_counter() - began,
+        }
+
+
+def tune(
+    particles: Particles,
+    plan: Plan,
+    *,
+    budget: Budget | None = None,
+    once: Once = _computed,
+) -> Tuned:
+    """Chooses the path of a run and freezes it, by a pilot where anything is left open.
+
+    Args:
+        particles: What the pilot walks with.
+        plan: What was asked for.
+        budget: What another problem has chosen for this one; None to choose.
+        once: Keeps the stages ``"budget"`` and ``"pilot"``, so that another process need not
+            compute them again.
+
+    Returns:
+        The path, what the pilot found and what it cost, and the budget.
+    """
+    example = particles.example
+    spent = 0
+    if plan.target_gap is not None:
+        if budget is None:
+            budget = Budget(**once("budget", lambda: asdict(choose_budget(particles, plan))))
+            spent = budget.num_gradients
+        plan = plan.with_budget(budget.kernel(plan.kernel), budget.num_steps)
+    fixed = None
+    if plan.step_size is not None:
+        fixed = TuningTable.constant(plan.step_size, example, plan.kernel)
+    if plan.betas is not None and (fixed is not None or len(plan.betas) == 2):
+        fixed = fixed or TuningTable.constant(1.0, example, plan.kernel)
+        return Tuned(Path(plan.betas, plan.kernel, fixed), None, budget)
+    kept = once("pilot", lambda: particles.walk(plan.kernel, plan.pilot, plan.num_chains))
+    outcome = _outcome(kept, example, spent)
+    if plan.betas is None:
+        shares = _shares(outcome.pieces, outcome.tuning.betas, outcome.lengths)
+        steps = [plan.num_steps * share for share in shares]
+        betas = adaptive_betas(outcome, plan.num_steps)
+    else:
+        betas = plan.betas
+        steps = steps_within(outcome.pieces.betas, betas.tolist(), range(len(betas)))
+    path = Path(betas, plan.kernel, fixed or outcome.tuning)
+    return Tuned(path, _summarize(outcome, kept["seconds"], steps, plan.num_chains), budget)
+
+
+def choose_budget(particles: Particles, plan: Plan) -> Budget:
+    """Chooses the fewest gradients, T times L, whose expected gap is the target.
+
+    Args:
+        particles: What the pilots walk with, one pilot for each kernel of the plan.
+        plan: Its ``target_gap`` in nats per datum.
+
+    Returns:
+        Number of steps, and of leapfrogs where the plan has several kernels.
+
+    Raises:
+        ValueError: If the plan has no target.
+    """
+    if plan.target_gap is None:
+        raise ValueError("a plan without target_gap has a number of steps: there is no choice")
+    options, spent = [], 0
+    for kernel in plan.kernels:
+        found = particles.walk(kernel, plan.pilot, plan.num_chains)
+        spent += found["num_gradients"]
+        pieces = Pieces(*found["pieces"])
+        shares = _shares(pieces, found["betas"], found["lengths"])
+        steps = steps_for_gap(plan.target_gap, pieces, shares, plan.num_chains)
+        options.append((steps * kernel.num_gradients, steps, kernel.num_gradients))
+    _, steps, leapfrogs = min(options)
+    return Budget(steps, leapfrogs if len(options) > 1 else None, spent)
+
+
+def _outcome(kept: Mapping[str, Any], example: Tensor, spent: int) -> PilotOutcome:
+    """Restores what a pilot found, on the device of the chains."""
+    tables = {key: kept[key].to(example) for key in ("log_step_size", "log_scale")}
+    return PilotOutcome(
+        tuning=TuningTable(tuple(kept["betas"]), **tables),
+        lengths=kept["lengths"],
+        accept_prob=kept["accept_prob"],
+        ess_fraction=kept["ess_fraction"],
+        num_gradients=kept["num_gradients"] + spent,
+        num_chains=kept["num_chains"],
+        position=example[None, ..., :0],
+        pieces=Pieces(*kept["pieces"]),
+    )
+
+
+def _shares(pieces: Pieces, betas: Sequence[float], lengths: Sequence[float]) -> list[float]:
+    """Computes the share of an adaptive schedule's steps in each piece: that of its length."""
+    clock = lengths if lengths[-1] > 0.0 else betas  # as adaptive_betas does
+    return [steps / clock[-1] for steps in steps_within(pieces.betas, betas, clock)]
+
+
+def _summarize(
+    outcome: PilotOutcome, seconds: float, steps: Sequence[float], num_chains: int
+) -> PilotSummary:
+    """Summarizes the pilot, and what it says of a run with these ``steps`` in each piece."""
+    log_step, pieces = outcome.tuning.log_step_size, outcome.pieces
+    variance = weight_variance(pieces.lengths, pieces.correlations, steps)
+    return PilotSummary(
+        num_chains=outcome.num_chains,
+        num_gradients=outcome.num_gradients,
+        betas=_on_host(outcome.tuning.betas),
+        step_size=log_step.reshape(len(log_step), -1).mean(1).exp(),
+        accept_prob=_on_host(outcome.accept_prob),
+        ess_fraction=_on_host(outcome.ess_fraction),
+        length=sum(pieces.lengths),
+        correlation=mean_correlation(pieces, [count / sum(steps) for count in steps]),
+        expected_variance=variance,
+        expected_gap=expected_gap(variance, num_chains),
+        seconds=seconds,
+    )
+
+
+def _on_host(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")

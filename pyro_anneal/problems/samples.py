@@ -1,0 +1,50 @@
+"""Posterior samples that a user brings, as positions of chains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+__all__ = ["pack_samples"]
+
+
+def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
+    """Packs K posterior samples and checks that there is one of every site, inside its support."""
+    if not isinstance(samples, Mapping):
+        raise ValueError(
+            "posterior samples must be a mapping from site names to tensors [K, *value_shape], or "
+            f"an object with get_samples() as Pyro's MCMC, got {type(samples).__name__}"
+        )
+    device = problem.layout.device
+    samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
+    missing = [site.name for site in problem.layout.sites if site.name not in samples]
+    if missing:
+        raise ValueError(
+            f"a reverse run needs posterior samples of every latent site, missing: {missing}"
+        )
+    counts = set()
+    for site in problem.layout.sites:
+        shape = samples[site.name].shape
+        if shape[1:] != site.value_shape or not shape:
+            grouped = len(shape) > 1 and shape[2:] == site.value_shape
+            hint = "; join samples grouped by chain with value.flatten(0, 1)" if grouped else ""
+            raise ValueError(
+                f'posterior samples of site "{site.name}" have shape {list(shape)}, expected '
+                f"[K, {', '.join(map(str, site.value_shape))}]{hint}"
+            )
+        counts.add(shape[0])
+    if counts == {0}:
+        raise ValueError("a reverse run needs K >= 1 posterior samples, got 0")
+    if len(counts) != 1:
+        raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
+    names = [site.name for site in problem.layout.sites]
+    chains = []
+    for k in range(counts.pop()):
+        values = {name: samples[name][k] for name in names}
+        problem.check_supports(values)
+        chains.append(problem.pack(values))
+    return torch.stack(chains)

@@ -142,8 +142,7 @@ def test_both_identities_at_the_edge(shape, dtype):
 def reverse_weights(ais, position):
     """Runs reverse chains from unconstrained positions."""
     with ais._journal("reverse", ((), {})) as journal:
-        settings = ais._settings(journal)
-        frozen = freeze(settings, ais.model, ((), {}), ((), {}), journal, seed=0)
+        frozen = freeze(ais, ais.model, ((), {}), ((), {}), journal, seed=0)
         return reverse(frozen, position, journal).log_weights
 
 

@@ -61,7 +61,7 @@ class PathOptions:
         num_steps: Number T of weight increments; 1000 if None.
         target_gap: Gap in nats per datum to aim at instead of ``num_steps``.
         schedule: ``"adaptive"`` from the pilot, a schedule, or betas from 0 to 1 of shape
-            ``[T + 1]``.
+            ``[T + 1]``, which then decide T.
         kernel: Transition kernel; HMC if None, whose number of leapfrogs ``target_gap`` may choose.
         step_size: Fixed step size at all betas in place of the pilot's, with unit scales.
         pilot: Settings of the pilot; its defaults if None.
@@ -107,8 +107,8 @@ class PathOptions:
         num_steps = _NUM_STEPS if self.num_steps is None else as_count("T", self.num_steps)
         betas = None
         if not isinstance(self.schedule, str):
-            free = isinstance(self.schedule, Tensor) and self.num_steps is None
-            betas = as_betas(self.schedule, None if free else num_steps)
+            given = isinstance(self.schedule, Tensor | list | tuple)
+            betas = as_betas(self.schedule, None if given else num_steps)
             num_steps = len(betas) - 1
         elif num_steps == 1 and self.target_gap is None:
             betas = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")

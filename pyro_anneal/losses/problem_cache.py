@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_flatten
 
 from ..graphs.differentiable import DifferentiableDensity
 from ..models.autoguides import is_autoguide
-from ..models.sites import Layout
-from ..problems.bases import GuideBase, ModelDensity, PathDensity
+from ..models.sites import TRANSPORT, Layout
+from ..models.transport import Transport, TransportDensity
+from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
 from ..problems.problem import Problem, prepare
 from .scales import Scales
 from .traces import Arguments
@@ -214,8 +215,14 @@ class ProblemCache:
     ) -> PathDensity:
         """Returns one chain's densities on the present data, through Pyro."""
         fixed = FixedBatch(subsamples, common_scale=common_scale)
-        density = ModelDensity(fixed(model), prepared.layout, arguments)
-        return PathDensity(density, GuideBase(_keep_kind(fixed, guide), density, arguments))
+        layout, wrapped = prepared.layout, _keep_kind(fixed, guide)
+        if layout.derived:
+            names = [site.name for site in layout.derived]
+            transport = Transport(fixed(model), wrapped, arguments, names)
+            derived = TransportDensity(transport, layout, arguments)
+            return PathDensity(derived, PriorBase(derived))
+        density = ModelDensity(fixed(model), layout, arguments)
+        return PathDensity(density, GuideBase(wrapped, density, arguments))
 
     def _prepare(
         self,
@@ -276,7 +283,8 @@ def pack_draws(prepared: Prepared, traces: list[Any], num_particles: int) -> Ten
     layout = prepared.layout
     values = {}
     for site in layout.sites:
-        draws = [trace.nodes[site.name]["value"] for trace in traces]
+        name = site.name.removeprefix(TRANSPORT)
+        draws = [trace.nodes[name]["value"] for trace in traces]
         value = draws[0] if len(draws) == 1 and num_particles > 1 else torch.stack(draws)
         # In the particle plate there may be axes of size 1 between it and the site's own.
         values[site.name] = value.expand(
@@ -305,7 +313,7 @@ def particle_values(
     if max_plate_nesting is None:
         return dict(values)
     shaped = {}
-    for site in layout.sites:
+    for site in layout.model_sites:
         value = values[site.name]
         gap = int(max_plate_nesting) - 1 - len(site.batch_shape)
         shaped[site.name] = value.reshape(len(value), *[1] * gap, *site.value_shape)

@@ -47,8 +47,12 @@ def sees_arguments(guide: Any) -> bool:
     )
 
 
-def check_guide(guide: Callable[..., Any] | None) -> None:
+def check_guide(guide: Callable[..., Any] | None, *, invertible: bool = True) -> None:
     """Checks that an AutoGuide has a density that can be evaluated.
+
+    Args:
+        guide: The guide.
+        invertible: Whether that must be possible at given latents.
 
     Raises:
         ValueError: If the guide is a point mass, or of a kind without a tractable density.
@@ -65,6 +69,9 @@ def check_guide(guide: Callable[..., Any] | None) -> None:
                 f"{name} has no density to anneal from (it is a point mass or discrete): use "
                 'guide="auto", AutoNormal or AutoMultivariateNormal'
             )
+        derives = isinstance(part, autoguide.AutoGaussian | autoguide.AutoStructured)
+        if derives and not invertible:
+            continue
         if not isinstance(part, autoguide.AutoNormal | autoguide.AutoContinuous):
             raise ValueError(
                 f"{name} is not supported as a base: its density at given latents cannot be "

@@ -27,6 +27,7 @@ from .checks import (
 )
 from .coordinates import bijection
 from .sites import (
+    TRANSPORT,
     BatchPlate,
     Layout,
     Site,
@@ -107,7 +108,7 @@ def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
     notes = []
     scales: dict[str, float | None] = {}
     for name, site in density_sites(model_trace):
-        if is_factor(site):
+        if is_factor(site) and not name.startswith(TRANSPORT):
             notes.append(f'a normalizer, not log p(x): the model has pyro.factor("{name}")')
         scale = site["scale"]
         constant = not isinstance(scale, Tensor) or scale.numel() == 1

@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
+    "TRANSPORT",
     "BatchPlate",
     "Layout",
     "Site",
@@ -35,6 +36,9 @@ __all__ = [
     "sum_to_batch",
     "unmasked",
 ]
+
+
+TRANSPORT = "guide: "  # begins the names of sites that stand for a guide's (models/transport.py)
 
 
 def is_wrapper(fn: Any) -> bool:
@@ -219,7 +223,13 @@ class Layout:
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
     loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
+    derived: tuple[Site, ...] = ()  # latents that a guide derives from the sites, if it does
     noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
+
+    @property
+    def model_sites(self) -> tuple[Site, ...]:
+        """The model's own latents, in whichever coordinates chains move."""
+        return self.derived or self.sites
 
     @property
     def batch_shape(self) -> torch.Size:

@@ -19,6 +19,7 @@ from ..models.checks import hidden_sites
 from ..models.inspection import inspect_model
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
+from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -92,7 +93,7 @@ class Problem:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
         with torch.no_grad():
             chains = [self.model.unpack(chain) for chain in position]
-        names = [site.name for site in self.layout.sites]
+        names = [site.name for site in self.layout.model_sites]
         return {name: torch.stack([chain[name] for chain in chains]) for name in names}
 
     def pack(self, values: dict[str, Tensor], exact: dict[str, Tensor] | None = None) -> Tensor:
@@ -222,8 +223,22 @@ def prepare(
     if not (guide is None or guide == "auto" or callable(guide)):
         raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
     hand_written = None if isinstance(guide, str) else guide
-    check_guide(hand_written)
-    layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=batch_plates)
+    check_guide(hand_written, invertible=False)
+    if hand_written is not None and is_transport(hand_written, guide_args):
+        if prior_weight > 0.0:
+            raise ValueError(
+                "prior_weight mixes the prior into the density of the guide, which derives the "
+                "model's latents from auxiliary sites: its density at draws of the prior is not "
+                "known; leave prior_weight out"
+            )
+        model, layout = inspect_transport(
+            model, hand_written, model_args, guide_args, batch_plates=batch_plates
+        )
+        guide = hand_written = None
+    else:
+        layout = inspect_model(
+            model, hand_written, model_args, guide_args, batch_plates=batch_plates
+        )
     if layout.improper and guide is None:
         raise ValueError(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
@@ -235,7 +250,9 @@ def prepare(
     )
     if coupling.plates:
         rest = [plate.name for plate in layout.batch if plate.name not in coupling.plates]
-        layout = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        joint = inspect_model(model, hand_written, model_args, guide_args, batch_plates=rest)
+        static = joint.is_static and not layout.derived
+        layout = replace(joint, derived=layout.derived, is_static=static)
     if coupling.notes:
         layout = replace(layout, notes=(*layout.notes, *coupling.notes))
         problem = _assemble(model, guide, model_args, guide_args, layout)
@@ -276,7 +293,8 @@ def _assemble(
     guide_args: Arguments,
     layout: Layout,
 ) -> Problem:
-    model_density = ModelDensity(model, layout, model_args)
+    kind = TransportDensity if isinstance(model, Transport) else ModelDensity
+    model_density = kind(model, layout, model_args)
     base: Base
     if guide is None:
         base = PriorBase(model_density)

@@ -21,13 +21,13 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
         )
     device = problem.layout.device
     samples = {name: torch.as_tensor(value, device=device) for name, value in samples.items()}
-    missing = [site.name for site in problem.layout.sites if site.name not in samples]
+    missing = [site.name for site in problem.layout.model_sites if site.name not in samples]
     if missing:
         raise ValueError(
             f"a reverse run needs posterior samples of every latent site, missing: {missing}"
         )
     counts = set()
-    for site in problem.layout.sites:
+    for site in problem.layout.model_sites:
         shape = samples[site.name].shape
         if shape[1:] != site.value_shape or not shape:
             grouped = len(shape) > 1 and shape[2:] == site.value_shape
@@ -41,7 +41,7 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
         raise ValueError("a reverse run needs K >= 1 posterior samples, got 0")
     if len(counts) != 1:
         raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
-    names = [site.name for site in problem.layout.sites]
+    names = [site.name for site in problem.layout.model_sites]
     chains = []
     for k in range(counts.pop()):
         values = {name: samples[name][k] for name in names}

@@ -10,20 +10,27 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from .._version import __version__
-from .run import AnnealedRun
-from .sandwich import Sandwich
+
+if TYPE_CHECKING:  # results import their exports, not the other way round
+    from .run import AnnealedRun
+    from .sandwich import Sandwich
 
 __all__ = ["to_arviz", "to_data_tree", "to_datasets", "to_inference_data"]
 
 
 _DRAWS_FOR_LOO = 1000
+
+
+def _is_run(result: AnnealedRun | Sandwich) -> TypeIs[AnnealedRun]:
+    return len(result.directions) == 1
 
 
 def to_arviz(
@@ -92,7 +99,7 @@ def to_datasets(
     """Converts a result to one ``xarray.Dataset`` per group; see :func:`to_arviz`."""
     if log_likelihood and num_samples is None:
         num_samples = _DRAWS_FOR_LOO
-    if isinstance(result, AnnealedRun):
+    if _is_run(result):
         drawn = None
         if num_samples is not None:
             drawn = result.posterior_samples(num_samples, seed=seed)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import TypeIs
 
-from .batches import EvidenceOfBatches
-from .comparison import Comparison
-from .mutual_information import MutualInformation
-from .run import AnnealedRun
-from .sandwich import Sandwich
+if TYPE_CHECKING:  # results import their pictures, not the other way round
+    from .batches import EvidenceOfBatches
+    from .comparison import Comparison
+    from .mutual_information import MutualInformation
+    from .run import AnnealedRun
+    from .sandwich import Sandwich
 
 __all__ = [
     "plot_acceptance",
@@ -34,6 +36,10 @@ __all__ = [
 ]
 
 _LOWER, _UPPER, _ESTIMATE, _SHADE = "#0072B2", "#D55E00", "#000000", "#999999"
+
+
+def _is_two_sided(result: AnnealedRun | Sandwich) -> TypeIs[Sandwich]:
+    return len(result.directions) == 2
 
 
 def plot_bounds(
@@ -62,7 +68,7 @@ def plot_bounds(
     if not results:
         raise ValueError("plot_bounds needs at least one result")
     ordered = dict(sorted(results.items()))
-    sandwiches = {t: r for t, r in ordered.items() if isinstance(r, Sandwich)}
+    sandwiches = {t: r for t, r in ordered.items() if _is_two_sided(r)}
     if axes is None:
         figure = pyplot().figure(figsize=(8.5 if sandwiches else 4.8, 3.6), layout="constrained")
         axes = figure.subplots(1, 2 if sandwiches else 1, squeeze=False)[0]
@@ -111,8 +117,8 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any
     """
     axes = _new_axes() if axes is None else axes
     runs = _runs(result)
-    pooled = result.forward.batch_shape if isinstance(result, Sandwich) else result.batch_shape
-    center = result.bennett if isinstance(result, Sandwich) else result.log_evidence
+    pooled = result.forward.batch_shape if _is_two_sided(result) else result.batch_shape
+    center = result.bennett if _is_two_sided(result) else result.log_evidence
     if math.prod(pooled) == 1:
         center = center * 0.0
     weights = {
@@ -129,7 +135,7 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any
         if _has(result, side):
             bound = float((getattr(result, side) - center).mean())
             axes.axvline(bound, color=color, lw=1.8, label=f"{side} bound")
-    if isinstance(result, Sandwich):
+    if _is_two_sided(result):
         estimate = float((result.bennett - center).mean())
         axes.axvline(estimate, color=_ESTIMATE, lw=1.2, ls="--", label="Bennett")
     minus = "" if math.prod(pooled) == 1 else " - log evidence"
@@ -527,13 +533,13 @@ def _plot_gaps(axes: Any, sandwiches: Mapping[int, Sandwich]) -> None:
 
 
 def _runs(result: AnnealedRun | Sandwich) -> dict[str, AnnealedRun]:
-    if isinstance(result, Sandwich):
+    if _is_two_sided(result):
         return {"forward": result.forward, "reverse": result.reverse}
     return {result.direction: result}
 
 
 def _has(result: AnnealedRun | Sandwich, side: str) -> bool:
-    return isinstance(result, Sandwich) or (result.direction == "forward") == (side == "lower")
+    return _is_two_sided(result) or (result.direction == "forward") == (side == "lower")
 
 
 def _mean_bound(result: AnnealedRun | Sandwich, side: str) -> tuple[float, float]:
@@ -541,7 +547,7 @@ def _mean_bound(result: AnnealedRun | Sandwich, side: str) -> tuple[float, float
     count = bound.numel()
     if count > 1:
         return bound.mean().item(), bound.std().item() / math.sqrt(count)
-    single = 0.0 if isinstance(result, Sandwich) else result.std_error.nan_to_num(0.0).item()
+    single = 0.0 if _is_two_sided(result) else result.std_error.nan_to_num(0.0).item()
     return bound.mean().item(), single
 
 

@@ -88,8 +88,8 @@ def simulate_pair(
     frozen = freeze(
         settings, conditioned, arguments, guide_args, journal, prefix, seed=seed, budget=budget
     )
-    run, end = forward(frozen, journal, prefix, keep_samples=keep_samples)
     exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
+    run, end = forward(frozen, journal, prefix, keep_samples=keep_samples)
     count = frozen.num_chains
     starts = exact.expand(count, *exact.shape)
     back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)

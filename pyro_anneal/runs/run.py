@@ -286,7 +286,7 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         log_evidence_ti=ends.integral,
         posterior=problem.unpack(ends.position) if keep_samples else {},
         plates={plate.name: plate.size for plate in layout.batch},
-        site_plates={site.name: site.plates for site in layout.sites},
+        site_plates={site.name: site.plates for site in layout.model_sites},
         num_gradients=1 + path.kernel.num_gradients * (path.num_steps - 1),
         num_evaluations=ends.num_evaluations,
         seconds=ends.seconds,

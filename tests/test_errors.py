@@ -19,17 +19,10 @@ def fine(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-def discrete(x):
-    k = pyro.sample("k", dist.Categorical(torch.ones(2)))
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+def compositions(x):
+    k = pyro.sample("k", dist.Multinomial(3, torch.ones(2)))
     with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
-
-
-def counted(x):
-    k = pyro.sample("k", dist.Poisson(3.0), infer={"enumerate": "parallel"})
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("x", dist.Normal(z + k, 1.0).expand([3]).to_event(1), obs=x)
+        pyro.sample("x", dist.Normal(k[0], 1.0), obs=x)
 
 
 def sequential(x):
@@ -103,8 +96,7 @@ def changing(x):
 
 
 MODELS = [
-    (discrete, r'latent site "k" is discrete \(Categorical\).*config_enumerate'),
-    (counted, r'latent site "k" is discrete \(Poisson\)'),
+    (compositions, r'latent site "k" is discrete \(Multinomial\).*no kernel moves.*IWAE'),
     (sequential, 'site "k" is enumerated sequentially'),
     (drawn, 'site "k" is enumerated by num_samples draws'),
     (enumerated_support, r'at site "z" the value has shape \[2\].*depends on an enumerated'),

@@ -36,8 +36,6 @@ __all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
-# Kernels whose proposals are always accepted would lengthen their steps for ever.
-_LARGEST_LOG_STEP = 50.0
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def _tune_and_move(
         ``[N + 1, M, *batch]``.
     """
     log_step, log_scale = log_tuning
-    target = _target_accept(kernel, log_step)
+    target, largest = _target_accept(kernel, log_step), _largest_log_step(kernel, log_step)
     scale = log_scale.exp()
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
     late, late_accept = torch.zeros_like(log_step), torch.zeros_like(log_step)
@@ -297,7 +295,7 @@ def _tune_and_move(
         accept_prob = (info.accept_prob if by_part is None else by_part).mean(0)
         if target is not None:
             change = first_gain / (1.0 + move) ** 0.6 * (accept_prob - target)
-            log_step = (log_step + change).clamp(max=_LARGEST_LOG_STEP)
+            log_step = torch.minimum(log_step + change, largest)
         if move >= num_moves // 2:  # Polyak average: acceptance over few chains is noisy
             late = late + log_step / (num_moves - num_moves // 2)
             late_accept = late_accept + accept_prob / (num_moves - num_moves // 2)
@@ -311,6 +309,15 @@ def _target_accept(kernel: Kernel, like: Tensor) -> Tensor | None:
         return None
     found = [1.0 if target is None else target for target in targets]
     return torch.tensor(found, dtype=like.dtype, device=like.device)
+
+
+def _largest_log_step(kernel: Kernel, like: Tensor) -> Tensor:
+    """Collects the step sizes beyond which nothing changes, one per step size; infinite for most.
+
+    Where proposals are always accepted, steps would lengthen for ever and not come back in time.
+    """
+    largest = getattr(kernel, "largest_step", math.inf)
+    return torch.as_tensor(largest, dtype=like.dtype, device=like.device).log()
 
 
 def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:

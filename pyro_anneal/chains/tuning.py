@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from .path import Path, TuningTable
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from .plan import Plan
 
-__all__ = ["Budget", "Once", "Particles", "Tuned", "choose_budget", "tune"]
+__all__ = ["Budget", "Once", "Particles", "Tuned", "choose_budget", "choose_kernel", "tune"]
 
 Stage = dict[str, Any]  # tensors and plain values, so that it can be kept
 # Computes a stage of this name, or returns what it gave before.
@@ -153,6 +153,33 @@ def tune(
         steps = steps_within(outcome.pieces.betas, betas.tolist(), range(len(betas)))
     path = Path(betas, plan.kernel, fixed or outcome.tuning)
     return Tuned(path, _summarize(outcome, kept["seconds"], steps, plan.num_chains), budget)
+
+
+def choose_kernel(particles: Particles, plan: Plan, *, once: Once = _computed) -> Plan:
+    """Chooses the kernel whose pilot promises the least variance for its gradients.
+
+    Args:
+        particles: What the pilots walk with, one pilot for each kernel of the plan.
+        plan: What was asked for.
+        once: Keeps the stage ``"kernel"``.
+
+    Returns:
+        The plan with one kernel; the first where no pilot is wanted.
+    """
+    if len(plan.kernels) == 1 or plan.num_steps == 1 or plan.step_size is not None:
+        return replace(plan, kernels=plan.kernels[:1])
+
+    def compare() -> Stage:
+        variances = []
+        for kernel in plan.kernels:
+            found = particles.walk(kernel, plan.pilot, plan.num_chains)
+            pieces = Pieces(*found["pieces"])
+            shares = _shares(pieces, found["betas"], found["lengths"])
+            steps = [plan.num_steps / kernel.num_gradients * share for share in shares]
+            variances.append(weight_variance(pieces.lengths, pieces.correlations, steps))
+        return {"index": min(range(len(variances)), key=variances.__getitem__)}
+
+    return replace(plan, kernels=(plan.kernels[once("kernel", compare)["index"]],))
 
 
 def choose_budget(particles: Particles, plan: Plan) -> Budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,14 +64,20 @@ class Composite:
 
     @property
     def target_accept(self) -> float | None:
-        """Mean of the parts' targets."""
-        found = [t for t in self.target_accepts if t is not None]
+        """Mean target of the continuous parts; None without, since discrete ones may always accept."""
+        moving = [part for part in self.parts if getattr(part, "lattice", None) is None]
+        found = [part.target_accept for part in moving if part.target_accept is not None]
         return sum(found) / len(found) if found else None
 
     @property
     def target_accepts(self) -> tuple[float | None, ...]:
         """Acceptance that the pilot steers each part's step size toward."""
         return tuple(part.target_accept for part in self.parts)
+
+    @property
+    def largest_step(self) -> tuple[float, ...]:
+        """Step size of each part beyond which nothing changes."""
+        return tuple(float(getattr(part, "largest_step", math.inf)) for part in self.parts)
 
     @property
     def num_step_sizes(self) -> int:

@@ -37,8 +37,8 @@ from .lattice import Block, Kind, Lattice
 
 __all__ = ["DiscreteLangevin", "SingleSite"]
 
-# Beyond e^20 a step is an exact draw from the estimated conditional.
-_LARGEST_STEP = math.exp(20.0)
+# At h = 2 a variable keeps its value against its estimated conditional with probability e^-4.
+_LARGEST_STEP = 2.0
 _LEAST_WIDTH = 0.2  # of the proposal for integers: below, almost none would move
 
 
@@ -169,7 +169,7 @@ class DiscreteLangevin:
         1
     """
 
-    target_accept: float = 0.6
+    target_accept: float = 0.8
     lattice: Lattice | None = None
 
     def __post_init__(self) -> None:
@@ -185,6 +185,11 @@ class DiscreteLangevin:
     def moves_chains_alone(self) -> bool:
         """Chains do not see each other, so a step may be recorded for one of them."""
         return True
+
+    @property
+    def largest_step(self) -> float:
+        """Step size beyond which nothing changes."""
+        return _LARGEST_STEP
 
     def on(self, lattice: Lattice) -> DiscreteLangevin:
         """Returns the kernel that moves the coordinates of ``lattice``."""
@@ -230,7 +235,7 @@ class DiscreteLangevin:
 
 def _step_of(block: Block, tuning: Tuning) -> Tensor:
     """Computes the step of a block's proposals, ``[*batch, 1]``, or its widths ``[*batch, n]``."""
-    step = tuning.step_size.clamp(max=_LARGEST_STEP).unsqueeze(-1)
+    step = tuning.step_size.unsqueeze(-1)
     if block.kind != "integer":
         return step
     return step * tuning.scale[..., block.start : block.stop].clamp(min=0.5) + _LEAST_WIDTH
@@ -284,6 +289,11 @@ class SingleSite:
     def moves_chains_alone(self) -> bool:
         """Chains do not see each other, so a step may be recorded for one of them."""
         return True
+
+    @property
+    def largest_step(self) -> float:
+        """Step size beyond which nothing changes."""
+        return _LARGEST_STEP
 
     def on(self, lattice: Lattice) -> SingleSite:
         """Returns the kernel that moves the coordinates of ``lattice``."""

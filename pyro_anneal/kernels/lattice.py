@@ -98,6 +98,13 @@ class Lattice:
                 joined.append(block)
         return Lattice(dim, tuple(joined))
 
+    def __repr__(self) -> str:
+        kinds: dict[str, int] = {}
+        for block in self.blocks:
+            name = f"{block.kind} of {block.size}" if block.kind == "one-hot" else block.kind
+            kinds[name] = kinds.get(name, 0) + block.count
+        return f"Lattice({', '.join(f'{count} {name}' for name, count in kinds.items())})"
+
     @functools.cached_property
     def count(self) -> int:
         """Number of discrete variables."""

@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_flatten
 
 from ..graphs.differentiable import DifferentiableDensity
 from ..models.autoguides import is_autoguide
+from ..models.discrete import DiscreteMap
 from ..models.sites import TRANSPORT, Layout
 from ..models.transport import Transport, TransportDensity
 from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
+from ..problems.discrete import lattice_of
 from ..problems.problem import Problem, prepare
 from .scales import Scales
 from .traces import Arguments
@@ -246,6 +248,13 @@ class ProblemCache:
             compile=compile or self.compile is True,
             seed=0,
         )
+        if lattice_of(problem.layout) is not None:
+            sites = problem.layout.sites
+            name = next(s.name for s in sites if isinstance(s.transform, DiscreteMap))
+            raise ValueError(
+                f'latent site "{name}" is discrete, and this loss moves continuous ones: mark it with '
+                'infer={"enumerate": "parallel"}, or use TVO or IWAE'
+            )
         plates = tuple(plate.name for plate in problem.layout.batch)
         example = problem.draw(1)[0].nan_to_num()
         return Prepared(problem, tensors, plates, example, (model, guide))

@@ -15,6 +15,7 @@ from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .discrete import discrete_map
 from .sites import (
     base_distribution,
     density_sites,
@@ -230,7 +231,7 @@ def check_structure(first: Any, second: Any) -> None:
 
 
 def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
-    """Checks that latents are continuous or enumerated and covered by the guide."""
+    """Checks that latents can be moved or are enumerated, and are covered by the guide."""
     latents = latent_sites(model_trace)
     enumerated = []
     for name, site in latents.items():
@@ -254,7 +255,7 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
                 'infer={"enumerate": "parallel"} or config_enumerate(model, "parallel")'
             )
         elif support_of(name, site).is_discrete:
-            raise ValueError(_discrete(name, site))
+            discrete_map(name, site["fn"])  # raises where no kernel could move it
     continuous = [name for name in latents if name not in enumerated]
     if not observed_sites(model_trace):
         raise ValueError(
@@ -264,29 +265,6 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
     if guide_trace is not None:
         _check_same_sites(continuous, enumerated, guide_trace, observed_sites(model_trace))
     return enumerated
-
-
-def _discrete(name: str, site: Mapping[str, Any]) -> str:
-    """Says why a discrete latent is refused, and what helps with this one."""
-    fn = site["fn"]
-    base = base_distribution(fn)
-    start = f'latent site "{name}" is discrete ({type(base).__name__}) and nothing sums it out or '
-    start += "moves it: "
-    with_guide = (
-        "with a guide that samples it, pyro_anneal.losses.IWAE(1000).loss(model, guide, ...) is a "
-        "bound"
-    )
-    if getattr(fn, "has_enumerate_support", False):
-        return (
-            f'{start}mark it with infer={{"enumerate": "parallel"}} or wrap the model in '
-            f"pyro.infer.config_enumerate; or, {with_guide}"
-        )
-    if getattr(base, "has_enumerate_support", False) and fn.event_shape != base.event_shape:
-        return (
-            f"{start}its event dimensions (to_event) cannot be enumerated; put its elements in a "
-            f"pyro.plate in place of to_event; or, {with_guide}"
-        )
-    return f"{start}its support has no finite list to sum over; {with_guide}"
 
 
 def _check_same_sites(

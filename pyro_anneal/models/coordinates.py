@@ -23,6 +23,7 @@ from pyro import poutine
 from pyro.distributions import transforms as T
 from torch import Tensor
 
+from .discrete import discrete_map, is_discrete
 from .edges import bend
 from .sites import Layout, base_distribution
 from .supports import bijection_onto, normalized_support
@@ -49,6 +50,8 @@ def bijection(fn: Any, *, noncentred: bool = False) -> Any:
         >>> bijection(dist.Normal(3.0, 2.0), noncentred=True)(torch.tensor(1.0))
         tensor(5.)
     """
+    if is_discrete(fn):
+        return discrete_map("", fn)
     base = base_distribution(fn)
     if not noncentred or not _parameters(base):
         onto, bent = bijection_onto(normalized_support(fn)), bend(fn) if noncentred else None
@@ -92,14 +95,17 @@ def hierarchical_sites(
     """
     args, kwargs = arguments
     names = [site.name for site in layout.sites]
-    data = {name: values[name].detach().clone().requires_grad_(True) for name in names}
+    copies = {name: values[name].detach().clone() for name in names}
+    data = {name: v.requires_grad_(v.is_floating_point()) for name, v in copies.items()}
     found = set()
     with torch.enable_grad(), pyro.validation_enabled(False), poutine.block():
         trace = poutine.trace(poutine.condition(model, data=data)).get_trace(*args, **kwargs)
         for name in names:
             parameters = _parameters(base_distribution(trace.nodes[name]["fn"]))
             moving = [p.sum() for p in parameters if p.requires_grad]
-            if moving and _depends(torch.stack(moving).sum(), list(data.values())):
+            if moving and _depends(
+                torch.stack(moving).sum(), [v for v in data.values() if v.requires_grad]
+            ):
                 found.add(name)
             bent = bend(trace.nodes[name]["fn"])
             if bent is not None and bool((bent.left > 0).any() | (bent.right > 0).any()):

@@ -8,7 +8,7 @@ is ignored: otherwise these would have a flat, improper prior. A constant mask F
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .coordinates import bijection
+from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
+from .lifting import lifted_densities
 from .sites import (
     Layout,
     is_flat,
@@ -167,7 +169,7 @@ class ModelDensity:
         if enumerate_sites:
             model = poutine.enum(model, first_available_dim=-1 - self.layout.max_plate_nesting)
         args, kwargs = self.arguments
-        with validation_disabled(), poutine.block(), substitute:
+        with validation_disabled(), poutine.block(), substitute, IndexByTensor():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         mark_points(trace)
         return trace
@@ -181,8 +183,9 @@ class ModelDensity:
         """
         layout = self.layout
         unconstrained = layout.split(position)
+        fixed = {name: unconstrained[name].detach() for name in layout.lifted}
         substitute = Substitute(
-            unconstrained=unconstrained, loops=layout.loops, noncentred=layout.noncentred
+            unconstrained=unconstrained | fixed, loops=layout.loops, noncentred=layout.noncentred
         )
         trace = self._trace(substitute, enumerate_sites=bool(layout.enumerated))
         latents = latent_sites(trace)
@@ -208,7 +211,30 @@ class ModelDensity:
             log_prior = (
                 torch.stack(prior_terms).sum(0) if prior_terms else torch.zeros_like(log_joint)
             )
+        if layout.lifted:
+            lifted = self.lift(unconstrained, substitute.values, layout.lifted)
+            log_prior = log_prior + (lifted[0] - lifted[0].detach())
+            log_joint = log_joint + (lifted[1] - lifted[1].detach())
         return ModelEvaluation(unconstrained, substitute.values, log_det, log_prior, log_joint)
+
+    def lift(
+        self,
+        unconstrained: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the extensions of log prior and log joint density that differences come from."""
+        args, kwargs = self.arguments
+
+        def run(wrap: Callable[[Any], Any], given: Mapping[str, Tensor]) -> Any:
+            substitute = Substitute(constrained=given)
+            with validation_disabled(), poutine.block(), substitute, IndexByTensor():
+                return poutine.trace(wrap(self.model)).get_trace(*args, **kwargs)
+
+        def log_prob(site: Mapping[str, Any], scaled: bool) -> Tensor:
+            return self._log_prob(site, scaled=scaled)
+
+        return lifted_densities(run, self.layout, values, unconstrained, log_prob, names)
 
     def _sum(self, site: Mapping[str, Any], *, scaled: bool = True) -> Tensor:
         """Sums a site's log density to the batch."""

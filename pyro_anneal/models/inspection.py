@@ -26,6 +26,7 @@ from .checks import (
     undeclared_axes,
 )
 from .coordinates import bijection
+from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -133,14 +134,14 @@ def _make_site(
         raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
     support = support_of(name, site)
     try:
-        transform = bijection_onto(support)
+        transform = discrete_map(name, fn) if support.is_discrete else bijection_onto(support)
     except NotImplementedError as error:
         raise ValueError(
             f'at latent site "{name}": no bijection from R^n to the support {support} of '
             f"{type(fn).__name__} is registered; reparameterize it (a correlation matrix through "
             "LKJCholesky, say) or register one with torch.distributions.biject_to.register"
         ) from error
-    rank = len(fn.batch_shape)
+    rank, dtype = len(fn.batch_shape), site["value"].dtype
     shape = torch.Size(transform.inverse_shape(fn.batch_shape + fn.event_shape))
     axes = tuple(rank + plate.dim for plate in batch)
     size = math.prod(n for i, n in enumerate(shape) if i not in axes)
@@ -153,7 +154,7 @@ def _make_site(
         batch_axes=axes,
         plates=tuple(by_axis.get(axis) for axis in range(rank)),
         transform=transform,
-        dtype=site["value"].dtype,
+        dtype=dtype if dtype.is_floating_point else torch.get_default_dtype(),
         start=start,
         stop=start + size,
         support=support,
@@ -165,6 +166,9 @@ def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
     images = []
     for site in sites:
         node = trace.nodes[site.name]
+        if is_discrete(node["fn"]):
+            images.append(support_edges(site.name, node["fn"]))
+            continue
         origin = torch.zeros(
             site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
         )
@@ -185,14 +189,20 @@ def _supports_are_static(
         return False
     latents = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
     with torch.enable_grad():
-        for value in latents.values():
+        continuous = [value for value in latents.values() if value.is_floating_point()]
+        for value in continuous:
             value.requires_grad_(True)
-        trace = _trace(poutine.condition(model, data=latents), arguments)
+        try:
+            trace = _trace(poutine.condition(model, data=latents), arguments)
+        except RuntimeError as error:
+            if "on Tensor that requires grad" in str(error):  # it leaves torch: nothing is proven
+                return False
+            raise
         images = [image for image in _support_images(trace, sites) if image.requires_grad]
         if not images:
             return True
         total = torch.stack([image.sum() for image in images]).sum()
-        grads = torch.autograd.grad(total, list(latents.values()), allow_unused=True)
+        grads = torch.autograd.grad(total, continuous, allow_unused=True)
     return all(grad is None for grad in grads)
 
 
@@ -240,14 +250,22 @@ def _moving_supports(first: Any, second: Any) -> tuple[str, ...]:
         images = []
         for fn in (site["fn"], second.nodes[name]["fn"]):
             try:
+                if is_discrete(fn):
+                    images.append(support_edges(name, fn))
+                    continue
                 transform = biject_to(fn.support)
                 shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
                 images.append(transform(torch.zeros(shape, device=site["value"].device)))
-            except (AttributeError, NotImplementedError, RuntimeError):  # none, or discrete
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # none
                 continue
         if len(images) == 2 and not torch.equal(*images):
             moving.append(name)
     return tuple(moving)
+
+
+def _has_bounds(site: Site) -> bool:
+    """Tells whether a latent is an integer, whose family may give a density beyond its support."""
+    return isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
 
 
 def _trace_pair(
@@ -321,6 +339,7 @@ def inspect_model(
             )
         is_static = is_empty or _supports_are_static(model, model_args, trace, second[0], sites)
         guarded = _moving_supports(trace, second[0])
+        guarded += tuple(site.name for site in sites if _has_bounds(site))
     _check_observed(model, model_args, trace, guarded)
     scale, notes = _find_scale(trace)
     if undeclared:

@@ -173,7 +173,7 @@ class BatchPlate:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One continuous latent site and its place in the flat vector."""
+    """One latent site, continuous or discrete, and its place in the flat vector."""
 
     name: str
     batch_shape: torch.Size  # of the distribution at the site
@@ -223,6 +223,7 @@ class Layout:
     improper: tuple[str, ...]  # latent sites whose prior is not normalized and cannot be sampled
     loops: dict[str, list[int]]  # indices of the plates that are used as loops
     notes: tuple[str, ...]  # what a reader of the evidence must know
+    lifted: tuple[str, ...] = ()  # discrete sites whose gradient is that of exact differences
     derived: tuple[Site, ...] = ()  # latents that a guide derives from the sites, if it does
     noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
 

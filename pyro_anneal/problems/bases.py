@@ -27,7 +27,9 @@ from ..models import autoguides
 from ..models.checks import explained
 from ..models.coordinates import bijection
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
+from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
 from ..models.edges import exact_log_prob, has_closed_form, same_kind
+from ..models.lifting import own_extension
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
@@ -116,6 +118,12 @@ class GuideBase:
             and has_closed_form(trace.nodes[site.name]["fn"])
             and same_kind(bijection(trace.nodes[site.name]["fn"]), site.transform)
         )
+        self._tabled = {
+            site.name: site
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap)
+            and (site.name in layout.lifted or site.transform.kind == "index")
+        }
         self._check_angles(trace)
         self._check_supports()
 
@@ -157,6 +165,12 @@ class GuideBase:
         """
         if not self._direct:
             return
+        layout = self.model.layout
+        integers = {
+            site.name: site.transform
+            for site in layout.sites
+            if isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
+        }
         with torch.no_grad():
             for position in self._far_positions():
                 values = self.model.unpack(position)
@@ -166,14 +180,25 @@ class GuideBase:
                 trace = self._trace(self._at({n: values[n] for n in self._direct}))
                 for name in self._direct:
                     fn = trace.nodes[name]["fn"]
-                    inside = normalized_support(fn).check(values[name])
-                    if bool((told_apart[name] > 0).all()) and not bool(inside.all()):
+                    if is_discrete(fn) and name in integers:
+                        wide = self._covers(integers[name], discrete_map(name, fn))
+                        covered = wide or not layout.is_static
+                    else:
+                        inside = normalized_support(fn).check(values[name])
+                        covered = bool(inside.all()) or not bool((told_apart[name] > 0).all())
+                    if not covered:
                         raise ValueError(
                             f'at site "{name}" the guide ({type(base_distribution(fn)).__name__}, '
                             f"support {fn.support}) has no density at values that the model "
                             "allows: no chain could reach them, and the number would be the "
                             "evidence of a truncated prior; use a guide with the model's support"
                         )
+
+    @staticmethod
+    def _covers(model: DiscreteMap, guide: DiscreteMap) -> bool:
+        """Tells whether the guide's integers reach as far as the model's."""
+        low, high = guide.lower <= model.lower, guide.upper >= model.upper
+        return bool((low & high).all())
 
     def _far_positions(self) -> Iterator[Tensor]:
         """Makes unconstrained positions near the origin and far from it, in several directions."""
@@ -193,7 +218,7 @@ class GuideBase:
 
     def _trace(self, substitute: Messenger | None) -> Any:
         args, kwargs = self.arguments
-        with validation_disabled(), poutine.block(), substitute or Messenger():
+        with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
     def draw(self) -> Tensor:
@@ -221,6 +246,10 @@ class GuideBase:
                 log_prob = exact_log_prob(site["fn"], evaluation.unconstrained[name])
             if log_prob is None:
                 log_prob = site["fn"].log_prob(site["value"])
+            if name in self._tabled:  # the value has no gradient
+                u = evaluation.unconstrained[name]
+                extension = own_extension(self._tabled[name], u, site["fn"])
+                log_prob = log_prob + (extension - extension.detach())
             result = result + sum_to_batch(log_prob, self._dims, shape)
             if name in evaluation.log_det:
                 result = result + evaluation.log_det[name]

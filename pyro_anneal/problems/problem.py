@@ -16,6 +16,7 @@ from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
+from ..models.discrete import DiscreteMap, is_discrete
 from ..models.inspection import inspect_model
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
@@ -32,6 +33,7 @@ from .bases import (
     StandardNormalBase,
 )
 from .coupling import find_coupling
+from .discrete import lattice_of, lift
 from .fitted import Once, fit_start
 
 __all__ = ["Problem", "prepare"]
@@ -109,12 +111,22 @@ class Problem:
         Raises:
             ValueError: If one does not; names the site.
         """
+        for site in self.layout.sites:  # before the model looks a category up
+            transform = site.transform
+            if isinstance(transform, DiscreteMap) and transform.kind == "index":
+                value = values[site.name]
+                if bool(((value < transform.lower) | (value > transform.upper)).any()):
+                    raise ValueError(
+                        f'a posterior sample of site "{site.name}" lies outside its support: '
+                        f"it has {transform.size} categories, from 0"
+                    )
         args, kwargs = self.model.arguments
         model = poutine.condition(self.model.model, data=values)
         with torch.no_grad(), validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
-            support = normalized_support(trace.nodes[name]["fn"])
+            fn = trace.nodes[name]["fn"]
+            support = fn.support if is_discrete(fn) else normalized_support(fn)
             if not bool(support.check(value).all()):
                 raise ValueError(
                     f'a posterior sample of site "{name}" lies outside its support {support}'
@@ -196,6 +208,7 @@ def prepare(
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
     once: Once = lambda compute: compute(),
+    gradients: bool = True,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -212,6 +225,7 @@ def prepare(
         progress: Called with the steps of the automatic fit.
         max_rows: Positions that the automatic fit may evaluate at once.
         once: Calls the automatic fit, or returns what it gave before.
+        gradients: Whether the chains need gradients.
 
     Returns:
         The problem.
@@ -239,7 +253,7 @@ def prepare(
         layout = inspect_model(
             model, hand_written, model_args, guide_args, batch_plates=batch_plates
         )
-    if layout.improper and guide is None:
+    if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
         raise ValueError(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
@@ -257,13 +271,25 @@ def prepare(
         layout = replace(layout, notes=(*layout.notes, *coupling.notes))
         problem = _assemble(model, guide, model_args, guide_args, layout)
     example = problem.probe()
+    if lattice_of(layout) is not None:
+        layout = lift(problem.model, example)
+        if guide == "auto":
+            note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
+            guide, layout = None, replace(layout, notes=(*layout.notes, note))
+        problem = _assemble(model, guide, model_args, guide_args, layout)
     with _hidden_sites_named(problem.model, problem.base):
         if guide == "auto":
             problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
-        density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+        density = capture(
+            problem.function,
+            example,
+            num_chains=num_chains,
+            compile=compile,
+            gradients=gradients,
+        )
     return replace(problem, density=density)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..chains.blockwise import Blockwise
 from ..chains.path import Direction, StepStatistics
-from ..chains.tuning import Budget, Particles, tune
+from ..chains.tuning import Budget, Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import State
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
+from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import Problem, prepare
 from ..results.digest import digest_of_data
@@ -42,6 +43,8 @@ def make_problem(
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
     visible = settings.progress_bar and settings.guide == "auto" and journal.is_first
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
+    # One increment moves no chain; with a target gap the steps are not known yet.
+    moves = settings.plan.num_steps != 1 or settings.target_gap is not None
     with progress_bar(visible, "fit", 340) as bar:
         problem = prepare(
             model,
@@ -56,6 +59,7 @@ def make_problem(
             progress=bar.update,
             max_rows=size,
             once=lambda compute: journal.once(f"{prefix}fit", compute),
+            gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
         )
     if journal.is_kept:
         journal.identify(f"{prefix}problem", describe_problem(problem))
@@ -118,17 +122,21 @@ def freeze(
     setup_seconds = time.perf_counter() - began
     visible = settings.progress_bar and journal.is_first
     with progress_bar(visible, "pilot", 1.0, delay=1e-3) as bar:
-        path, summary, budget = tune(
-            particles(
-                problem,
-                seed,
-                max_rows=settings.chain_batch_size,
-                progress=lambda beta: bar.update(beta - bar.n),
-            ),
-            settings.plan,
-            budget=budget,
-            once=lambda name, compute: journal.once(f"{prefix}{name}", compute),
+        walkers = particles(
+            problem,
+            seed,
+            max_rows=settings.chain_batch_size,
+            progress=lambda beta: bar.update(beta - bar.n),
         )
+
+        def once(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            return journal.once(f"{prefix}{name}", compute)
+
+        plan = settings.plan
+        if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
+            kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
+            plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
+        path, summary, budget = tune(walkers, plan, budget=budget, once=once)
     problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
     how = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)

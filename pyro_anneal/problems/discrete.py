@@ -1,0 +1,259 @@
+"""What moves the discrete latents of a problem: their lattice, their gradient, and their kernel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..graphs.recording import evaluate_or_nan
+from ..kernels import (
+    HMC,
+    Block,
+    Composite,
+    DiscreteLangevin,
+    Kernel,
+    Lattice,
+    RandomWalk,
+    SingleSite,
+)
+from ..models.density import ModelDensity
+from ..models.discrete import DiscreteMap
+from ..models.lifting import liftable_sites
+from ..models.sites import Layout, Site
+from ..models.validation import validation_disabled
+from .bases import PathDensity, PriorBase
+
+__all__ = ["kernels_for", "lattice_of", "lift"]
+
+_MIXED = "Composite((DiscreteLangevin(), HMC()))"
+
+
+def lattice_of(layout: Layout) -> Lattice | None:
+    """Collects the discrete coordinates of a layout, or None if there is none."""
+    sites = [site for site in layout.sites if isinstance(site.transform, DiscreteMap)]
+    blocks = [_block(site, is_static=layout.is_static) for site in sites]
+    return Lattice.of(layout.dim, blocks) if blocks else None
+
+
+def _block(site: Site, *, is_static: bool) -> Block:
+    transform: DiscreteMap = site.transform
+    if transform.kind == "binary":
+        return Block("binary", site.start, site.stop)
+    if transform.kind in ("index", "one-hot"):
+        return Block("one-hot", site.start, site.stop, size=transform.size)
+    if not is_static:  # bounds that move with other latents: beyond them there is no density
+        count = site.stop - site.start
+        open_below, open_above = (-math.inf,) * count, (math.inf,) * count
+        return Block("integer", site.start, site.stop, lower=open_below, upper=open_above)
+    lower, upper = (site.flatten(edge) for edge in (transform.lower, transform.upper))
+    # Elements of a batch share a kernel: the widest bounds; beyond its own the density is zero.
+    shape = (-1, site.stop - site.start)
+    low, high = lower.reshape(shape).amin(0), upper.reshape(shape).amax(0)
+    return Block(
+        "integer", site.start, site.stop, lower=tuple(low.tolist()), upper=tuple(high.tolist())
+    )
+
+
+def lift(model: ModelDensity, example: Tensor) -> Layout:
+    """Finds out for which discrete sites one gradient gives all exact differences.
+
+    Args:
+        model: The model's side of the path.
+        example: A finite position, ``[*batch, D]``.
+
+    Returns:
+        The layout that names them, with a note.
+    """
+    layout = model.layout
+    names = tuple(s.name for s in layout.sites if isinstance(s.transform, DiscreteMap))
+    note = f"discrete sites {list(names)} are annealed by a discrete kernel"
+    if not layout.enumerated:
+        args, kwargs = model.arguments
+        with torch.no_grad(), poutine.block(), validation_disabled():
+            trace = poutine.trace(model.model).get_trace(*args, **kwargs)
+        candidates = liftable_sites(layout, trace)
+        by_index = [s.name for s in layout.sites if s.name in candidates and s.transform.size > 1]
+        for chosen in dict.fromkeys((tuple(candidates), tuple(by_index))):
+            lifted = replace(layout, lifted=chosen)
+            if chosen and _is_exact(ModelDensity(model.model, lifted, model.arguments), example):
+                note += (
+                    f'; {list(chosen)} could be summed out instead (infer={{"enumerate": '
+                    '"parallel"}), which is better while few of them meet in one factor'
+                )
+                return replace(lifted, notes=(*layout.notes, note))
+    return replace(layout, notes=(*layout.notes, note))
+
+
+def _positions(model: ModelDensity, example: Tensor, count: int) -> list[Tensor]:
+    with torch.no_grad():
+        draws = [model.draw_prior().to(model.layout.dtype) for _ in range(count)]
+    return [torch.where(draw.isfinite(), draw, example) for draw in draws]
+
+
+def _changed(lattice: Lattice, position: Tensor, index: int) -> Tensor:
+    """Changes one variable to another value."""
+    chosen = lattice.variables(position) == index
+    parts = []
+    for block in lattice.blocks:
+        x = block.take(position)
+        if block.kind == "binary":
+            parts.append(1.0 - x)
+        elif block.kind == "one-hot":
+            parts.append(x.roll(int(torch.randint(1, max(block.size, 2), ())), -1))
+        else:
+            lower, upper = block.bounds(x)
+            parts.append(torch.where(x < upper, x + 1.0, torch.maximum(x - 1.0, lower)))
+    return torch.where(chosen, lattice.replace(position, parts), position)
+
+
+def _differences(
+    model: ModelDensity,
+    example: Tensor,
+    lattice: Lattice,
+    *,
+    num_draws: int = 3,
+    num_changes: int = 8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compares true changes of log p with those foretold at either end, at draws of the prior.
+
+    Returns:
+        True changes, those foretold before, and those foretold of the way back, ``[n, *batch]``.
+    """
+    function = PathDensity(model, PriorBase(model))
+    rows = []
+    for here in _positions(model, example, num_draws):
+        start = evaluate_or_nan(function, here)
+        for index in torch.randperm(lattice.count)[:num_changes].tolist():
+            there = _changed(lattice, here, index)
+            end = evaluate_or_nan(function, there)
+            move = there - here
+            rows.append(
+                torch.stack(
+                    [end[1] - start[1], (move * start[3]).sum(-1), -(move * end[3]).sum(-1)]
+                )
+            )
+    found = torch.stack(rows, dim=1)
+    return found[0], found[1], found[2]
+
+
+def _is_exact(model: ModelDensity, example: Tensor) -> bool:
+    """Tells whether gradients of lifted sites give exact differences."""
+    layout = model.layout
+    blocks = [
+        _block(site, is_static=layout.is_static)
+        for site in layout.sites
+        if site.name in layout.lifted
+    ]
+    try:
+        found = _differences(model, example, Lattice.of(layout.dim, blocks))
+    except (NotImplementedError, RuntimeError, ValueError, IndexError, KeyError):
+        return False  # CannotLift, and whatever the model does with an enumerated value
+    wanted, foretold, back = found
+    seen = wanted.abs() < 1e3
+    wrong = torch.maximum((foretold - wanted).abs(), (back + wanted).abs())
+    return bool(seen.any()) and bool((wrong <= 1e-3 * (1.0 + wanted.abs()))[seen].all())
+
+
+def _is_informed(model: ModelDensity, example: Tensor, lattice: Lattice) -> bool:
+    """Tells whether gradients foretell changes well enough to propose by them.
+
+    Locally balanced proposals accept a single change with the ratio exp(D + (b - f) / 2), for the
+    true change D and those foretold forward, f, and back, b: what is wrong alike cancels.
+    """
+    change, forward, back = (
+        value.clamp(-20.0, 20.0) for value in _differences(model, example, lattice)
+    )
+    rest = (change + 0.5 * (back - forward)).abs().nan_to_num(20.0)
+    return float(rest.mean()) <= 0.5 * float(change.abs().nan_to_num(20.0).mean()) + 1e-6
+
+
+def kernels_for(
+    kernel: Kernel, model: ModelDensity, example: Tensor, *, seed: int
+) -> tuple[Kernel, ...]:
+    """Tells a kernel which coordinates are discrete, and gives it parts that move them.
+
+    Args:
+        kernel: Of the user, or the default.
+        model: The model's side of the path.
+        example: A finite position, ``[*batch, D]``.
+        seed: Seed of the points at which gradients are tried out.
+
+    Returns:
+        The kernel alone, unless the model has discrete latents: then the kernel with their lattice,
+        or, if it moves continuous coordinates only, composites of it and of discrete kernels, among
+        which a pilot may choose; the first is the one to take without.
+
+    Raises:
+        ValueError: If the kernel does not suit the model's latents.
+    """
+    layout = model.layout
+    lattice = lattice_of(layout)
+    moves_discrete = _moves_discrete(kernel)
+    if lattice is None:
+        if moves_discrete:
+            raise ValueError(
+                f"{type(kernel).__name__} moves discrete latents, and the model has none that is "
+                "not enumerated: use HMC()"
+            )
+        return (kernel,)
+    covers_all = all(isinstance(s.transform, DiscreteMap) for s in layout.sites)
+    if moves_discrete:
+        if not covers_all and not _moves_continuous(kernel):
+            raise ValueError(
+                f"{type(kernel).__name__} moves discrete latents only, and the model has "
+                f"continuous ones, too: use {_MIXED}"
+            )
+        return (kernel.on(lattice),)  # type: ignore[attr-defined]
+    continuous = kernel.parts if isinstance(kernel, Composite) else (kernel,)
+    strange = [type(part).__name__ for part in continuous if not _moves_by_scale(part)]
+    if strange:
+        raise ValueError(
+            f"the kernel {strange[0]} does not know of discrete latents and might move them off "
+            f"the integers: use {_MIXED}, or a Composite of your own"
+        )
+    rest = () if covers_all else continuous
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        options = _discrete_parts(model, example, lattice)
+    return tuple(Composite((*parts, *rest)).on(lattice) for parts in options)
+
+
+def _moves_by_scale(part: Kernel) -> bool:
+    """Tells whether a scale of zero keeps a coordinate where it is."""
+    return isinstance(part, HMC | RandomWalk)
+
+
+def _moves_discrete(kernel: Kernel) -> bool:
+    if isinstance(kernel, Composite):
+        return any(_moves_discrete(part) for part in kernel.parts)
+    return hasattr(kernel, "on") and hasattr(kernel, "lattice")
+
+
+def _moves_continuous(kernel: Kernel) -> bool:
+    return isinstance(kernel, Composite) and not all(_moves_discrete(p) for p in kernel.parts)
+
+
+def _discrete_parts(
+    model: ModelDensity, example: Tensor, lattice: Lattice
+) -> list[tuple[Kernel, ...]]:
+    """Lists kernels for choices and integers, which have step sizes of their own.
+
+    Without exact differences a gradient may say little about a flip: then single changes compete,
+    or, where it says nothing, stand in.
+    """
+    layout = model.layout
+    single: tuple[Kernel, ...] = (SingleSite(lattice=lattice),)
+    names = {s.name for s in layout.sites if isinstance(s.transform, DiscreteMap)}
+    own = [lattice.only("binary", "one-hot"), lattice.only("integer")]
+    own = [part for part in own if part.blocks]
+    if names == set(layout.lifted):
+        return [tuple(DiscreteLangevin(lattice=part) for part in own)]
+    informed = [_is_informed(model, example, part) for part in own]
+    if not any(informed):
+        return [single]
+    kinds = [DiscreteLangevin if good else SingleSite for good in informed]
+    return [tuple(kind(lattice=part) for kind, part in zip(kinds, own, strict=True)), single]

@@ -34,6 +34,7 @@ from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
 from .components import Component
+from .exchangeable import Symmetry
 
 __all__ = [
     "Arguments",
@@ -282,10 +283,18 @@ class FittedBase:
     Args:
         components: Normalized densities.
         log_weights: Their log weights ``[J]``, in nats; they are normalized here.
+        symmetry: Permutations over which the mixture is averaged.
     """
 
-    def __init__(self, components: Sequence[Component], log_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        components: Sequence[Component],
+        log_weights: Tensor | None = None,
+        symmetry: Symmetry | None = None,
+    ) -> None:
         self.components = tuple(components)
+        self.symmetry = symmetry
+        self.elements = [] if symmetry is None else symmetry.elements()
         if log_weights is None:
             log_weights = torch.zeros(len(self.components))
         self.log_weights = log_weights.double().log_softmax(0).tolist()
@@ -296,13 +305,25 @@ class FittedBase:
         if len(self.components) > 1:
             weights = torch.tensor(self.log_weights, dtype=torch.float64).exp()
             index = int(torch.multinomial(weights, 1))
-        return self.components[index].draw()
+        position = self.components[index].draw()
+        if self.symmetry is None:
+            return position
+        element = int(torch.randint(len(self.elements), ()))
+        return self.symmetry.act([self.elements[element]], position)[0][0]
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the mixture's log density at u."""
-        return self.log_density(position.unsqueeze(0))[0]
+        return self.log_density(position)
 
     def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q(u) of ``u`` alone, shape ``[*batch]``."""
+        if self.symmetry is None:
+            return self._log_density(position.unsqueeze(0))[0]
+        rows, log_jacobian = self.symmetry.act(self.elements, position)
+        terms = self._log_density(rows) + log_jacobian
+        return terms.logsumexp(0) - math.log(len(self.elements))
+
+    def _log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
         if len(self.components) == 1:
             return self.components[0].log_density(position)

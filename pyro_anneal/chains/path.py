@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernel, State, Tuning
+from ..kernels.base import SeveralStepSizes
 
 __all__ = [
     "Carry",
@@ -84,9 +85,8 @@ class TuningTable:
                 f"{list(batch)}"
             )
         log_step = step.log().expand(batch)
-        parts = getattr(kernel, "num_step_sizes", None)
-        if parts is not None:
-            log_step = log_step.unsqueeze(-1).expand(*batch, parts)
+        if isinstance(kernel, SeveralStepSizes):
+            log_step = log_step.unsqueeze(-1).expand(*batch, kernel.num_step_sizes)
         return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
 
 

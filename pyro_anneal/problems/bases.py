@@ -30,6 +30,7 @@ from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitut
 from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
 from ..models.edges import exact_log_prob, has_closed_form, same_kind
 from ..models.lifting import own_extension
+from ..models.mass import check_normalized
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
@@ -111,6 +112,8 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        for name in self._direct:
+            check_normalized(f'site "{name}" of the guide', trace.nodes[name]["fn"])
         # Sites with mass at an edge, in the same coordinate as the model's
         self._exact = frozenset(
             site.name

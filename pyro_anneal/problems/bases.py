@@ -25,8 +25,10 @@ from torch import Tensor
 
 from ..models import autoguides
 from ..models.checks import explained
+from ..models.coordinates import bijection
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
+from ..models.edges import exact_log_prob, has_closed_form, same_kind
 from ..models.lifting import own_extension
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
@@ -109,6 +111,14 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        # Sites with mass at an edge, in the same coordinate as the model's
+        self._exact = frozenset(
+            site.name
+            for site in layout.sites
+            if site.name in self._direct
+            and has_closed_form(trace.nodes[site.name]["fn"])
+            and same_kind(bijection(trace.nodes[site.name]["fn"]), site.transform)
+        )
         self._tabled = {
             site.name: site
             for site in layout.sites
@@ -214,11 +224,13 @@ class GuideBase:
 
     def draw(self) -> Tensor:
         """Draws from the guide."""
-        trace = self._trace(None)
+        substitute = Substitute(record=self._exact, ignore_masks=True)
+        trace = self._trace(substitute)
         if not self._direct:
             return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
         names = [site.name for site in self.model.layout.sites]
-        return self.model.pack({name: trace.nodes[name]["value"] for name in names})
+        values = {name: trace.nodes[name]["value"] for name in names}
+        return self.model.pack(values, substitute.unconstrained)
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the log density of the guide at u."""
@@ -230,7 +242,11 @@ class GuideBase:
         result: Tensor = torch.zeros(shape, dtype=position.dtype, device=position.device)
         for name in given:
             site = trace.nodes[name]
-            log_prob = site["fn"].log_prob(site["value"])
+            log_prob = None
+            if name in self._exact:
+                log_prob = exact_log_prob(site["fn"], evaluation.unconstrained[name])
+            if log_prob is None:
+                log_prob = site["fn"].log_prob(site["value"])
             if name in self._tabled:  # the value has no gradient
                 u = evaluation.unconstrained[name]
                 extension = own_extension(self._tabled[name], u, site["fn"])
@@ -280,7 +296,7 @@ class FittedBase:
         self.symmetry = symmetry
         self.elements = [] if symmetry is None else symmetry.elements()
         if log_weights is None:
-            log_weights = torch.zeros(len(self.components))
+            log_weights = torch.zeros(len(self.components), device="cpu")
         self.log_weights = log_weights.double().log_softmax(0).tolist()
 
     def draw(self) -> Tensor:

@@ -81,20 +81,32 @@ class Sources:
         file = self.folder / "examples" / path
         for parent in (self.folder, self.folder / "examples", file.parent):
             sys.path.insert(0, str(parent))
-        return importlib.import_module(".".join(file.relative_to(file.parent).with_suffix("").parts))
+        return importlib.import_module(
+            ".".join(file.relative_to(file.parent).with_suffix("").parts)
+        )
 
     def cells(self, name: str, *numbers: int, **names):
         """Executes some cells of ``tutorial/source/NAME.ipynb``; returns their namespace."""
         book = json.loads((self.folder / "tutorial" / "source" / f"{name}.ipynb").read_text())
         space = {
-            "torch": torch, "pyro": pyro, "dist": dist, "np": np, "poutine": poutine,
-            "__name__": "notebook", "smoke_test": True, "os": os,
+            "torch": torch,
+            "pyro": pyro,
+            "dist": dist,
+            "np": np,
+            "poutine": poutine,
+            "__name__": "notebook",
+            "smoke_test": True,
+            "os": os,
             **names,
         }
         for number in numbers:
             text = "".join(book["cells"][number]["source"])
-            lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
-            exec(compile("\n".join(lines), f"{name}.ipynb, cell {number}", "exec"), space)
+            lines = [
+                line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))
+            ]
+            exec(  # noqa: S102
+                compile("\n".join(lines), f"{name}.ipynb, cell {number}", "exec"), space
+            )
         return types.SimpleNamespace(**{k: v for k, v in space.items() if k[0] != "_"})
 
 
@@ -104,7 +116,7 @@ def _outcome(function):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = function()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         kind = "refused" if _is_refusal(error) else "crash"
         text = str(error).strip().splitlines()
         found = {"outcome": kind, "error": type(error).__name__, "says": (text or [""])[0][:300]}
@@ -116,9 +128,10 @@ def _outcome(function):
 
 def _is_refusal(error):
     """Tells whether an error of this package, raised on purpose, explains itself."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    ours = "pyro_anneal" in last
-    return ours and isinstance(error, _REFUSALS) and len(str(error)) > 20
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = "pyro_anneal" in last.filename
+    theirs = last.filename.endswith("pyro/util.py")  # the checks of shapes in Pyro's own losses
+    return (ours or theirs) and isinstance(error, _REFUSALS) and len(str(error)) > 20
 
 
 def _run(entry, guide):
@@ -130,7 +143,10 @@ def _run(entry, guide):
     error = float(run.std_error.double().square().sum().sqrt())
     names = [finding.name for finding in run.diagnostics]
     return {
-        "outcome": "number", "value": total, "std_error": error, "diagnostics": names,
+        "outcome": "number",
+        "value": total,
+        "std_error": error,
+        "diagnostics": names,
         "notes": [note[:160] for note in run.notes],
     }
 
@@ -257,8 +273,10 @@ def main() -> None:
 
 def _write(entries: dict) -> None:
     versions = {
-        "pyro_anneal": pyro_anneal.__version__, "pyro": pyro.__version__,
-        "torch": torch.__version__, "python": platform.python_version(),
+        "pyro_anneal": pyro_anneal.__version__,
+        "pyro": pyro.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     ordered = {name: entries[name] for name in ENTRIES if name in entries}
     results = {"versions": versions, "entries": ordered}

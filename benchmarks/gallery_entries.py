@@ -82,7 +82,9 @@ for _name in ("fully_pooled", "not_pooled", "partially_pooled", "partially_poole
 @entry("inclined_plane")
 def _(s):
     m = s.module("inclined_plane.py")
-    return Entry("examples/inclined_plane.py", m.model, None, (m.observed_data[:5],), starts=(None,))
+    return Entry(
+        "examples/inclined_plane.py", m.model, None, (m.observed_data[:5],), starts=(None,)
+    )
 
 
 @entry("lkj")
@@ -95,7 +97,9 @@ def _(s):
 @entry("lda")
 def _(s):
     m = s.module("lda.py")
-    args = _namespace(num_topics=2, num_words=6, num_docs=4, num_words_per_doc=5, layer_sizes="4-4")
+    args = _namespace(
+        num_topics=2, num_words=6, num_docs=4, num_words_per_doc=5, layer_sizes="4-4"
+    )
     data = m.model(args=args)[2]
     guide = functools.partial(m.parametrized_guide, m.make_predictor(args))
     return Entry("examples/lda.py", m.model, guide, (data, args))
@@ -175,7 +179,9 @@ def _cjs(number):
         guide = autoguide.AutoDiagonalNormal(
             pyro.poutine.block(
                 model,
-                expose_fn=lambda site: site["name"][:3] in ("phi", "rho") or site["name"] in exposed,
+                expose_fn=lambda site: (
+                    site["name"][:3] in ("phi", "rho") or site["name"] in exposed
+                ),
             )
         )
         return Entry("examples/capture_recapture/cjs.py", model, guide, (history, sex), starts=())
@@ -229,7 +235,9 @@ def _(s):
     lengths = torch.tensor([3, 2])
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     packed = nn.utils.rnn.pack_padded_sequence(x.flip(1), lengths, batch_first=True)
-    return Entry("examples/dmm.py", net.model, net.guide, (x, packed, mask, lengths), starts=(None,))
+    return Entry(
+        "examples/dmm.py", net.model, net.guide, (x, packed, mask, lengths), starts=(None,)
+    )
 
 
 @entry("dmm/iaf")
@@ -346,7 +354,9 @@ def _(s):
 def _(s):
     m = s.module("contrib/autoname/mixture.py")
     data = torch.tensor([0.0, 1.0, 20.0])
-    return Entry("examples/contrib/autoname/mixture.py", m.model, m.guide, (data, 2), starts=(None,))
+    return Entry(
+        "examples/contrib/autoname/mixture.py", m.model, m.guide, (data, 2), starts=(None,)
+    )
 
 
 @entry("autoname/scoping_mixture")
@@ -434,12 +444,14 @@ def _(s):
 
 @entry("tutorial/gmm")
 def _(s):
-    names = {"constraints": dist.constraints, "K": 2, "config_enumerate": pyro.infer.config_enumerate}
+    names = {
+        "constraints": dist.constraints,
+        "K": 2,
+        "config_enumerate": pyro.infer.config_enumerate,
+    }
     m = s.cells("gmm", 5, **names)
     data = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
-    guide = autoguide.AutoNormal(
-        pyro.poutine.block(m.model, expose=["weights", "locs", "scale"])
-    )
+    guide = autoguide.AutoNormal(pyro.poutine.block(m.model, expose=["weights", "locs", "scale"]))
     return Entry("tutorial/source/gmm.ipynb", m.model, guide, (data,))
 
 
@@ -450,8 +462,9 @@ def _(s):
     names = {n: getattr(dist, n) for n in ("Beta", "Dirichlet", "Gamma", "Poisson", "Categorical")}
     names |= {"MultivariateNormal": dist.MultivariateNormal, "constraints": dist.constraints}
     names |= {"F": functional, "T": 3, "N": 4, "alpha": 0.1}
-    names["mix_weights"] = lambda beta: functional.pad(beta, (0, 1), value=1) * functional.pad(
-        (1 - beta).cumprod(-1), (1, 0), value=1
+    names["mix_weights"] = lambda beta: (
+        functional.pad(beta, (0, 1), value=1)
+        * functional.pad((1 - beta).cumprod(-1), (1, 0), value=1)
     )
     m = s.cells("dirichlet_process_mixture", 7, 9, **names)
     data = torch.randn(4, 2)
@@ -486,8 +499,9 @@ def _(s):
 def _(s):
     names = {"constraints": dist.constraints, "config_enumerate": pyro.infer.config_enumerate}
     m = s.cells("enumeration", 22, Vindex=None, **names)
-    data, guide = torch.bernoulli(torch.full((4, 3), 0.4)), autoguide.AutoNormal(
-        pyro.poutine.block(m.hmm_model, expose=["probs_x", "probs_y"])
+    data, guide = (
+        torch.bernoulli(torch.full((4, 3), 0.4)),
+        autoguide.AutoNormal(pyro.poutine.block(m.hmm_model, expose=["probs_x", "probs_y"])),
     )
     inputs = {"data_dim": 3, "hidden_dim": 2}
     return Entry("tutorial/source/enumeration.ipynb", m.hmm_model, guide, (data,), inputs)
@@ -515,7 +529,10 @@ def _(s):
 def _(s):
     names = {"constraints": dist.constraints, "ones": torch.ones, "tensor": torch.tensor}
     names |= {"trange": range, "sensitivity": 1.0, "prior_mean": torch.tensor(7.0)}
-    names |= {"prior_sd": torch.tensor(2.0), "iter_plates_to_shape": pyro.contrib.util.iter_plates_to_shape}
+    names |= {
+        "prior_sd": torch.tensor(2.0),
+        "iter_plates_to_shape": pyro.contrib.util.iter_plates_to_shape,
+    }
     m = s.cells("working_memory", 2, 6, **names)
     model = pyro.condition(m.model, {"y": torch.tensor([1.0, 1.0, 0.0])})
     l = torch.tensor([5.0, 7.0, 9.0])

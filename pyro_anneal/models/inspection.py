@@ -192,7 +192,10 @@ def _supports_are_static(
         continuous = [value for value in latents.values() if value.is_floating_point()]
         for value in continuous:
             value.requires_grad_(True)
-        trace = _trace(poutine.condition(model, data=latents), arguments)
+        try:
+            trace = _trace(poutine.condition(model, data=latents), arguments)
+        except RuntimeError:  # a model that leaves torch (.numpy()) takes no variables
+            return False  # supports are then worked out anew for each value, which is always right
         images = [image for image in _support_images(trace, sites) if image.requires_grad]
         if not images:
             return True

@@ -77,13 +77,13 @@ class Progress(NamedTuple):
     lineage: Lineage | None = None  # where chains are resampled
 
     @staticmethod
-    def beginning(state: State, num_steps: int, num_populations: int | None = None) -> Progress:
+    def beginning(state: State, num_steps: int, population_size: int | None = None) -> Progress:
         """Places chains at ``state`` before the first of ``num_steps`` steps."""
         weights = torch.zeros_like(state.log_target, dtype=torch.float64)
         statistics = _empty_statistics(num_steps, state.position.device)
         lineage = None
-        if num_populations is not None:
-            lineage = Lineage.beginning(weights, num_populations)
+        if population_size is not None:
+            lineage = Lineage.beginning(weights, population_size)
         return Progress(0, 0, Carry(state, weights, weights), statistics, lineage)
 
 
@@ -148,8 +148,8 @@ def run_chains(
         the lineage of chains that were resampled is in what ``record`` was given last.
     """
     if isinstance(start, State):
-        populations = None if resampling is None else resampling.num_populations
-        start = Progress.beginning(start, path.num_steps, populations)
+        size = None if resampling is None else resampling.population_size
+        start = Progress.beginning(start, path.num_steps, size)
     done, _, carry, statistics, lineage = start
     device = carry.state.position.device
     points = () if resampling is None else resampling.points
@@ -185,14 +185,15 @@ def reversed_paths(
     Args:
         density: Evaluates base and target.
         path: Frozen betas, kernel and tuning.
-        state: Exact posterior samples, one per population, or more; ``[R, *batch]``.
+        state: Exact posterior samples, one per chain of the populations, ``[K, *batch]``: as many
+            as will run, so that one compiled loop serves both.
         resampling: Of the populations.
         seed: Seed of the noise.
         stream: Name of the stream of noise.
         progress: Called with the number of steps done since the last call.
 
     Returns:
-        The paths of the first R samples, at the points of ``resampling``.
+        The paths of the first R samples, one per population, at the points of ``resampling``.
     """
     stops = resampling.reverse_points(path.num_steps)
     passed: list[tuple[State, Tensor]] = []
@@ -213,7 +214,7 @@ def reversed_paths(
         record=record,
     )
     paths = Reference.from_reverse(state, carry.log_weights, passed, resampling.points, path.betas)
-    return paths.first(resampling.num_populations)
+    return paths.first(len(carry.log_weights) // resampling.population_size)
 
 
 def _chunks(num_steps: int, stops: Iterable[int] = ()) -> Iterator[range]:

@@ -49,6 +49,11 @@ class RandomWalk:
         """Chains do not see each other, so a step may be recorded for one of them."""
         return True
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Proposals do not look at gradients, so the density may leave torch."""
+        return False
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws a standard normal step and a uniform number."""
         return normal_and_uniform(state, generator)

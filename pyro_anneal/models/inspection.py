@@ -194,8 +194,10 @@ def _supports_are_static(
             value.requires_grad_(True)
         try:
             trace = _trace(poutine.condition(model, data=latents), arguments)
-        except RuntimeError:  # a model that leaves torch (.numpy()) takes no variables
-            return False  # supports are then worked out anew for each value, which is always right
+        except RuntimeError as error:
+            if "on Tensor that requires grad" in str(error):  # it leaves torch: nothing is proven
+                return False
+            raise
         images = [image for image in _support_images(trace, sites) if image.requires_grad]
         if not images:
             return True

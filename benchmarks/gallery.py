@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -241,10 +242,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a checkout of Pyro's repository")
     parser.add_argument("--only", nargs="*", default=None, help="names of entries")
     parser.add_argument("--one", default=None, help="run this entry here, and print its outcome")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds per entry")
+    parser.add_argument("--timeout", type=int, default=120, help="CPU seconds per entry")
     parser.add_argument("--page", action="store_true", help="write the page from the record alone")
     options = parser.parse_args()
     if options.one is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (options.timeout, options.timeout))
         print(json.dumps(one(options.folder.resolve(), options.one)))
         return
     kept = json.loads(RESULTS.read_text())["entries"] if RESULTS.exists() else {}
@@ -252,19 +254,16 @@ def main() -> None:
     for name in () if options.page else options.only or ENTRIES:
         began = time.perf_counter()
         command = [sys.executable, __file__, str(options.folder), "--one", name]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=options.timeout, check=False
-            )
-            text = done.stdout.strip().splitlines()
-            entries[name] = (
-                json.loads(text[-1])
-                if done.returncode == 0 and text
-                else {"ways": {"import": {"outcome": "crash", "says": done.stderr[-600:]}}}
-            )
-        except subprocess.TimeoutExpired:
-            says = f"not ended after {options.timeout:.0f} s"
+        command += ["--timeout", str(options.timeout)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        text = done.stdout.strip().splitlines()
+        if done.returncode == 0 and text:
+            entries[name] = json.loads(text[-1])
+        elif done.returncode < 0:
+            says = f"not ended after {options.timeout} s of CPU time"
             entries[name] = {"ways": {"all": {"outcome": "timeout", "says": says}}}
+        else:
+            entries[name] = {"ways": {"all": {"outcome": "crash", "says": done.stderr[-600:]}}}
         outcomes = [way["outcome"] for way in entries[name]["ways"].values()]
         print(f"{name}: {outcomes} ({time.perf_counter() - began:.0f} s)", flush=True)
         _write(entries)

@@ -268,7 +268,7 @@ def _(s):
     m = s.module("scanvi/scanvi.py")
     net = m.SCANVI(num_genes=6, num_labels=2, l_loc=2.0, l_scale=1.0, latent_dim=2).eval()
     x = torch.randint(0, 6, (3, 6)).float() + 1.0
-    y = torch.tensor([0, 1, 0])
+    y = torch.eye(2)[[0, 1, 0]]
     return Entry("examples/scanvi/scanvi.py", net.model, net.guide, (x, y), starts=())
 
 
@@ -292,7 +292,7 @@ def _(s):
 def _sir(name, starts):
     def make(s):
         m = s.module("sir_hmc.py")
-        args = _namespace(population=10, recovery_time=3.0)
+        args = m.args = _namespace(population=10, recovery_time=3.0)  # a global of the script
         data = torch.tensor([1.0, 2.0, 1.0])
         return Entry("examples/sir_hmc.py", getattr(m, name), None, (args, data), starts=starts)
 

@@ -336,7 +336,7 @@ class FittedBase:
         self.symmetry = symmetry
         self.elements = [] if symmetry is None else symmetry.elements()
         if log_weights is None:
-            log_weights = torch.zeros(len(self.components))
+            log_weights = torch.zeros(len(self.components), device="cpu")
         self.log_weights = log_weights.double().log_softmax(0).tolist()
 
     def draw(self) -> Tensor:

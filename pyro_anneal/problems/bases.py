@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -28,6 +29,7 @@ from ..models.checks import explained
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
 from ..models.lifting import own_extension
+from ..models.precision import in_float64
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
@@ -213,11 +215,12 @@ class GuideBase:
 
     def draw(self) -> Tensor:
         """Draws from the guide."""
-        trace = self._trace(None)
-        if not self._direct:
-            return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
-        names = [site.name for site in self.model.layout.sites]
-        return self.model.pack({name: trace.nodes[name]["value"] for name in names})
+        with in_float64(self.model.layout.wide):
+            trace = self._trace(None)
+            if not self._direct:
+                return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
+            names = [site.name for site in self.model.layout.sites]
+            return self.model.pack({name: trace.nodes[name]["value"] for name in names})
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the log density of the guide at u."""
@@ -333,9 +336,13 @@ class PathDensity:
         self.model = model
         self.base = base
 
+    def context(self) -> AbstractContextManager[Any]:
+        """Makes the context in which densities and their gradients are to be computed."""
+        return in_float64(self.model.layout.wide)
+
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates ``u`` of shape ``[*batch, D]`` to two tensors of shape ``[*batch]``."""
-        with validation_disabled():
+        with validation_disabled(), self.context():
             evaluation = self.model.evaluate(position)
             log_base = self.base.log_prob(evaluation, position)
         return log_base, evaluation.log_joint + evaluation.total_log_det

@@ -103,10 +103,12 @@ class Problem:
         names = [site.name for site in self.layout.model_sites]
         return {name: torch.stack([chain[name] for chain in chains]) for name in names}
 
-    def pack(self, values: dict[str, Tensor]) -> Tensor:
-        """Packs one value of each latent site into ``[*batch, D]``."""
+    def pack(self, values: dict[str, Tensor], exact: dict[str, Tensor] | None = None) -> Tensor:
+        """Packs one value of each latent site into ``[*batch, D]``, where known from its u."""
+        sites = {site.name for site in self.layout.sites}
+        exact = {name: u for name, u in (exact or {}).items() if name in sites}
         with torch.no_grad():
-            return self.model.pack(values).to(self.layout.dtype)
+            return self.model.pack(values, exact).to(self.layout.dtype)
 
     def check_supports(self, values: dict[str, Tensor]) -> None:
         """Checks that one value of each site lies inside its support.

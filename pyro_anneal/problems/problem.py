@@ -325,6 +325,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
 def _why_float64(problem: Problem, gradients: bool) -> str | None:
     """Compares a problem with itself in float64."""
     density, function = problem.density, problem.function
+    if problem.layout.dtype is not torch.float32:
+        return None
     run: Callable[[Tensor], Any] = functools.partial(
         evaluate_or_nan, function, gradients=gradients
     )

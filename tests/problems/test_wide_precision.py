@@ -90,6 +90,7 @@ def test_a_latent_whose_grid_is_wider_than_its_posterior(guide):
     assert_right_in_float64(result, float(truth))
 
 
+@pytest.mark.slow
 def test_long_sums():
     torch.manual_seed(2)
     y = torch.randn(100_000) + 0.3

@@ -8,7 +8,6 @@ is ignored: otherwise these would have a flat, improper prior. A constant mask F
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,8 +16,6 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
-from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -26,6 +23,7 @@ from torch import Tensor
 from .coordinates import bijection
 from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
+from .enumeration import sum_out
 from .lifting import lifted_densities
 from .precision import in_float64
 from .sites import (
@@ -273,49 +271,28 @@ class ModelDensity:
 
     def _contract(self, trace: Any) -> tuple[Tensor, Tensor]:
         """Sums out enumerated sites, keeping the batch plates."""
-        trace.symbolize_dims()
-        sum_dims: set[str] = set()
-        for name in self.layout.enumerated:
-            infer = trace.nodes[name]["infer"]
-            sum_dims.add(infer["_dim_to_symbol"][infer["_enumerate_dim"]])
         latents = latent_sites(trace)
-        prior: dict[frozenset[str], list[Tensor]] = {}
-        joint: dict[frozenset[str], list[Tensor]] = {}
-        for name, site in [*latents.items(), *observed_sites(trace).items()]:
-            ordinal = frozenset(
-                trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized
-            )
-            term = self._packed(name, site, sum_dims, scaled=True)
-            joint.setdefault(ordinal, []).append(term)
-            if name in latents:
-                term = self._packed(name, site, sum_dims, scaled=False)
-                prior.setdefault(ordinal, []).append(term)
-        return self._contract_terms(trace, prior, sum_dims), self._contract_terms(
-            trace, joint, sum_dims
-        )
+        log_prior = self._summed(trace, latents, scaled=False)
+        return log_prior, self._summed(trace, {**latents, **observed_sites(trace)}, scaled=True)
 
-    def _packed(
-        self, name: str, site: Mapping[str, Any], sum_dims: set[str], *, scaled: bool
-    ) -> Tensor:
-        value = self._log_prob(site, scaled=scaled)
-        term: Tensor = packed.pack(value, site["infer"]["_dim_to_symbol"])
-        if self._has_own_scale(site) and sum_dims & set(term._pyro_dims):  # type: ignore[attr-defined]
-            raise NotImplementedError(
-                f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
-                "power of a sum is no sum; scale all sites or none"
-            )
-        return term
-
-    def _contract_terms(
-        self, trace: Any, terms: dict[frozenset[str], list[Tensor]], sum_dims: set[str]
-    ) -> Tensor:
-        symbol = trace.plate_to_symbol
-        batch = {symbol[plate.name]: plate.dim for plate in self.layout.batch}
-        contracted = contract_to_tensor(
-            OrderedDict(terms), sum_dims, target_ordinal=frozenset(batch)
+    def _summed(self, trace: Any, sites: dict[str, Any], *, scaled: bool) -> Tensor:
+        """Multiplies the densities of some sites, enumerated ones summed out of them."""
+        found = sum_out(
+            trace,
+            sites.items(),
+            self.layout.enumerated,
+            lambda site: self._log_prob(site, scaled=False),
         )
-        value = packed.unpack(contracted, batch)
-        return sum_to_batch(value, self._dims, self.layout.batch_shape)
+        for name in found.summed if scaled else ():
+            if self._has_own_scale(sites[name]):
+                raise NotImplementedError(
+                    f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
+                    "power of a sum is no sum; scale all sites or none"
+                )
+        shape = self.layout.batch_shape
+        terms = [sum_to_batch(term, self._dims, shape) for term in found.terms]
+        terms += [self._sum(sites[name], scaled=scaled) for name in found.plain]
+        return torch.stack(terms).sum(0)
 
     @_in_precision
     def pack(

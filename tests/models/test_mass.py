@@ -203,7 +203,7 @@ class WrongJacobian(dist.transforms.Transform):
 
 def test_transforms_of_the_users_own_count():
     fn = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [WrongJacobian()])
-    with pytest.raises(ValueError, match='"z": the density of TransformedD.* integrates to 2 '):
+    with pytest.raises(ValueError, match=r'"z": the density of TransformedD.* integrates to 2 '):
         check_normalized('"z"', fn)
 
 

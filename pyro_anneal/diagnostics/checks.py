@@ -39,6 +39,8 @@ __all__ = [
 
 # Transitions over which an acceptance is averaged before it is compared with another.
 _ENOUGH_TRANSITIONS = 100
+# Kinds of findings that came with the run, since no figure of it shows them.
+_OF_THE_PROBLEM = ("unread", "saturated")
 
 
 def check_weights(
@@ -412,7 +414,8 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_lag,
         check_certified,
     )
-    return tuple(found for check in checks if (found := check(run)) is not None)
+    known = [found for found in run.diagnostics if found.name in _OF_THE_PROBLEM]
+    return (*known, *(found for check in checks if (found := check(run)) is not None))
 
 
 def diagnose_sandwich(sandwich: Sandwich, *, tolerance: float = 1.0) -> tuple[Diagnostic, ...]:

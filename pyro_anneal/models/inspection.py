@@ -27,7 +27,9 @@ from .checks import (
 )
 from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
+from .edges import has_closed_form
 from .mass import check_normalized
+from .relevance import unread_sites
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -159,6 +161,7 @@ def _make_site(
         start=start,
         stop=start + size,
         support=support,
+        is_exact=has_closed_form(fn),
     )
 
 
@@ -387,6 +390,7 @@ def inspect_model(
             if not frame.vectorized and frame.name in trace.nodes
         },
         notes=notes,
+        unread=unread_sites(model, model_args, trace, second[0]),
     )
     if is_empty:
         raise NothingToAnneal(layout)

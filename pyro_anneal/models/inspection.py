@@ -28,6 +28,7 @@ from .checks import (
 from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
 from .edges import has_closed_form
+from .masked import check_masked
 from .mass import check_normalized
 from .relevance import unread_sites
 from .sites import (
@@ -329,6 +330,7 @@ def inspect_model(
         enumerated = check_latents(trace, guide_trace)
         check_structure(trace, second[0])
         check_log_probs(trace)
+        check_masked(trace)
         undeclared = _undeclared(trace, enumerated)
         batch = _find_batch(trace, guide_trace, batch_plates)
         sites: list[Site] = []

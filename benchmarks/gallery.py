@@ -212,7 +212,7 @@ def page(results: dict) -> str:
             f"The record holds {len(entries)} of the {len(ENTRIES)} entries of the script. Of their",
             f"{total} outcomes, {said}.",
             "A number is what came out, with its standard error; a refusal says what is wrong and",
-            "what helps.",
+            "what helps. Entries that were not run, or not to their end, are not in the record.",
             "",
             header,
             "|" + "---|" * (2 + len(WAYS)),

@@ -27,6 +27,7 @@ from .checks import (
 )
 from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
+from .mass import check_normalized
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -349,6 +350,9 @@ def inspect_model(
         notes += (f"discrete sites {enumerated} are summed out{rest}",)
     nodes = {site.name: trace.nodes[site.name] for site in sites}
     improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
+    for name, node in nodes.items():
+        if name not in improper:
+            check_normalized(f'latent site "{name}"', node["fn"])
     if improper:
         notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
     unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]

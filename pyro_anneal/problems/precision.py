@@ -46,7 +46,8 @@ def why_float64(
             wide = evaluate_or_nan(function, point.double(), gradients=False)
             # Half the distance to the next float32, one way or the other for each coordinate.
             generator = torch.Generator("cpu").manual_seed(0)
-            signs = torch.randint(0, 2, point.shape, generator=generator).to(point.device) * 2 - 1
+            signs = torch.randint(0, 2, point.shape, generator=generator, device="cpu") * 2 - 1
+            signs = signs.to(point.device)
             ulp = torch.finfo(torch.float32).eps * point.double().abs()
             moved = evaluate_or_nan(function, point.double() + signs * ulp / 2, gradients=False)
     if any(value.dtype is torch.float64 for value in narrow[:2]) and point.dtype is torch.float32:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments
 from .persistence.fingerprints import describe_arguments, described
 from .persistence.journal import Journal, keep_journal
+from .problems.problem import Guide
 from .problems.samples import pack_samples
 from .results.batches import EvidenceOfBatches
 from .results.mutual_information import MutualInformation
@@ -26,11 +29,23 @@ from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
 from .runs.pairs import simulate_pairs
+from .runs.progress import follow_call
 from .runs.run import forward, freeze, reverse
 from .runs.scout import scout_run
 from .runs.settings import Frozen, Settings
 
 __all__ = ["AnnealedImportance", "log_evidence"]
+
+# Shares of the progress bar by stage of a call.
+_FORWARD = {"fit": 2.0, "pilot": 1.0, "forward": 6.0}
+_BOTH = _FORWARD | {"reverse": 6.0}
+_STAGES: dict[str, dict[str, float]] = {
+    "run": _FORWARD,
+    "run_reverse": {"fit": 2.0, "pilot": 1.0, "reverse": 6.0},
+    "sandwich": _BOTH,
+    "mutual_information": _BOTH,
+    "run_batches": {"batches": 1.0},
+}
 
 
 class AnnealedImportance(Settings):
@@ -127,7 +142,7 @@ class AnnealedImportance(Settings):
             if self.cross_check is True and self.guide is not None:
                 found = (*found, *self._compare_with_prior(run, arguments, journal))
         diagnostics.warn(found)
-        return replace(run, diagnostics=found, provenance=_provenance("run", began, run))
+        return replace(run, diagnostics=found, provenance=_provenance("run", began, journal, run))
 
     def run_reverse(
         self,
@@ -162,7 +177,9 @@ class AnnealedImportance(Settings):
             run = reverse(frozen, position, journal, certified=exact)
         found = diagnostics.diagnose(run)
         diagnostics.warn(found)
-        return replace(run, diagnostics=found, provenance=_provenance("run_reverse", began, run))
+        return replace(
+            run, diagnostics=found, provenance=_provenance("run_reverse", began, journal, run)
+        )
 
     def sandwich(
         self,
@@ -285,7 +302,7 @@ class AnnealedImportance(Settings):
             seed=result.seed,
             kernel=repr(self.plan.kernel),
             device=str(result.lower.device),
-            seconds={"chains": result.seconds, "total": time.perf_counter() - began},
+            seconds=journal.seconds | {"total": time.perf_counter() - began},
             gradients={"chains": result.num_gradients},
         )
         return replace(result, provenance=provenance)
@@ -351,13 +368,17 @@ class AnnealedImportance(Settings):
         result = pairs.sandwich(bounds)
         found = diagnostics.diagnose_sandwich(result)
         diagnostics.warn(found)
-        provenance = _provenance(task, began, result.forward, result.reverse)
+        provenance = _provenance(task, began, journal, result.forward, result.reverse)
         return replace(result, diagnostics=found, provenance=provenance)
 
+    @contextlib.contextmanager
     def _journal(
         self, task: str, arguments: Arguments = ((), {}), **options: Any
-    ) -> contextlib.AbstractContextManager[Journal]:
-        """Opens the journal of a call, which depends on settings, arguments and options."""
+    ) -> Iterator[Journal]:
+        """Opens the journal of a call, which depends on settings, arguments and options.
+
+        Inside, all stages share one progress bar.
+        """
 
         def identity() -> dict[str, str]:
             strict = self.checkpoint is not None
@@ -371,28 +392,51 @@ class AnnealedImportance(Settings):
             return ours | describe_arguments(arguments, strict=strict) | given
 
         path = None if self.checkpoint is None else Path(self.checkpoint)
-        return keep_journal(task, identity, path=path, every=self.checkpoint_every, seed=self.seed)
+        every = self.checkpoint_every
+        stages = _STAGES[task] if options.get("num_simulations", 1) == 1 else {"simulations": 1.0}
+        with keep_journal(task, identity, path=path, every=every, seed=self.seed) as journal:
+            visible = self.progress_bar and journal.is_first
+            with follow_call(task, stages, visible, journal.seconds):
+                try:
+                    yield journal
+                except KeyboardInterrupt:
+                    if path is not None and journal.is_first:
+                        print(
+                            f"pyro_anneal was interrupted: saving its progress in {path}; the same "
+                            "call goes on from there",
+                            file=sys.stderr,
+                        )
+                    raise
 
 
-def _provenance(task: str, began: float, *runs: AnnealedRun) -> Provenance:
+def _provenance(task: str, began: float, journal: Journal, *runs: AnnealedRun) -> Provenance:
     """Records how runs were computed that share a problem and a pilot."""
     first = runs[0]
-    seconds, gradients = {"fit": first.setup_seconds}, {"fit": first.fit_gradients}
+    gradients = {"fit": first.fit_gradients}
     if first.pilot is not None:
-        seconds["pilot"], gradients["pilot"] = first.pilot.seconds, first.pilot.num_gradients
-    seconds["chains"] = sum(run.seconds for run in runs)
+        gradients["pilot"] = first.pilot.num_gradients
     gradients["chains"] = sum(run.num_gradients for run in runs)
     return Provenance(
         task=task,
         seed=first.seed,
         kernel=first.kernel,
         device=str(first.log_weights.device),
-        seconds=seconds | {"total": time.perf_counter() - began},
+        seconds=journal.seconds | {"total": time.perf_counter() - began},
         gradients=gradients,
     )
 
 
-def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AnnealedRun:
+def log_evidence(
+    model: Callable[..., Any],
+    *args: Any,
+    guide: Guide = "auto",
+    num_chains: int = 32,
+    num_steps: int | None = None,
+    target_gap: float | None = None,
+    seed: int | None = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> AnnealedRun:
     """Bounds the log evidence of a model in one call.
 
     A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
@@ -401,20 +445,61 @@ def log_evidence(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Anneal
     Args:
         model: Pyro model with its observations.
         *args: Arguments of the model.
-        **kwargs: Arguments of the model.
+        guide: ``"auto"``, a Pyro guide, or None to start from the prior.
+        num_chains: Number K of chains.
+        num_steps: Number T of steps; 1000 unless ``target_gap`` is given.
+        target_gap: Gap of a sandwich in nats per datum to aim at, instead of ``num_steps``.
+        seed: Seed of the call, which then leaves the global generators as they were.
+        progress_bar: Whether to show progress.
+        **kwargs: All other keywords are arguments of the model.
 
     Returns:
         The run; ``lower`` is the bound in nats, per datum where plates allow it.
 
     Raises:
-        ValueError: As :meth:`AnnealedImportance.run`.
+        ValueError: As :meth:`AnnealedImportance.run`; or if the model has a parameter of the name of
+            an option.
 
     Example:
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> evidence = log_evidence(model, torch.tensor(2.0))
+        >>> evidence = log_evidence(model, torch.tensor(2.0), seed=0, progress_bar=False)
         >>> bool((evidence.lower + 2.265512).abs() < 1e-3)  # the fit is exact here
         True
     """
-    return AnnealedImportance(model, guide="auto", num_chains=32).run(*args, **kwargs)
+    options: dict[str, Any] = {
+        "guide": guide,
+        "num_chains": num_chains,
+        "num_steps": num_steps,
+        "target_gap": target_gap,
+        "seed": seed,
+        "progress_bar": progress_bar,
+    }
+    _check_reserved(model, args, options)
+    return AnnealedImportance(model, **options).run(*args, **kwargs)
+
+
+def _check_reserved(
+    model: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
+) -> None:
+    """Checks that no option of :func:`log_evidence` is meant for the model.
+
+    A parameter of that name that a positional argument fills is no matter of doubt.
+    """
+    try:
+        parameters = list(inspect.signature(model).parameters.values())
+    except (TypeError, ValueError):  # no signature: a builtin, or no function at all
+        return
+    filled = {
+        parameter.name
+        for parameter, _ in zip(parameters, args, strict=False)
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    }
+    shared = [p.name for p in parameters if p.name in options and p.name not in filled]
+    if shared:
+        raise ValueError(
+            f"log_evidence takes {shared} as its own option(s), but the model has parameter(s) of "
+            'that name: pass them by position, or call AnnealedImportance(model, guide="auto", '
+            "num_chains=32).run(*args, **kwargs), which hands all arguments to the model"
+        )

@@ -33,6 +33,7 @@ from .. import bounds
 from .fluctuations import Pieces
 
 __all__ = [
+    "MOST_BLOCKS",
     "Blocks",
     "choose_blocks",
     "expected_gap",
@@ -46,7 +47,7 @@ __all__ = [
 _FEWEST, _MOST = 10, 1_000_000
 # Log-weights of a run of which no pilot said anything vary like this, in squared nats.
 _UNKNOWN_VARIANCE = 1.0
-_MOST_BLOCKS = 64
+MOST_BLOCKS = 64
 _SIMULATED_CHAINS = 256
 
 
@@ -171,7 +172,9 @@ def expected_gap(variance: float, num_chains: int) -> float:
 
 
 @lru_cache(maxsize=64)
-def choose_blocks(num_chains: int, variance: float = math.nan, *, num_units: int = 0) -> Blocks:
+def choose_blocks(
+    num_chains: int, variance: float = math.nan, *, num_units: int = 0, num_data: int = 1
+) -> Blocks:
     r"""Chooses R and m for :func:`~pyro_anneal.bounds.limit_of_blocks` at level 0.95.
 
     Many blocks make the margin :math:`\log(1 / \alpha) / R` small and the lowest of them low. The
@@ -181,7 +184,8 @@ def choose_blocks(num_chains: int, variance: float = math.nan, *, num_units: int
     Args:
         num_chains: Number K of chains.
         variance: Expected variance of log-weights over chains; NaN where no pilot ran.
-        num_units: Number of populations that cannot be divided; 0 where every chain can.
+        num_units: Number of populations that cannot be divided; 0 where there are none.
+        num_data: Number of independent data over which bounds are summed, whose sum is normal.
 
     Returns:
         The blocks, whose number divides the number of chains or populations.
@@ -194,15 +198,20 @@ def choose_blocks(num_chains: int, variance: float = math.nan, *, num_units: int
     """
     units = num_units or num_chains
     variance = min(_UNKNOWN_VARIANCE if math.isnan(variance) else variance, 100.0)
-    per_unit = num_chains // units
     simulated = min(units, _SIMULATED_CHAINS)
     # means over several chains vary less: of log-normal weights by as much as this
-    shrunk = math.expm1(variance) * simulated / (units * per_unit)
-    sigma = math.sqrt(math.log1p(shrunk))
-    log_weights = sigma * _noise(simulated).T - 0.5 * sigma**2
+    sigma = math.sqrt(math.log1p(math.expm1(variance) * simulated / num_chains))
+    if num_units:  # resampling keeps weights from spreading
+        sigma = math.sqrt(variance * simulated / num_chains)
+    noise = _noise(simulated).T
     best, highest = Blocks(1, 1), -math.inf
-    for count in (r for r in range(1, min(simulated, _MOST_BLOCKS) + 1) if units % r == 0):
-        lowest = bounds.block_means(log_weights, count).sort(dim=0).values.mean(1)
+    for count in (r for r in range(1, min(simulated, MOST_BLOCKS) + 1) if units % r == 0):
+        if num_data == 1:
+            limits = bounds.block_means(sigma * noise - 0.5 * sigma**2, count)
+        else:
+            total = num_data * math.log1p(math.expm1(sigma**2) * count / simulated)
+            limits = math.sqrt(total) * noise[:count] - 0.5 * total
+        lowest = limits.sort(dim=0).values.mean(1)
         for dropped in range(count // 4 + 1):
             kept = count - dropped
             limit = float(lowest[dropped]) - bounds.block_margin(count, kept)

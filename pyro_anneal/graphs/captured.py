@@ -14,7 +14,7 @@ import copy
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -89,10 +89,12 @@ class CapturedDensity:
         num_chains: int,
         compile: bool,
         reason: str | None,
+        gradients: bool = True,
     ) -> None:
         self.function = function
         self.example = example
         self.num_chains = num_chains
+        self._gradients = gradients
         self.num_evaluations = 0
         self.reason = reason
         self._trace = traced
@@ -307,7 +309,7 @@ class CapturedDensity:
 
     def _check_rows(self, positions: Tensor) -> None:
         function = self.function
-        if function is None or self.example.shape[:-1].numel() < 2:
+        if function is None or not self._gradients or self.example.shape[:-1].numel() < 2:
             return
         with undisturbed(self.example.device):
             if any(rows_meet_at(function, position) for position in positions):
@@ -358,19 +360,23 @@ class CapturedDensity:
         function = self.function
         if function is None:
             raise ValueError("this density was rebound without function and has no graph")
-        return _stacked([evaluate_or_nan(function, chain) for chain in position])
+        return self._eager_at(function, position)
+
+    def _eager_at(self, function: LogDensities, positions: Tensor) -> Outputs:
+        chains = [evaluate_or_nan(function, u, gradients=self._gradients) for u in positions]
+        return _stacked(chains)
 
     def _mismatch(self, function: LogDensities, positions: Tensor) -> str | None:
         """Describes the largest difference between graph and model beyond rounding."""
         graph = self._graph_outputs(positions)
-        model = _stacked([evaluate_or_nan(function, chain) for chain in positions])
+        model = self._eager_at(function, positions)
         # Log densities may have a wider type than the position, but no more digits.
         eps = torch.finfo(positions.dtype).eps
         if worst_difference(graph, model, eps) is None:
             return None
         # A cancellation amplifies rounding: what a few ulps of the position do is no error.
-        moved = [evaluate_or_nan(function, chain * (1.0 + 4.0 * eps)) for chain in positions]
-        noise = [(a - b).abs().nan_to_num() for a, b in zip(_stacked(moved), model, strict=True)]
+        moved = self._eager_at(function, positions * (1.0 + 4.0 * eps))
+        noise = [(a - b).abs().nan_to_num() for a, b in zip(moved, model, strict=True)]
         return worst_difference(graph, model, eps, noise)
 
     def _graph_outputs(self, positions: Tensor) -> Outputs:
@@ -386,7 +392,12 @@ class CapturedDensity:
 
 
 def capture(
-    function: LogDensities, example: Tensor, *, num_chains: int, compile: bool = False
+    function: LogDensities,
+    example: Tensor,
+    *,
+    num_chains: int,
+    compile: bool = False,
+    gradients: bool = True,
 ) -> CapturedDensity:
     r"""Turns the log densities of one chain into an evaluator of K chains.
 
@@ -400,6 +411,8 @@ def capture(
         example: A typical position, shape ``[*batch, D]``.
         num_chains: Number K of chains to prepare for.
         compile: Whether to compile with inductor.
+        gradients: Whether gradients are needed; they are zeros if not, and a function that leaves
+            torch will do.
 
     Returns:
         The evaluator. Its ``mode`` is ``"compiled"``, ``"graph"``, ``"graph-loop"`` (chain by
@@ -421,31 +434,42 @@ def capture(
     """
     example = example.detach().contiguous()
     with undisturbed(example.device), torch.inference_mode(False):
-        check_pure(function, example)
+        check_pure(function, example, gradients=gradients)
         traced, reason = None, None
         exits: tuple[Exit, ...] = ()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the checks above have shown the model's own
-                traced = trace(function, example)
+                traced = trace(function, example, gradients=gradients)
         except Impure:
             raise
         except PositionLeft as error:
             reason, exits = f"it cannot be recorded ({error})", (error.exit,)
         except Exception as error:  # noqa: BLE001 - anything that a tracer or a model may raise
             reason = f"it cannot be recorded ({_summary(error)})"
-        density = CapturedDensity(
-            function, example, traced, num_chains=num_chains, compile=compile, reason=reason
-        )
-        density.exits = density.exits or exits
+        options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
+        density = None
         if traced is not None:
-            mismatch = density._mismatch(function, _probes(example))
-            if mismatch is not None:
-                density._trace = None
-                density.reason = (
-                    f"it depends on values that leave the graph, such as .numpy() or .item() "
-                    f"({mismatch})"
+            try:
+                density = CapturedDensity(
+                    function, example, traced, compile=compile, reason=None, **options
                 )
+                mismatch = density._mismatch(function, _probes(example))
+                if mismatch is not None:
+                    density._trace = None
+                    density.reason = (
+                        f"it depends on values that leave the graph, such as .numpy() or .item() "
+                        f"({mismatch})"
+                    )
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - operations that record and do not replay
+                density, reason = None, f"its graph does not replay ({_summary(error)})"
+        if density is None:
+            density = CapturedDensity(
+                function, example, None, compile=False, reason=reason, **options
+            )
+            density.exits = exits
     if density.mode in ("graph-loop", "eager"):
         how = "its graph" if density.mode == "graph-loop" else "the model"
         warnings.warn(

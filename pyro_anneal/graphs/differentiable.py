@@ -30,7 +30,7 @@ class DifferentiableDensity:
 
     def __init__(self, function: LogDensities, example: Tensor, num_chains: int) -> None:
         with torch.no_grad():
-            traced = trace(function, example.detach(), gradients=False)
+            traced = trace(function, example.detach(), only_values=True)
             constants = [constant.detach() for constant in traced.constants]
             positions = example.detach().expand(num_chains, *example.shape).contiguous()
             batched = batch(traced.graph, positions, constants)

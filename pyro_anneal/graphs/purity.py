@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,26 +42,29 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             del store[name]
 
 
-def check_pure(function: LogDensities, position: Tensor) -> Outputs:
+def check_pure(function: LogDensities, position: Tensor, *, gradients: bool = True) -> Outputs:
     """Evaluates a density twice and refuses what is no function of the latents.
 
     Args:
         function: One chain's ``(log_base, log_target)``.
         position: Where to evaluate.
+        gradients: Whether gradients are needed.
 
     Returns:
         The log densities and gradients.
 
     Raises:
-        Impure: If the function draws random numbers, changes a module's buffers (they are
-            restored), or gives two different results; names the module or the line.
+        Impure: If the function draws random numbers that reach its results, changes a module's
+            buffers (they are restored), or gives two different results; names the module or the
+            line.
     """
     buffers = _Buffers()
     with buffers.watch():
         # The first call may initialize parameters, at random.
-        first = evaluate_or_nan(function, position, strict=True)
+        with _without_gradients_explained():
+            first = evaluate_or_nan(function, position, strict=True, gradients=gradients)
         before = _random_state(position.device)
-        result = evaluate_or_nan(function, position, strict=True)
+        result = evaluate_or_nan(function, position, strict=True, gradients=gradients)
         after = _random_state(position.device)
     changed = buffers.restore()
     if changed is not None:
@@ -68,7 +72,9 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
             f"the density changes {changed}: annealing needs a function of the latents alone; "
             "call .eval() on the module"
         )
-    if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+    drawn = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    # A draw that no result depends on (the initial value of a parameter) does no harm.
+    if drawn and not _same_under_other_draws(function, position, result, gradients):
         raise Impure(
             f"the density draws random numbers{_random_culprit(function, position)}: annealing "
             "needs a deterministic density; call .eval() on modules with dropout, and give every "
@@ -85,6 +91,31 @@ def check_pure(function: LogDensities, position: Tensor) -> Outputs:
                 "evaluation"
             )
     return result
+
+
+@contextmanager
+def _without_gradients_explained() -> Iterator[None]:
+    """Says what to do where a model leaves torch and so has no gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "on Tensor that requires grad" not in str(error):
+            raise
+        where = user_line(traceback.extract_tb(error.__traceback__))
+        raise ValueError(
+            f"the density leaves torch{where}, so it has no gradient: use kernel=RandomWalk(), "
+            "which needs none, or num_steps=1 (importance sampling)"
+        ) from error
+
+
+def _same_under_other_draws(
+    function: LogDensities, position: Tensor, result: Outputs, gradients: bool
+) -> bool:
+    again = evaluate_or_nan(function, position, strict=True, gradients=gradients)
+    return all(
+        torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)
+        for a, b in zip(again, result, strict=True)
+    )
 
 
 def rows_meet_at(function: LogDensities, position: Tensor) -> bool:
@@ -159,7 +190,9 @@ class _Buffers:
         """Notes modules as they are called."""
         handle = register_module_forward_pre_hook(self._save)
         try:
-            yield
+            with warnings.catch_warnings():  # of compiled modules, which run as they are written
+                warnings.filterwarnings("ignore", message=".*when there are global hooks")
+                yield
         finally:
             handle.remove()
 

@@ -11,9 +11,10 @@ the position is split off, to run once per annealing run instead of once per eva
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from .folding import fold_uniform, shapes_to_literals, simplify
 from .guards import Guards, split_guards
 from .rewriting import (
     dependent_nodes,
+    drop_dead,
     is_mutable,
     lift_constants,
     make_batchable,
@@ -145,7 +147,11 @@ def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
 
 
 def evaluate(
-    function: LogDensities, position: Tensor, row_weights: Tensor | None = None
+    function: LogDensities,
+    position: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    gradients: bool = True,
 ) -> Outputs:
     """Computes both log densities and their gradients for one chain.
 
@@ -153,6 +159,7 @@ def evaluate(
         function: One chain's ``(log_base, log_target)``, each of shape ``[*batch]``.
         position: Unconstrained position, shape ``[*batch, D]``.
         row_weights: Weights ``[*batch]`` of the rows in the sum whose gradient is taken.
+        gradients: Whether gradients are needed; zeros if not, and the function may leave torch.
 
     Returns:
         Log densities ``[*batch]`` and gradients ``[*batch, D]``; a gradient is zero where the
@@ -161,12 +168,40 @@ def evaluate(
     Raises:
         ValueError: If a log density has another shape.
     """
-    with torch.enable_grad():
-        leaf = position.detach().requires_grad_()
+    with torch.enable_grad() if gradients else torch.no_grad(), as_written():
+        leaf = position.detach().requires_grad_(gradients)
         log_densities = _values(function, leaf)
         grads = [_gradient(value, leaf, row_weights) for value in log_densities]
     log_base, log_target = (value.detach().contiguous() for value in log_densities)
     return log_base, log_target, grads[0].contiguous(), grads[1].contiguous()
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Runs what a model has compiled by itself as it is written, where torch can.
+
+    A compiled module keeps no graph that could be differentiated twice, nor recorded.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with (
+        torch.compiler.set_stance("force_eager"),
+        dynamo.config.patch(error_on_nested_fx_trace=False),
+    ):
+        yield
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Records recurrent layers step by step: oneDNN's one operation does not replay."""
+    enabled: bool = torch._C._get_mkldnn_enabled()  # the public context warns of other settings
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _values(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,19 +226,22 @@ def _gradient(value: Tensor, leaf: Tensor, row_weights: Tensor | None) -> Tensor
     return torch.zeros_like(leaf) if grad is None else grad.detach()
 
 
-def evaluate_or_nan(function: LogDensities, position: Tensor, *, strict: bool = False) -> Outputs:
+def evaluate_or_nan(
+    function: LogDensities, position: Tensor, *, strict: bool = False, gradients: bool = True
+) -> Outputs:
     """Computes :func:`evaluate`, with NaN where a model raises at this position.
 
     Args:
         function: One chain's ``(log_base, log_target)``.
         position: Unconstrained position, shape ``[*batch, D]``.
         strict: Whether only failed factorizations count; other errors are raised.
+        gradients: As in :func:`evaluate`.
 
     Returns:
         As :func:`evaluate`; NaN log densities with zero gradients if the whole chain fails.
     """
     try:
-        return evaluate(function, position)
+        return evaluate(function, position, gradients=gradients)
     except torch.cuda.OutOfMemoryError:
         raise
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -211,7 +249,7 @@ def evaluate_or_nan(function: LogDensities, position: Tensor, *, strict: bool = 
             raise
     try:
         with FailuresAsNaN():  # spares the rows that did not fail
-            return evaluate(function, position)
+            return evaluate(function, position, gradients=gradients)
     except torch.cuda.OutOfMemoryError:
         raise
     except (ValueError, ArithmeticError, RuntimeError):
@@ -256,13 +294,20 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
             vars(tracer).clear()
 
 
-def trace(function: LogDensities, position: Tensor, *, gradients: bool = True) -> Trace:
+def trace(
+    function: LogDensities,
+    position: Tensor,
+    *,
+    gradients: bool = True,
+    only_values: bool = False,
+) -> Trace:
     """Records :func:`evaluate` as a functional graph whose every constant is an input.
 
     Args:
         function: One chain's ``(log_base, log_target)``.
         position: Example position, shape ``[*batch, D]``.
-        gradients: Whether to record gradients as well. Without them the graph itself may be
+        gradients: Whether gradients are needed; zeros are recorded if not.
+        only_values: Whether to record log densities alone. Then the graph itself may be
             differentiated, twice if need be: recorded gradients hold what autograd saved as
             constants, which breaks second derivatives.
 
@@ -275,11 +320,16 @@ def trace(function: LogDensities, position: Tensor, *, gradients: bool = True) -
         Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
             raise, for example at a branch that depends on the position.
     """
-    outputs = evaluate if gradients else _values
-    graph, constants, noted = record(lambda leaf: outputs(function, leaf), position)
+
+    def outputs(leaf: Tensor) -> tuple[Tensor, ...]:
+        if only_values:
+            return _values(function, leaf)
+        return evaluate(function, leaf, gradients=gradients)
+
+    graph, constants, noted = record(outputs, position)
     refuse_writes(graph)
     guards = split_guards(graph, position, constants, noted)
-    graph.graph.eliminate_dead_code()
+    drop_dead(graph)
     refuse_randomness(graph)
     ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
     shapes_to_literals(graph, position.device)
@@ -313,7 +363,8 @@ def record(
                 raise PositionLeft(exit)
         return (*outputs, *(guard.tensor for guard in influence.guards))
 
-    graph = flat_graph(recorded, position)
+    with as_written(), _without_onednn():
+        graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     inputs = [position, *(constant.detach() for constant in constants)]
     if any(is_mutable(node) for node in graph.graph.nodes):

@@ -15,6 +15,7 @@ __all__ = [
     "Impure",
     "Unsupported",
     "dependent_nodes",
+    "drop_dead",
     "is_mutable",
     "is_random",
     "lift_constants",
@@ -98,6 +99,13 @@ def refuse_writes(graph: fx.GraphModule) -> None:
             "parameter or data): annealing needs a function of the latents alone; call "
             ".eval() on modules with running statistics, or write into a clone"
         )
+
+
+def drop_dead(graph: fx.GraphModule) -> None:
+    """Removes operations whose results nothing reads, random ones as well."""
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.graph.erase_node(node)
 
 
 def refuse_randomness(graph: fx.GraphModule) -> None:

@@ -192,7 +192,12 @@ def _supports_are_static(
         continuous = [value for value in latents.values() if value.is_floating_point()]
         for value in continuous:
             value.requires_grad_(True)
-        trace = _trace(poutine.condition(model, data=latents), arguments)
+        try:
+            trace = _trace(poutine.condition(model, data=latents), arguments)
+        except RuntimeError as error:
+            if "on Tensor that requires grad" in str(error):  # it leaves torch: nothing is proven
+                return False
+            raise
         images = [image for image in _support_images(trace, sites) if image.requires_grad]
         if not images:
             return True

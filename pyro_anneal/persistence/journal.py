@@ -59,6 +59,7 @@ class Journal:
         world: World,
     ) -> None:
         self.world = world
+        self.seconds: dict[str, float] = {}  # of the call's stages, in this process
         self._task = task
         self._path = path
         self._every = every

@@ -25,13 +25,16 @@ from torch import Tensor
 
 from ..models import autoguides
 from ..models.checks import explained
+from ..models.coordinates import bijection
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
+from ..models.edges import exact_log_prob, has_closed_form, same_kind
 from ..models.lifting import own_extension
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
 from .components import Component
+from .exchangeable import Symmetry
 
 __all__ = [
     "Arguments",
@@ -108,6 +111,14 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        # Sites with mass at an edge, in the same coordinate as the model's
+        self._exact = frozenset(
+            site.name
+            for site in layout.sites
+            if site.name in self._direct
+            and has_closed_form(trace.nodes[site.name]["fn"])
+            and same_kind(bijection(trace.nodes[site.name]["fn"]), site.transform)
+        )
         self._tabled = {
             site.name: site
             for site in layout.sites
@@ -213,11 +224,13 @@ class GuideBase:
 
     def draw(self) -> Tensor:
         """Draws from the guide."""
-        trace = self._trace(None)
+        substitute = Substitute(record=self._exact, ignore_masks=True)
+        trace = self._trace(substitute)
         if not self._direct:
             return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
         names = [site.name for site in self.model.layout.sites]
-        return self.model.pack({name: trace.nodes[name]["value"] for name in names})
+        values = {name: trace.nodes[name]["value"] for name in names}
+        return self.model.pack(values, substitute.unconstrained)
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the log density of the guide at u."""
@@ -229,7 +242,11 @@ class GuideBase:
         result: Tensor = torch.zeros(shape, dtype=position.dtype, device=position.device)
         for name in given:
             site = trace.nodes[name]
-            log_prob = site["fn"].log_prob(site["value"])
+            log_prob = None
+            if name in self._exact:
+                log_prob = exact_log_prob(site["fn"], evaluation.unconstrained[name])
+            if log_prob is None:
+                log_prob = site["fn"].log_prob(site["value"])
             if name in self._tabled:  # the value has no gradient
                 u = evaluation.unconstrained[name]
                 extension = own_extension(self._tabled[name], u, site["fn"])
@@ -266,12 +283,20 @@ class FittedBase:
     Args:
         components: Normalized densities.
         log_weights: Their log weights ``[J]``, in nats; they are normalized here.
+        symmetry: Permutations over which the mixture is averaged.
     """
 
-    def __init__(self, components: Sequence[Component], log_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        components: Sequence[Component],
+        log_weights: Tensor | None = None,
+        symmetry: Symmetry | None = None,
+    ) -> None:
         self.components = tuple(components)
+        self.symmetry = symmetry
+        self.elements = [] if symmetry is None else symmetry.elements()
         if log_weights is None:
-            log_weights = torch.zeros(len(self.components))
+            log_weights = torch.zeros(len(self.components), device="cpu")
         self.log_weights = log_weights.double().log_softmax(0).tolist()
 
     def draw(self) -> Tensor:
@@ -280,13 +305,25 @@ class FittedBase:
         if len(self.components) > 1:
             weights = torch.tensor(self.log_weights, dtype=torch.float64).exp()
             index = int(torch.multinomial(weights, 1))
-        return self.components[index].draw()
+        position = self.components[index].draw()
+        if self.symmetry is None:
+            return position
+        element = int(torch.randint(len(self.elements), ()))
+        return self.symmetry.act([self.elements[element]], position)[0][0]
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the mixture's log density at u."""
-        return self.log_density(position.unsqueeze(0))[0]
+        return self.log_density(position)
 
     def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q(u) of ``u`` alone, shape ``[*batch]``."""
+        if self.symmetry is None:
+            return self._log_density(position.unsqueeze(0))[0]
+        rows, log_jacobian = self.symmetry.act(self.elements, position)
+        terms = self._log_density(rows) + log_jacobian
+        return terms.logsumexp(0) - math.log(len(self.elements))
+
+    def _log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
         if len(self.components) == 1:
             return self.components[0].log_density(position)

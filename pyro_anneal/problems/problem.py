@@ -98,10 +98,12 @@ class Problem:
         names = [site.name for site in self.layout.model_sites]
         return {name: torch.stack([chain[name] for chain in chains]) for name in names}
 
-    def pack(self, values: dict[str, Tensor]) -> Tensor:
-        """Packs one value of each latent site into ``[*batch, D]``."""
+    def pack(self, values: dict[str, Tensor], exact: dict[str, Tensor] | None = None) -> Tensor:
+        """Packs one value of each latent site into ``[*batch, D]``, where known from its u."""
+        sites = {site.name for site in self.layout.sites}
+        exact = {name: u for name, u in (exact or {}).items() if name in sites}
         with torch.no_grad():
-            return self.model.pack(values).to(self.layout.dtype)
+            return self.model.pack(values, exact).to(self.layout.dtype)
 
     def check_supports(self, values: dict[str, Tensor]) -> None:
         """Checks that one value of each site lies inside its support.
@@ -206,6 +208,7 @@ def prepare(
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
     once: Once = lambda compute: compute(),
+    gradients: bool = True,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -222,6 +225,7 @@ def prepare(
         progress: Called with the steps of the automatic fit.
         max_rows: Positions that the automatic fit may evaluate at once.
         once: Calls the automatic fit, or returns what it gave before.
+        gradients: Whether the chains need gradients.
 
     Returns:
         The problem.
@@ -279,7 +283,13 @@ def prepare(
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
-        density = capture(problem.function, example, num_chains=num_chains, compile=compile)
+        density = capture(
+            problem.function,
+            example,
+            num_chains=num_chains,
+            compile=compile,
+            gradients=gradients,
+        )
     return replace(problem, density=density)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import bounds
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
+from .quantiles import normal_quantile
 from .run import AnnealedRun
 from .tables import Table, format_value
 
@@ -41,6 +42,10 @@ class EvidenceOfBatches(Result):
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
     data_digest: str = ""  # of the observed values of all batches
+    # Sums over all data of the bounds of R independent blocks of chains, nats, [R], and how many of
+    # them are kept for the interval; chosen before the chains ran. None for the total alone.
+    block_totals: Tensor | None = None
+    num_kept: int | None = None
     provenance: Provenance | None = None
 
     @property
@@ -71,9 +76,10 @@ class EvidenceOfBatches(Result):
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         r"""Computes a one-sided interval of the log evidence of all data.
 
-        Products of independent unbiased estimates are unbiased, so that Markov's inequality gives
-        :math:`P(\log p \ge \mathrm{total} - \log(1 / \alpha)) \ge 1 - \alpha = level`, at any number
-        of chains and steps.
+        Products of independent unbiased estimates are unbiased, so that the sums of R blocks of
+        chains give :math:`P(\log p \ge \min_r \mathrm{total}_r - \log(1 / \alpha) / R) \ge 1 -
+        \alpha = level`, at any number of chains and steps; see
+        :func:`pyro_anneal.bounds.limit_of_blocks`.
 
         Args:
             level: Probability of coverage, in (0, 1).
@@ -84,10 +90,24 @@ class EvidenceOfBatches(Result):
         Raises:
             ValueError: If ``level`` is not in (0, 1).
         """
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
-        margin = self.scale * math.log(1.0 / (1.0 - level))
-        return self.total - margin, torch.full_like(self.total, torch.inf)
+        totals = self.total.unsqueeze(0) if self.block_totals is None else self.block_totals
+        limit = bounds.limit_of_blocks(totals / self.scale, level, num_kept=self.num_kept)
+        return self.scale * limit, torch.full_like(limit, torch.inf)
+
+    def normal_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Computes an asymptotic interval of the log evidence of all data.
+
+        Args:
+            level: Coverage for many chains, in (0, 1).
+
+        Returns:
+            Ends of the interval in nats, scalars.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        margin = normal_quantile(level) * self.total_std_error
+        return self.total - margin, self.total + margin
 
     def _columns(self) -> tuple[Columns, Columns]:
         batches = torch.arange(self.num_batches)
@@ -111,6 +131,7 @@ class EvidenceOfBatches(Result):
                 "lower bound (nats, sum)",
                 format_value(self.total.item(), self.total_std_error.item()),
             ),
+            ("at least (95%, guaranteed)", format_value(self.interval(0.95)[0].item())),
             ("lower bound per datum", per_datum),
             ("single-sample bound (sum)", format_value(self.single.sum().item())),
             ("effective sample size", ess),

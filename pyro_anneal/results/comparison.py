@@ -70,7 +70,7 @@ class Comparison(Result):
     def _log_joint(self) -> Tensor:
         return self.lower if self.log_prior is None else self.lower + self.log_prior
 
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    def normal_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Computes asymptotic normal intervals of the log Bayes factors.
 
         They rest on the delta method's standard errors: a mode that no chain visited does not
@@ -89,7 +89,7 @@ class Comparison(Result):
         margin = NormalDist().inv_cdf(0.5 + 0.5 * level) * self.bayes_factor_std_errors
         return self.log_bayes_factors - margin, self.log_bayes_factors + margin
 
-    def guaranteed_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         r"""Computes intervals of the log Bayes factors that hold in finite samples.
 
         .. math:: \bigl[L_i - U_j - 2 m,\; U_i - L_j + 2 m\bigr], \qquad m = \log(4 / \alpha)
@@ -113,7 +113,7 @@ class Comparison(Result):
         return low, -low.T
 
     def _columns(self) -> tuple[Columns, Columns]:
-        low, high = self.interval(0.95)
+        low, high = self.normal_interval(0.95)
         return {"model": self.names}, {
             "lower": self.lower,
             "upper": self.upper,
@@ -134,10 +134,10 @@ class Comparison(Result):
         return plot_comparison(self)
 
     def _table(self) -> Table:
-        low, high = self.interval(0.95)
+        low, high = self.normal_interval(0.95)
         header = ["model", "log evidence (lower)", "log Bayes factor"]
         header += ["95% (asymptotic)", "probability"]
-        guaranteed_low, guaranteed_high = self.guaranteed_interval(0.95)
+        guaranteed_low, guaranteed_high = self.interval(0.95)
         guaranteed = len(self.names) > 1 and bool(self.upper.isfinite().any())
         if guaranteed:
             header.append("95% (guaranteed)")
@@ -176,7 +176,7 @@ def compare(
     with the prior odds :math:`o_i`. Evidence is the forward lower bound, summed over the batch.
     Forward runs alone say with a finite-sample guarantee only that an evidence is not below a
     limit, so intervals of Bayes factors are asymptotic; given a certified reverse run on the same
-    data as well, :meth:`Comparison.guaranteed_interval` needs no asymptotics.
+    data as well, :meth:`Comparison.interval` needs no asymptotics.
 
     Args:
         evidence: By model name a forward run, the evidence of batches, or a pair of a forward and

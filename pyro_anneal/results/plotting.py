@@ -191,10 +191,8 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
         axes.set_ylim(1.5 * low - 0.2 * settled, 1.5 * high + 0.2 * settled)
     _scale_beta_axis(axes, result)
     per_datum = " per datum" if math.prod(_batch(result)) > 1 else ""
-    minus = (
-        "" if center == 0.0 else f", {abs(center):.4g} {'added' if center < 0 else 'taken out'}"
-    )
-    axes.set(ylabel=f"nats{per_datum}{minus}")
+    above = "" if center == 0.0 else f" above {center:.4g}"
+    axes.set(ylabel=f"nats{per_datum}{above}")
     axes.set_title("Thermodynamic curve", fontsize="medium")
     if center == 0.0:
         _legend(axes)
@@ -392,8 +390,8 @@ def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Any = 
         size = (6.4, 1.4 + 0.42 * count)
         axes = pyplot().figure(figsize=size, layout="constrained").subplots()
     factors = _numpy(comparison.log_bayes_factors[:, 0])
-    low, high = (_numpy(end[:, 0]) for end in comparison.interval(level))
-    sure_low, sure_high = (_numpy(end[:, 0]) for end in comparison.guaranteed_interval(level))
+    low, high = (_numpy(end[:, 0]) for end in comparison.normal_interval(level))
+    sure_low, sure_high = (_numpy(end[:, 0]) for end in comparison.interval(level))
     probabilities = comparison.probabilities.tolist()
     for i in range(count):
         if i and np.isfinite([sure_low[i], sure_high[i]]).all():

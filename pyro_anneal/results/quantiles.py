@@ -1,11 +1,13 @@
-"""Quantiles of Student's t: intervals from few independent values."""
+"""Quantiles of the normal and of Student's t distribution, for asymptotic intervals."""
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
 
-__all__ = ["student_quantile"]
+from ..arguments import as_real
+
+__all__ = ["normal_quantile", "student_quantile"]
 
 # Beyond this many degrees of freedom the normal quantile is the same to five digits.
 _MANY = 100_000
@@ -61,3 +63,18 @@ def student_quantile(freedom: int, probability: float) -> float:
         if middle in (low, high) and high - low <= math.ulp(high):
             break
     return 0.5 * (low + high)
+
+
+def normal_quantile(level: float) -> float:
+    """Computes how many standard errors an asymptotic interval of coverage ``level`` has each way.
+
+    Raises:
+        ValueError: If ``level`` is not in (0, 1).
+
+    Example:
+        >>> round(normal_quantile(0.95), 2)
+        1.96
+    """
+    if not 0.0 < as_real("level", level) < 1.0:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    return NormalDist().inv_cdf(0.5 + 0.5 * level)

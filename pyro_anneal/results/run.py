@@ -26,6 +26,7 @@ from .base import Columns, Result
 from .files import stored
 from .findings import Diagnostic
 from .provenance import Provenance
+from .quantiles import normal_quantile
 from .tables import Table, format_value
 
 __all__ = ["AnnealedRun", "Continues", "Estimate", "PilotSummary", "std_error_over_pairs"]
@@ -107,6 +108,13 @@ class AnnealedRun(Result):
     diagnostics: tuple[Diagnostic, ...] = ()
     data_digest: str = ""  # of the observed values, whatever their arrangement
     provenance: Provenance | None = None
+    population_size: int = 1  # neighbouring chains that resampled among each other
+    ancestors: Tensor | None = None  # the first ancestor of each resampled chain, [K, *batch]
+    num_resamplings: Tensor | None = None  # of each population, [R, *batch]
+    # Blocks of chains for the guaranteed interval, and how many of them are kept: for each element
+    # of the batch, and for their sum. Chosen before the chains ran.
+    blocks: tuple[int, int] = (1, 1)
+    total_blocks: tuple[int, int] = (1, 1)
     continuation: Continues | None = field(default=None, metadata={"saved": False})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,6 +122,11 @@ class AnnealedRun(Result):
         return self.__dict__ | {"continuation": None}
 
     def __post_init__(self) -> None:
+        if self.num_chains % self.population_size:
+            raise ValueError(
+                f"{self.num_chains} chains are no multiple of population_size="
+                f"{self.population_size}"
+            )
         if tuple(self.plates.values()) != self.batch_shape:
             raise ValueError(
                 f"plates {self.plates} do not name the batch of log_weights: expected sizes "
@@ -136,12 +149,42 @@ class AnnealedRun(Result):
         return tuple(self.log_weights.shape[1:])
 
     @property
+    def num_populations(self) -> int:
+        """Number R of populations: that of the chains, where none is resampled."""
+        return self.num_chains // self.population_size
+
+    @property
+    def population_estimates(self) -> Tensor:
+        """Estimate ``log Z_hat`` of each population in nats, ``[R, *batch]``.
+
+        They are the log-weights where no chain is resampled. Independent forward, with
+        ``E[Z_hat] = Z``; around paths from one posterior sample ``E[1 / Z_hat] = 1 / Z``.
+        """
+        if self.population_size == 1:
+            return self.log_weights
+        return bounds.block_means(self.log_weights, self.num_populations)
+
+    @property
+    def num_lineages(self) -> Tensor | None:
+        """Number of first ancestors that the chains descend from, ``batch``; None if all are.
+
+        Few lineages at the end say that few modes were there to choose from.
+        """
+        if self.ancestors is None:
+            return None
+        ordered = self.ancestors.sort(dim=0).values
+        return 1 + (ordered.diff(dim=0) > 0).sum(0)
+
+    @property
     def _sign(self) -> float:
         return 1.0 if self.direction == "forward" else -1.0
 
     @property
     def lower(self) -> Tensor:
         """IM lower bound on the log evidence, ``log mean_k w_k``, nats, shape ``batch``.
+
+        Where chains are resampled, the weights hold what earlier stages gave, so that this is the
+        logarithm of the mean of the populations' estimates.
 
         Raises:
             ValueError: If the chains ran in reverse.
@@ -154,7 +197,8 @@ class AnnealedRun(Result):
     def upper(self) -> Tensor:
         """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
 
-        It bounds only if the posterior samples were exact (``certified``). Else it is an estimate,
+        Over populations in place of chains where these are resampled
+        (:func:`pyro_anneal.bounds.population_upper`). It bounds only if the posterior samples were exact (``certified``). Else it is an estimate,
         of which :attr:`kind` says so: reverse chains repair the draws that they start from, so
         that its agreement with a lower bound proves nothing about the sampler.
 
@@ -166,7 +210,7 @@ class AnnealedRun(Result):
                 "forward chains give no upper bound: use .lower, or sandwich() or run_reverse() "
                 "for an upper bound"
             )
-        return self.scale * bounds.log_harmonic_mean(self.log_weights)
+        return self.scale * bounds.log_harmonic_mean(self.population_estimates)
 
     @property
     def log_evidence(self) -> Tensor:
@@ -175,18 +219,29 @@ class AnnealedRun(Result):
 
     @property
     def single(self) -> Tensor:
-        """Single-sample bound, the mean log-weight: lower forward, upper in reverse."""
-        return self.scale * bounds.single_sample(self.log_weights)
+        """Single-sample bound, the mean log-weight: lower forward, upper in reverse.
+
+        Of populations, the mean of their estimates.
+        """
+        return self.scale * bounds.single_sample(self.population_estimates)
+
+    @property
+    def _signed_weights(self) -> Tensor:
+        """Log-weights of what a posterior sample of one direction is weighted by."""
+        return self.log_weights if self.population_size > 1 else self._sign * self.log_weights
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K]."""
-        return effective_sample_size(self._sign * self.log_weights)
+        """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K].
+
+        Of resampled chains it is that of the last stage: :attr:`num_lineages` tells the rest.
+        """
+        return effective_sample_size(self._signed_weights)
 
     @property
     def largest_weight(self) -> Tensor:
         """Largest share of the weight (of ``1 / w`` in reverse) that one chain holds, ``batch``."""
-        return log_normalized_weights(self._sign * self.log_weights).amax(dim=0).exp()
+        return log_normalized_weights(self._signed_weights).amax(dim=0).exp()
 
     @property
     def std_error(self) -> Tensor:
@@ -196,8 +251,24 @@ class AnnealedRun(Result):
 
         An asymptotic figure: a mode that no chain visited does not show. NaN for one chain, and
         for reverse chains that share their start (theirs comes from independent pairs only).
+
+        Chains that were resampled vary by lineage: with the shares :math:`S_e` of the weight that
+        descend from ancestor e it is :math:`\sqrt{(\sum_e S_e^2 - 1 / K) \, K / (K - 1)}`, which
+        is the same where each chain is its own ancestor.
+
+        Source: Chan and Lai (2013), *A general theory of particle filters in hidden Markov models
+        and some applications*; Lee and Whiteley (2018), *Variance estimation in the particle
+        filter*.
         """
         log_weights = self._sign * self.log_weights
+        if self.ancestors is not None:
+            if self.direction == "reverse" or self.num_chains == 1:
+                return torch.full_like(log_weights[0], torch.nan)
+            shares = log_normalized_weights(log_weights).exp()
+            by_ancestor = torch.zeros_like(shares).scatter_add(0, self.ancestors, shares)
+            excess = by_ancestor.square().sum(0) - 1.0 / self.num_chains
+            variance = excess.clamp(min=0.0) * self.num_chains / (self.num_chains - 1)
+            return self.scale * torch.where(log_weights.isnan().any(0), torch.nan, variance.sqrt())
         relative = torch.exp(log_weights - log_mean_exp(log_weights))
         return self.scale * self._std_error_of_mean(relative)
 
@@ -205,9 +276,12 @@ class AnnealedRun(Result):
     def thermodynamic_integration(self) -> Estimate:
         """Estimate of the log evidence by integrating ``log p/q`` over beta, shape ``batch``.
 
-        Not a bound: it carries the trapezoid's error and that of chains which lag behind.
+        Not a bound: it carries the trapezoid's error and that of chains which lag behind. The mean
+        over resampled chains is right as well; its standard error is not known, NaN.
         """
         value = self.scale * self.log_evidence_ti.mean(dim=0)
+        if self.population_size > 1:
+            return Estimate(value, torch.full_like(value, torch.nan))
         return Estimate(value, self.scale * self._std_error_of_mean(self.log_evidence_ti))
 
     def _std_error_of_mean(self, values: Tensor) -> Tensor:
@@ -219,11 +293,12 @@ class AnnealedRun(Result):
     def interval(self, level: float = 0.95, *, total: bool = False) -> tuple[Tensor, Tensor]:
         r"""Computes a one-sided interval with a finite-sample guarantee.
 
-        .. math:: P\bigl(\log Z \ge L - \log(1 / \alpha)\bigr) \ge 1 - \alpha = level
+        .. math:: P\bigl(\log Z \ge \min_r L_r - \log(1 / \alpha) / R\bigr) \ge 1 - \alpha = level
 
-        By Markov's inequality on ``E[e^L] = Z``, at any K and T. Forward chains alone cannot
-        exclude evidence that none of them found, so the upper end is infinite; a reverse run has
-        the mirrored interval.
+        over R blocks of chains (``blocks``, ``total_blocks``), chosen before the run; see
+        :func:`pyro_anneal.bounds.limit_of_blocks`. It holds at any K and T. Forward chains alone
+        cannot exclude evidence that none of them found, so the upper end is infinite; a reverse run
+        has the mirrored interval, of one block where its chains share a posterior sample.
 
         Args:
             level: Probability of coverage, in (0, 1).
@@ -242,12 +317,48 @@ class AnnealedRun(Result):
                 "this run is not certified (its posterior samples are approximate), so no interval "
                 "has a guarantee; use sandwich() on simulated data"
             )
-        bound = self.log_evidence.sum() if total else self.log_evidence
-        margin = self.scale * math.log(1.0 / (1.0 - level))
-        infinite = torch.full_like(bound, torch.inf)
-        if self.direction == "forward":
-            return bound - margin, infinite
-        return -infinite, bound + margin
+        count, kept = self.total_blocks if total else self.blocks
+        if self.direction == "reverse" and not self.independent_starts:
+            count = kept = 1
+        if self.population_size > 1 and self.direction == "reverse":
+            estimates = self.population_estimates
+        else:
+            estimates = self.log_weights
+        means = self._sign * bounds.block_means(self._sign * estimates, count)
+        if total:
+            means = means.reshape(count, -1).sum(1)
+        limit = (
+            self.scale
+            * self._sign
+            * bounds.limit_of_blocks(self._sign * means, level, num_kept=kept)
+        )
+        infinite = torch.full_like(limit, torch.inf)
+        return (limit, infinite) if self.direction == "forward" else (-infinite, limit)
+
+    def normal_interval(
+        self, level: float = 0.95, *, total: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Computes an asymptotic interval, ``log_evidence`` plus and minus standard errors.
+
+        It is narrower than :meth:`interval` and knows nothing of what no chain has seen: a mode that
+        was missed, or a tail of the weights.
+
+        Args:
+            level: Coverage for many chains, in (0, 1).
+            total: Whether to cover the sum over the batch instead of each element.
+
+        Returns:
+            Ends of the interval in nats, each of shape ``batch``, or scalars for the total; NaN
+            where the standard error is not known.
+
+        Raises:
+            ValueError: If ``level`` is not in (0, 1).
+        """
+        value, error = self.log_evidence, self.std_error
+        if total:
+            value, error = value.sum(), error.square().sum().sqrt()
+        margin = normal_quantile(level) * error
+        return value - margin, value + margin
 
     def resample(self, num_samples: int, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws equally weighted posterior samples, per datum, by systematic resampling.
@@ -375,6 +486,11 @@ class AnnealedRun(Result):
     def _table(self) -> Table:
         name = self.kind
         batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
+        limits = []
+        if self.certified:
+            low, high = self.interval(0.95, total=True)
+            end = ("at least", low) if self.direction == "forward" else ("at most", high)
+            limits = [(f"{end[0]} (95%, guaranteed)", format_value(end[1].item()))]
         total_error = self.std_error.square().sum().sqrt().item()
         ti = self.thermodynamic_integration
         fields = [
@@ -382,6 +498,7 @@ class AnnealedRun(Result):
                 f"{name} (nats{', sum' if batch else ''})",
                 format_value(self.log_evidence.sum().item(), total_error),
             ),
+            *limits,
             ("single-sample bound", format_value(self.single.sum().item())),
             (
                 "thermodynamic integration (no bound)",
@@ -391,6 +508,12 @@ class AnnealedRun(Result):
         ]
         if batch:
             fields.insert(1, (f"{name} per datum", _range(self.log_evidence)))
+        if self.num_resamplings is not None and self.num_lineages is not None:
+            counts = _range(self.num_resamplings.double())
+            lineages = _range(self.num_lineages.double(), f" of {self.num_chains}")
+            fields.append(("populations", f"{self.num_populations} of {self.population_size}"))
+            fields.append(("resamplings", counts))
+            fields.append(("lineages", lineages))
         if self.num_steps > 1:
             fields.append(("acceptance", _range(self.accept_prob)))
             fields.append(("divergences", f"{int(self.num_diverging.sum())}"))

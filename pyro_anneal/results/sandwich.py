@@ -45,7 +45,8 @@ class Sandwich(Result):
 
     forward: AnnealedRun
     reverse: AnnealedRun
-    coupled_reverse: Tensor | None = None  # [K - 1, *batch], from the end of forward chain 0
+    # From the end of forward chain 0, [K - 1, *batch]; or of population 0, [K - M, *batch].
+    coupled_reverse: Tensor | None = None
     simulated: dict[str, Tensor] = field(default_factory=dict)  # observed sites' values
     true_log_likelihood: Tensor | None = None  # log p(x | z) of the pairs, nats, [*batch]
     lower_bound: str = "IM lower"
@@ -87,8 +88,13 @@ class Sandwich(Result):
 
     @property
     def bounds(self) -> dict[str, Tensor]:
-        """All bounds by name, nats, shape ``batch``; see :mod:`pyro_anneal.bounds`."""
-        forward, reverse = self.forward.log_weights, self.reverse.log_weights
+        """All bounds by name, nats, shape ``batch``; see :mod:`pyro_anneal.bounds`.
+
+        Where chains are resampled, populations take their place: they have estimates instead of
+        weights, and those of the reverse side hold paths from the posterior sample.
+        """
+        forward = self.forward.population_estimates
+        reverse = self.reverse.population_estimates
         result = {
             "IM lower": bounds.independent_multi_lower(forward),
             "IM upper": bounds.independent_multi_upper(reverse[:1], forward[1:]),
@@ -97,7 +103,10 @@ class Sandwich(Result):
             "single upper": bounds.single_sample(reverse),
         }
         if self.coupled_reverse is not None:
-            result["CR lower"] = bounds.coupled_lower(forward[:1], self.coupled_reverse)
+            extra, size = self.coupled_reverse, self.forward.population_size
+            if size > 1:
+                extra = bounds.block_means(extra, len(extra) // size)
+            result["CR lower"] = bounds.coupled_lower(forward[:1], extra)
         return {name: self.forward.scale * bound for name, bound in result.items()}
 
     @property
@@ -124,7 +133,7 @@ class Sandwich(Result):
     def bennett(self) -> Tensor:
         """Bennett acceptance ratio estimate, where both weight sets cross, no bound."""
         return self.forward.scale * bounds.bennett(
-            self.forward.log_weights, self.reverse.log_weights
+            self.forward.population_estimates, self.reverse.population_estimates
         )
 
     @property
@@ -150,7 +159,10 @@ class Sandwich(Result):
     def interval(self, level: float = 0.95, *, total: bool = False) -> tuple[Tensor, Tensor]:
         """Computes an interval that covers the log evidence with at least ``level``.
 
-        It holds in finite samples, at any K and T; see :func:`pyro_anneal.bounds.interval`.
+        It holds in finite samples, at any K and T. Each side fails with half of the probability:
+        the lower one by blocks of chains (:func:`pyro_anneal.bounds.limit_of_blocks`) if it is the
+        IM bound, all others by Markov's inequality (:func:`pyro_anneal.bounds.interval`), since
+        reverse chains share one posterior sample.
 
         Args:
             level: Probability of coverage, in (0, 1).
@@ -164,7 +176,27 @@ class Sandwich(Result):
         """
         lower, upper = (b.sum() if total else b for b in (self.lower, self.upper))
         low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, level)
-        return self.forward.scale * low, self.forward.scale * high
+        low, high = self.forward.scale * low, self.forward.scale * high
+        if self.lower_bound == "IM lower":
+            low = self.forward.interval(0.5 + 0.5 * level, total=total)[0]
+        return low, high
+
+    def normal_interval(
+        self, level: float = 0.95, *, total: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the asymptotic interval of the forward run.
+
+        Reverse chains share their start, so that their spread says nothing of their error. See
+        :meth:`pyro_anneal.AnnealedRun.normal_interval`.
+
+        Args:
+            level: Coverage for many chains, in (0, 1).
+            total: Whether to cover the sum over all pairs instead of each.
+
+        Returns:
+            Ends of the interval in nats, each of shape ``batch``, or scalars for the total.
+        """
+        return self.forward.normal_interval(level, total=total)
 
     def _columns(self) -> tuple[Columns, Columns]:
         index, forward = self.forward._columns()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import bounds
+from ..chains.budget import MOST_BLOCKS, choose_blocks
 from ..chains.tuning import Budget, choose_budget
 from ..diagnostics import checks as diagnostics
 from ..models.simulation import Arguments
@@ -21,8 +23,9 @@ from ..results.batches import EvidenceOfBatches
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
+from .progress import progress_bar
 from .run import forward, freeze, make_problem, particles
-from .settings import Settings, progress_bar
+from .settings import Settings
 
 __all__ = ["as_arguments", "run_batches"]
 
@@ -76,8 +79,7 @@ def run_batches(
     length = len(batches) if isinstance(batches, Sized) else math.inf
     turns: dict[int, Arguments] = {}
     index = -1
-    visible = settings.progress_bar and journal.is_first
-    with progress_bar(visible, "batches", length) as bar:
+    with progress_bar("batches", length) as bar:
         for index, arguments in enumerate(_reproducibly(batches, to_arguments)):
             digest = _digest(arguments, strict=journal.is_kept)
             if index < count:
@@ -223,10 +225,24 @@ def _reduce(run: AnnealedRun) -> dict[str, Any]:
     kept: dict[str, Any] = {n: getattr(run, n).detach().cpu().flatten() for n in _PER_DATUM}
     kept |= {name: getattr(run, name) for name in (*_SHARED, "seconds")}
     kept["data_digest"] = run.data_digest
+    kept["block_sums"] = _block_sums(run)
+    kept["num_units"] = run.num_populations if run.population_size > 1 else 0
+    kept["variance"] = math.nan if run.pilot is None else run.pilot.expected_variance
     notes = [] if run.plates else [_JOINT_NOTE]
     return kept | {
         "notes": [*run.notes, *notes],
         "diagnostics": [vars(found) for found in run.diagnostics],
+    }
+
+
+def _block_sums(run: AnnealedRun) -> dict[int, Tensor]:
+    """Sums the bounds of R blocks of chains over the batch, for every R that may be chosen."""
+    counts = (r for r in range(1, run.num_populations + 1) if run.num_populations % r == 0)
+    return {
+        count: run.scale
+        * bounds.block_means(run.log_weights, count).reshape(count, -1).sum(1).detach().cpu()
+        for count in counts
+        if count <= MOST_BLOCKS
     }
 
 
@@ -246,6 +262,9 @@ class _Batches:
         self.seconds = 0.0
         self.data_digest = ""
         self.diagnostics: dict[str, dict[str, Any]] = {}  # the worst of each kind
+        self.block_sums: dict[int, Tensor] = {}  # by the number of blocks
+        self.num_units = 0  # populations that every batch can be divided into, 0 if it has none
+        self.variance = 0.0  # that pilots expect, summed over data
 
     @property
     def count(self) -> int:
@@ -265,6 +284,12 @@ class _Batches:
                 f"{shared['scale']} in batch {self.count - 1}: their evidence cannot be added"
             )
         self.seconds += batch["seconds"]
+        self.variance += len(batch["lower"]) * batch["variance"]
+        self.num_units = math.gcd(self.num_units, batch["num_units"])
+        sums = batch["block_sums"]
+        if self.count > 1:
+            sums = {r: self.block_sums[r] + own for r, own in sums.items() if r in self.block_sums}
+        self.block_sums = sums
         self.data_digest = add_digests([self.data_digest, batch["data_digest"]])
         for found in batch["diagnostics"]:
             known = self.diagnostics.get(found["name"])
@@ -288,12 +313,22 @@ class _Batches:
         ]
         shared = self.shared | {"notes": tuple(self.shared["notes"])}
         fields: dict[str, Any] = {n: torch.cat(values) for n, values in self.per_datum.items()}
+        # A choice by what pilots expected, as if before any chain ran: pilots do not see chains.
+        num_data = sum(self.sizes)
+        blocks = choose_blocks(
+            shared["num_chains"],
+            self.variance / num_data,
+            num_units=self.num_units,
+            num_data=num_data,
+        )
         return EvidenceOfBatches(
             **fields,
             **shared,
             batch_sizes=tuple(self.sizes),
             seconds=self.seconds,
             seed=seed,
+            block_totals=self.block_sums[blocks.num_blocks],
+            num_kept=blocks.num_kept,
             data_digest=self.data_digest,
             diagnostics=tuple(found),
         )
@@ -307,6 +342,9 @@ class _Batches:
             "shared": self.shared,
             "seconds": self.seconds,
             "data_digest": self.data_digest,
+            "block_sums": self.block_sums,
+            "num_units": self.num_units,
+            "variance": self.variance,
             "diagnostics": self.diagnostics,
         }
 
@@ -318,5 +356,7 @@ class _Batches:
         total.per_datum = {name: [values] for name, values in content["per_datum"].items()}
         total.shared, total.seconds = content["shared"], content["seconds"]
         total.data_digest = content["data_digest"]
+        total.block_sums = dict(content["block_sums"])
+        total.num_units, total.variance = content["num_units"], content["variance"]
         total.diagnostics = dict(content["diagnostics"])
         return total

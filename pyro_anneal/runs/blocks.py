@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..chains.loop import Progress, run_chains
 from ..chains.path import Carry, Direction, Path, StepStatistics
+from ..chains.resampling import Lineage, Reference, Resampling
 from ..kernels import State
 from ..persistence.files import to_host
 from ..persistence.journal import Journal
@@ -38,6 +39,8 @@ class Ends(NamedTuple):
     statistics: StepStatistics
     num_evaluations: int
     seconds: float  # of the slowest process
+    lineage: Lineage | None = None  # where chains were resampled
+    paths: tuple[Reference, ...] = ()  # of reverse chains, for each block's populations to hold
 
 
 def split(num_chains: int, size: int | None) -> list[range]:
@@ -62,6 +65,8 @@ def anneal_blocks(
     seed: int,
     journal: Journal,
     name: str,
+    resampling: Resampling | None = None,
+    paths: Sequence[Reference] = (),
     check: Callable[[Tensor], object] = lambda positions: None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Ends:
@@ -77,6 +82,8 @@ def anneal_blocks(
         seed: Seed of the noise.
         journal: Where progress is kept, and whose processes share the blocks.
         name: Name of this run of chains in the journal.
+        resampling: Of forward chains; of reverse chains the first of each population leaves its path.
+        paths: For each block the reversed paths that its populations hold; none for a plain run.
         check: Called with the first and last position of each block, ``[2, *batch, D]``.
         progress: Called with the number of steps done since the last call.
 
@@ -97,7 +104,15 @@ def anneal_blocks(
             )
         own = {}
         for number in range(world.rank, len(blocks), world.size):
-            block = _Block(density, path, direction, seed, _stream_of(stream, number))
+            block = _Block(
+                density,
+                path,
+                direction,
+                seed,
+                _stream_of(stream, number),
+                resampling,
+                paths[number] if paths else None,
+            )
             found = journal.block(name, number)
             record = block.begin(blocks[number], start, number) if found is None else found
 
@@ -109,6 +124,9 @@ def anneal_blocks(
         outcome = _merge(world.gather(mine, f"the {stream} chains"))
         journal.put(name, outcome)
     set_random_state(outcome["random_state"])
+    lineage, passed = outcome["lineage"], outcome["passed"]
+    if lineage is not None:
+        lineage = Lineage(*(value.to(example.device) for value in lineage))
     return Ends(
         outcome["log_weights"].to(example.device),
         outcome["integral"].to(example.device),
@@ -116,6 +134,8 @@ def anneal_blocks(
         StepStatistics(*(value.to(example.device) for value in outcome["statistics"])),
         outcome["num_evaluations"],
         outcome["seconds"],
+        lineage,
+        tuple(_paths(block, path, resampling, example.device) for block in passed),
     )
 
 
@@ -123,13 +143,32 @@ class _Block:
     """Runs one block of chains from wherever it stands to its end."""
 
     def __init__(
-        self, density: Any, path: Path, direction: Direction, seed: int, stream: str
+        self,
+        density: Any,
+        path: Path,
+        direction: Direction,
+        seed: int,
+        stream: str,
+        resampling: Resampling | None,
+        reference: Reference | None,
     ) -> None:
         self.density = density
         self.path = path
         self.direction = direction
         self.seed = seed
         self.stream = stream
+        self.is_passing = direction == "reverse" and resampling is not None
+        self.stops: tuple[int, ...] = ()
+        if resampling is not None and self.is_passing:
+            self.stops = resampling.reverse_points(path.num_steps)
+        self.every = 1 if resampling is None else resampling.population_size
+        self.resampling = None if self.is_passing else resampling
+        self.reference = reference
+
+    def _passing(self, carry: Carry) -> list[Tensor]:
+        """Takes state and log-weight of one chain per population."""
+        count = len(carry.log_weights) // self.every
+        return [value[:count].clone() for value in (*carry.state, carry.log_weights)]
 
     def begin(self, chains: range, start: Callable[[range], State], number: int) -> Record:
         """Makes the record of a block before its first step."""
@@ -144,8 +183,15 @@ class _Block:
             "num_evaluations": self.density.num_evaluations - before,
             "seconds": time.perf_counter() - began,
         }
-        own = {"first": first, "random_state": random_state(), "finished": False}
-        return own | cost | _describe(Progress.beginning(state, self.path.num_steps))
+        size = None if self.resampling is None else self.resampling.population_size
+        beginning = Progress.beginning(state, self.path.num_steps, size)
+        own = {
+            "first": first,
+            "random_state": random_state(),
+            "finished": False,
+            "passed": [self._passing(beginning.carry)] if self.is_passing else [],
+        }
+        return own | cost | _describe(beginning)
 
     def finish(
         self,
@@ -159,6 +205,7 @@ class _Block:
             progress(self.path.num_steps)
             return record
         began, before, latest = time.perf_counter(), self.density.num_evaluations, record
+        total = self.path.num_steps
 
         def on_chunk(now: Progress) -> None:
             nonlocal latest
@@ -169,7 +216,10 @@ class _Block:
                 "seconds": record["seconds"] + time.perf_counter() - began,
             }
             steps = now.num_steps - latest["num_steps"]
-            latest = record | cost | _describe(now)
+            passed = latest["passed"]
+            if now.num_steps in self.stops or (self.is_passing and now.num_steps == total):
+                passed = [*passed, self._passing(now.carry)]
+            latest = record | cost | _describe(now) | {"passed": passed}
             keep(latest, steps)
 
         progress(record["num_steps"])
@@ -180,6 +230,9 @@ class _Block:
             direction=self.direction,
             seed=self.seed,
             stream=self.stream,
+            stops=self.stops,
+            resampling=self.resampling,
+            reference=self.reference,
             progress=progress,
             record=on_chunk,
         )
@@ -199,6 +252,7 @@ def _describe(progress: Progress) -> Record:
         "log_weights": carry.log_weights,
         "integral": carry.integral,
         "statistics": list(progress.statistics),
+        "lineage": None if progress.lineage is None else list(progress.lineage),
     }
 
 
@@ -206,7 +260,39 @@ def _restore(record: Record, device: torch.device) -> Progress:
     state = State(*(value.to(device) for value in record["state"]))
     carry = Carry(state, record["log_weights"].to(device), record["integral"].to(device))
     statistics = StepStatistics(*(value.to(device) for value in record["statistics"]))
-    return Progress(record["num_chunks"], record["num_steps"], carry, statistics)
+    lineage = record["lineage"]
+    if lineage is not None:
+        lineage = Lineage(*(value.to(device) for value in lineage))
+    return Progress(record["num_chunks"], record["num_steps"], carry, statistics, lineage)
+
+
+def _paths(
+    passed: Sequence[Sequence[Tensor]],
+    path: Path,
+    resampling: Resampling | None,
+    device: torch.device,
+) -> Reference:
+    """Turns around what reverse chains passed: the posterior samples first, the whole last."""
+    assert resampling is not None
+    records = [[value.to(device) for value in record] for record in passed]
+    states = [State(*record[:-1]) for record in records]
+    weights = [record[-1] for record in records]
+    points = len(resampling.points)
+    between = list(zip(states[1 : points + 1], weights[1 : points + 1], strict=True))
+    return Reference.from_reverse(states[0], weights[-1], between, resampling.points, path.betas)
+
+
+def _merged_lineage(records: Sequence[Record]) -> list[Tensor] | None:
+    """Joins the lineages of all blocks, whose chains are counted on."""
+    if records[0]["lineage"] is None:
+        return None
+    ancestors, others, before = [], [], 0
+    for record in records:
+        own, *rest = record["lineage"]
+        ancestors.append(own + before)
+        others.append(rest)
+        before += len(own)
+    return [_joined(ancestors), *(_joined(parts) for parts in zip(*others, strict=True))]
 
 
 def _stream_of(stream: str, number: int) -> str:
@@ -230,6 +316,8 @@ def _merge(gathered: Sequence[dict[int, Record]]) -> Record:
         "num_evaluations": sum(record["num_evaluations"] for record in records),
         "seconds": max(sum(r["seconds"] for r in own.values()) for own in gathered),
         "random_state": records[0]["random_state"],
+        "lineage": _merged_lineage(records),
+        "passed": [record["passed"] for record in records if record["passed"]],
     }
 
 

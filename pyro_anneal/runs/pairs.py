@@ -7,6 +7,7 @@ of latents and data times the number of simulations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..chains.grouping import Grouping
 from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
 from ..models.simulation import (
@@ -31,8 +33,9 @@ from ..persistence.memory import released
 from ..results.digest import add_digests
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
-from .run import forward, freeze, make_problem, reverse
-from .settings import Settings, progress_bar
+from .progress import progress_bar
+from .run import around_paths, forward, freeze, make_problem, reverse, shared_end
+from .settings import Settings
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
@@ -43,6 +46,7 @@ _CURVES = ("betas", "accept_prob", "step_size", "mean_log_ratio", "var_log_ratio
 _SUMMED = (*_TOTALS, *_CURVES)
 # Fields that are kept for each data set, and where several are stacked.
 _PER_PAIR = ("log_weights", "log_evidence_ti")
+_PER_PAIR_IF_ANY = ("ancestors", "num_resamplings")  # where chains are resampled
 _BY_SITE = {"posterior": 1, "observed": 0}
 
 
@@ -56,6 +60,33 @@ class Pair(NamedTuple):
     log_likelihood: Tensor  # log p(x | z), [*batch]
 
 
+class Shared(NamedTuple):
+    """What the first data set chooses for all, so that their runs can be merged."""
+
+    budget: Budget | None = None  # of target_gap
+    grouping: Grouping | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describes it by plain values."""
+        budget = None if self.budget is None else asdict(self.budget)
+        return {
+            "budget": budget,
+            "grouping": None if self.grouping is None else self.grouping.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Shared:
+        """Undoes :meth:`to_dict`."""
+        budget, grouping = content["budget"], content["grouping"]
+        return cls(
+            None if budget is None else Budget(**budget),
+            None if grouping is None else Grouping.from_dict(grouping),
+        )
+
+
+_NOTHING_SHARED = Shared()
+
+
 def simulate_pair(
     settings: Settings,
     arguments: Arguments,
@@ -65,8 +96,8 @@ def simulate_pair(
     seed: int,
     coupled: bool,
     keep_samples: bool,
-    budget: Budget | None = None,
-) -> tuple[Pair, Budget | None]:
+    shared: Shared = _NOTHING_SHARED,
+) -> tuple[Pair, Shared]:
     """Simulates a data set, and runs chains in both directions on it.
 
     Args:
@@ -77,31 +108,48 @@ def simulate_pair(
         seed: Seed of the data set and its runs.
         coupled: Whether to run reverse chains from the end of a forward one.
         keep_samples: Whether to keep posterior samples and data.
-        budget: What ``target_gap`` chose on another data set, to be shared; None to choose.
+        shared: What was chosen on another data set.
 
     Returns:
-        The runs, and the budget that they had.
+        The runs, and what the next data set shares with them.
     """
     conditioned, guide_args, simulation = _simulated(
         settings, arguments, seed, check=prefix in ("", "0/")
     )
     frozen = freeze(
-        settings, conditioned, arguments, guide_args, journal, prefix, seed=seed, budget=budget
+        settings,
+        conditioned,
+        arguments,
+        guide_args,
+        journal,
+        prefix,
+        seed=seed,
+        budget=shared.budget,
+        grouping=shared.grouping,
     )
-    exact = frozen.problem.pack(simulation.latents)
-    run, end = forward(frozen, journal, prefix, keep_samples=keep_samples)
-    count = frozen.num_chains
-    starts = exact.expand(count, *exact.shape)
-    back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
+    exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
+    run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
+    count, size = frozen.num_chains, frozen.grouping.population_size
+    if size > 1:
+        back = around_paths(frozen, exact, journal, prefix)
+    else:
+        starts = exact.expand(count, *exact.shape)
+        back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
     extra = None
-    if coupled and count > 1:
-        first = end.expand(count - 1, *exact.shape)
+    if coupled and count > size:
+        end = shared_end(ends, frozen.grouping.resampling, seed)
         stream = "coupled reverse"
-        again = reverse(frozen, first, journal, prefix, stream=stream, keep_samples=False)
-        extra = again.log_weights
+        if size > 1:  # of all populations, that of the forward run is the one to spare
+            again = around_paths(frozen, end, journal, prefix, stream=stream)
+            extra = again.log_weights[size:]
+        else:
+            first = end.expand(count - 1, *exact.shape)
+            again = reverse(frozen, first, journal, prefix, stream=stream, keep_samples=False)
+            extra = again.log_weights
     log_likelihood = frozen.problem.log_likelihood(exact)
     observed = simulation.observed if keep_samples else {}
-    return Pair(run, back, extra, observed, log_likelihood), frozen.budget
+    pair = Pair(run, back, extra, observed, log_likelihood)
+    return pair, Shared(frozen.budget, frozen.grouping)
 
 
 def _simulated(
@@ -130,8 +178,8 @@ def simulate_pairs(
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
-    With ``target_gap`` the first data set chooses the budget of all, whose curves can then be
-    averaged.
+    The first data set chooses the budget (``target_gap``) and the grouping of all, whose curves
+    and populations can then be merged.
 
     Args:
         settings: Settings.
@@ -142,19 +190,20 @@ def simulate_pairs(
         keep_samples: Likewise.
     """
     stored, seed = journal.get("pairs"), journal.seed
-    total, budget = PairSum(), None
+    total, shared = PairSum(), Shared()
     if stored is not None:  # by a model that must be what it was: the first data set shows it
         model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
-        budget = None if stored["budget"] is None else Budget(**stored["budget"])
-    visible = settings.progress_bar and journal.is_first and num_simulations > 1
-    with progress_bar(visible, "simulations", num_simulations) as bar:
-        bar.update(total.count)
+        shared = Shared.from_dict(stored["shared"])
+    several = progress_bar("simulations", num_simulations) if num_simulations > 1 else None
+    with several or contextlib.nullcontext() as bar:
+        if bar is not None:
+            bar.update(total.count)
         for index in range(total.count, num_simulations):
             prefix = f"{index}/"
             with released():
-                pair, budget = simulate_pair(
+                pair, shared = simulate_pair(
                     settings,
                     arguments,
                     journal,
@@ -162,17 +211,18 @@ def simulate_pairs(
                     seed=seed + index,
                     coupled=coupled,
                     keep_samples=keep_samples,
-                    budget=budget,
+                    shared=shared,
                 )
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))
-            journal.put("pairs", partial(_described, total, budget))
-            bar.update(1)
+            journal.put("pairs", partial(_described, total, shared))
+            if bar is not None:
+                bar.update(1)
     return total
 
 
-def _described(total: PairSum, budget: Budget | None) -> dict[str, Any]:
-    return {"sum": total.to_dict(), "budget": None if budget is None else asdict(budget)}
+def _described(total: PairSum, shared: Shared) -> dict[str, Any]:
+    return {"sum": total.to_dict(), "shared": shared.to_dict()}
 
 
 class RunSum:
@@ -181,7 +231,7 @@ class RunSum:
     def __init__(self) -> None:
         self.count = 0
         self.shared: dict[str, Any] = {}  # other fields of the first run
-        self.per_pair: dict[str, list[Tensor]] = {name: [] for name in _PER_PAIR}
+        self.per_pair: dict[str, list[Tensor]] = {}
         self.by_site: dict[str, list[dict[str, Tensor]]] = {name: [] for name in _BY_SITE}
         self.sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
         self.digests: list[str] = []
@@ -189,8 +239,9 @@ class RunSum:
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
         fields = dict(vars(run)) | {"continuation": None}
-        for name in _PER_PAIR:
-            self.per_pair[name].append(fields.pop(name))
+        resampled = [name for name in _PER_PAIR_IF_ANY if fields[name] is not None]
+        for name in (*_PER_PAIR, *resampled):
+            self.per_pair.setdefault(name, []).append(fields.pop(name))
         for name in _BY_SITE:
             self.by_site[name].append(fields.pop(name))
         for name in _SUMMED:

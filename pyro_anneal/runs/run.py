@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,23 +12,36 @@ import torch
 from torch import Tensor
 
 from ..chains.blockwise import Blockwise
+from ..chains.budget import choose_blocks
+from ..chains.grouping import Grouping, choose_grouping
 from ..chains.path import Direction, StepStatistics
+from ..chains.resampling import Reference, Resampling, systematic_ancestors
 from ..chains.tuning import Budget, Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import State
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
+from ..persistence.randomness import seeded_generator
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import Problem, prepare
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
-from .blocks import Ends, anneal_blocks, split
+from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
 from .continuation import Continuation
-from .settings import Frozen, Settings, progress_bar
+from .progress import progress_bar
+from .settings import Frozen, Settings
 
-__all__ = ["forward", "freeze", "make_problem", "particles", "reverse"]
+__all__ = [
+    "around_paths",
+    "forward",
+    "freeze",
+    "make_problem",
+    "particles",
+    "reverse",
+    "shared_end",
+]
 
 
 def make_problem(
@@ -41,9 +55,10 @@ def make_problem(
     seed: int,
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
-    visible = settings.progress_bar and settings.guide == "auto" and journal.is_first
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
-    with progress_bar(visible, "fit", 340) as bar:
+    # One increment moves no chain; with a target gap the steps are not known yet.
+    moves = settings.plan.num_steps != 1 or settings.target_gap is not None
+    with progress_bar("fit", 340) as bar:
         problem = prepare(
             model,
             settings.guide,
@@ -57,6 +72,7 @@ def make_problem(
             progress=bar.update,
             max_rows=size,
             once=lambda compute: journal.once(f"{prefix}fit", compute),
+            gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
         )
     if journal.is_kept:
         journal.identify(f"{prefix}problem", describe_problem(problem))
@@ -101,6 +117,7 @@ def freeze(
     *,
     seed: int,
     budget: Budget | None = None,
+    grouping: Grouping | None = None,
 ) -> Frozen:
     """Prepares the problem and runs the pilot.
 
@@ -113,12 +130,12 @@ def freeze(
         prefix: Distinguishes the stages of this run from those of others.
         seed: Seed of the run.
         budget: What ``target_gap`` chose for another problem, to be shared; None to choose.
+        grouping: How the chains of another problem are grouped, to be shared; None to choose.
     """
     began = time.perf_counter()
     problem = make_problem(settings, model, model_args, guide_args, journal, prefix, seed=seed)
     setup_seconds = time.perf_counter() - began
-    visible = settings.progress_bar and journal.is_first
-    with progress_bar(visible, "pilot", 1.0, delay=1e-3) as bar:
+    with progress_bar("pilot", 1.0) as bar:
         walkers = particles(
             problem,
             seed,
@@ -137,17 +154,27 @@ def freeze(
     problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
     how = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)
+    if grouping is None:
+        grouping = choose_grouping(
+            settings.plan.resampling,
+            num_chains=settings.plan.num_chains,
+            num_steps=path.num_steps,
+            batch_size=math.prod(problem.layout.batch_shape),
+            chains_at_once=settings.chain_batch_size or DEFAULT_SIZE,
+            length=math.nan if summary is None else summary.length,
+            variance=math.nan if summary is None else summary.expected_variance,
+        )
     journal.identify(f"{prefix}mode", how)
     return Frozen(
         problem=problem,
         path=path,
         pilot=summary,
         budget=budget,
+        grouping=grouping,
         num_chains=settings.plan.num_chains,
         chain_batch_size=settings.chain_batch_size,
         seed=seed,
         setup_seconds=setup_seconds,
-        progress_bar=visible,
     )
 
 
@@ -164,8 +191,8 @@ def forward(
     *,
     stream: str = "forward",
     keep_samples: bool = True,
-) -> tuple[AnnealedRun, Tensor]:
-    """Runs K chains from the base to the model.
+) -> tuple[AnnealedRun, Ends]:
+    """Runs K chains from the base to the model, resampled where the grouping says so.
 
     Args:
         frozen: The problem and its path.
@@ -175,8 +202,27 @@ def forward(
         keep_samples: Whether the run keeps its chains' ends as posterior samples.
 
     Returns:
-        The run, and the position ``[*batch, D]`` of chain 0 at its last weight.
+        The run, and its ends.
     """
+    resampling = frozen.grouping.resampling
+    ends = _from_base(frozen, journal, prefix, stream, resampling)
+    run = _result(frozen, ends, "forward", keep_samples, resampling)
+    if keep_samples:
+        rows = frozen.chain_batch_size
+        handle = Continuation(frozen.problem, frozen.path, ends.position, ends.log_weights, rows)
+        run = replace(run, continuation=handle)
+    return run, ends
+
+
+def _from_base(
+    frozen: Frozen,
+    journal: Journal,
+    prefix: str,
+    stream: str,
+    resampling: Resampling | None,
+    paths: Sequence[Reference] = (),
+) -> Ends:
+    """Runs K chains from the base; the first of each population along a path, if there are any."""
     problem = frozen.problem
     blocks = split(frozen.num_chains, frozen.chain_batch_size)
 
@@ -190,13 +236,70 @@ def forward(
 
     # A density that froze something, or changed under way, shows at one end or the other.
     check = problem.density.check
-    ends = _anneal(frozen, journal, prefix, blocks, start, "forward", stream, check)
-    run = _result(frozen, ends, "forward", keep_samples)
-    if keep_samples:
-        rows = frozen.chain_batch_size
-        handle = Continuation(problem, frozen.path, ends.position, ends.log_weights, rows)
-        run = replace(run, continuation=handle)
-    return run, ends.position[0]
+    return _anneal(
+        frozen, journal, prefix, blocks, start, "forward", stream, check, resampling, paths
+    )
+
+
+def around_paths(
+    frozen: Frozen,
+    position: Tensor,
+    journal: Journal,
+    prefix: str = "",
+    *,
+    stream: str = "reverse",
+) -> AnnealedRun:
+    """Runs the populations of a run around paths drawn in reverse from one posterior sample.
+
+    Paths take as many chains as the populations, so that one compiled loop serves both.
+
+    Args:
+        frozen: The problem, its path, and populations that resample.
+        position: The exact posterior sample, ``[*batch, D]``.
+        journal: Where progress is kept.
+        prefix: As in :func:`freeze`.
+        stream: Name of the stream of noise.
+
+    Raises:
+        ValueError: If the sample has no density.
+    """
+    resampling = frozen.grouping.resampling
+    assert resampling is not None
+    blocks = split(frozen.num_chains, frozen.chain_batch_size)
+    starts = position.expand(frozen.num_chains, *position.shape)
+    back = _back(frozen, starts, journal, prefix, blocks, f"{stream} paths", resampling)
+    around = f"{stream} populations"
+    ends = _from_base(frozen, journal, prefix, around, resampling, back.paths)
+    # curves are those of the paths, which start at the posterior sample
+    curves = ends._replace(statistics=back.statistics, integral=back.integral)
+    run = _result(frozen, curves, "reverse", keep_samples=False, resampling=resampling)
+    return replace(
+        run,
+        num_gradients=2 * run.num_gradients,
+        num_evaluations=run.num_evaluations + back.num_evaluations,
+        seconds=run.seconds + back.seconds,
+    )
+
+
+def shared_end(ends: Ends, resampling: Resampling | None, seed: int) -> Tensor:
+    """Draws where other chains start in reverse, ``[*batch, D]``: at an end of the first chain.
+
+    Where chains were resampled it is an end of the first population, drawn by its weights.
+
+    Args:
+        ends: Of a forward run.
+        resampling: Of its chains.
+        seed: Seed of the draw.
+    """
+    if resampling is None:
+        return ends.position[0]
+    device = ends.log_weights.device
+    generator = seeded_generator(device, seed, "an end of the first population")
+    weights = ends.log_weights[: resampling.population_size]
+    chosen = systematic_ancestors(weights, generator)[:1]
+    return ends.position.gather(
+        0, chosen.unsqueeze(-1).expand(1, *ends.position.shape[1:])
+    ).squeeze(0)
 
 
 def reverse(
@@ -223,8 +326,32 @@ def reverse(
     Raises:
         ValueError: If a sample has no density.
     """
-    problem = frozen.problem
     blocks = split(len(position), frozen.chain_batch_size)
+    ends = _back(frozen, position, journal, prefix, blocks, stream)
+    run = _result(frozen, ends, "reverse", keep_samples)
+    starts = stream == "reverse" and not bool((position == position[:1]).all())
+    variance = math.nan if frozen.pilot is None else frozen.pilot.expected_variance
+    count, num_data = len(position), math.prod(run.batch_shape)
+    return replace(
+        run,
+        certified=certified,
+        independent_starts=starts,
+        blocks=choose_blocks(count, variance)[:],
+        total_blocks=choose_blocks(count, variance, num_data=num_data)[:],
+    )
+
+
+def _back(
+    frozen: Frozen,
+    position: Tensor,
+    journal: Journal,
+    prefix: str,
+    blocks: Sequence[range],
+    stream: str,
+    resampling: Resampling | None = None,
+) -> Ends:
+    """Runs reverse chains from ``position``, which leave their paths for ``resampling``."""
+    problem = frozen.problem
 
     def start(chains: range) -> State:
         with torch.no_grad():
@@ -237,10 +364,9 @@ def reverse(
             )
         return state
 
-    ends = _anneal(frozen, journal, prefix, blocks, start, "reverse", stream)
-    run = _result(frozen, ends, "reverse", keep_samples)
-    starts = stream == "reverse" and not bool((position == position[:1]).all())
-    return replace(run, certified=certified, independent_starts=starts)
+    return _anneal(
+        frozen, journal, prefix, blocks, start, "reverse", stream, resampling=resampling
+    )
 
 
 def _anneal(
@@ -252,10 +378,12 @@ def _anneal(
     direction: Direction,
     stream: str,
     check: Callable[[Tensor], object] = lambda positions: None,
+    resampling: Resampling | None = None,
+    paths: Sequence[Reference] = (),
 ) -> Ends:
     own = range(journal.world.rank, len(blocks), journal.world.size)
     total = frozen.path.num_steps * len(own)
-    with torch.no_grad(), progress_bar(frozen.progress_bar, stream, total) as bar:
+    with torch.no_grad(), progress_bar(stream, total) as bar:
         return anneal_blocks(
             frozen.problem.density,
             frozen.path,
@@ -266,12 +394,20 @@ def _anneal(
             seed=frozen.seed,
             journal=journal,
             name=f"{prefix}{stream}",
+            resampling=resampling,
+            paths=paths,
             check=check,
             progress=bar.update,
         )
 
 
-def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool) -> AnnealedRun:
+def _result(
+    frozen: Frozen,
+    ends: Ends,
+    direction: Direction,
+    keep_samples: bool,
+    resampling: Resampling | None = None,
+) -> AnnealedRun:
     problem, path = frozen.problem, frozen.path
     layout = problem.layout
     statistics = ends.statistics
@@ -305,5 +441,10 @@ def _result(frozen: Frozen, ends: Ends, direction: Direction, keep_samples: bool
         notes=(*layout.notes, *loop_notes(problem.density)),
         scale=layout.scale,
         observed=layout.observed if keep_samples else {},
+        population_size=1 if resampling is None else resampling.population_size,
+        ancestors=None if ends.lineage is None else ends.lineage.ancestors,
+        num_resamplings=None if ends.lineage is None else ends.lineage.num_resamplings,
+        blocks=frozen.grouping.blocks[:],
+        total_blocks=frozen.grouping.total_blocks[:],
         data_digest=digest_of_data(layout.observed),
     )

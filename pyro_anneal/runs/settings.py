@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..arguments import as_count, as_flag, as_real, as_seed, check_function
+from ..chains.grouping import Grouping
 from ..chains.path import Path
 from ..chains.plan import PathOptions
 from ..chains.tuning import Budget
@@ -24,7 +23,7 @@ from ..persistence.fingerprints import (
 from ..problems.problem import Guide, Problem
 from ..results.run import PilotSummary
 
-__all__ = ["Frozen", "Settings", "progress_bar"]
+__all__ = ["Frozen", "Settings"]
 
 
 # An option that a checkpoint need not share, since it changes no number.
@@ -112,20 +111,8 @@ class Frozen:
     path: Path
     pilot: PilotSummary | None
     budget: Budget | None  # chosen for this problem, with target_gap
+    grouping: Grouping
     num_chains: int
     chain_batch_size: int | None
     seed: int
     setup_seconds: float
-    progress_bar: bool
-
-
-def progress_bar(visible: bool, label: str, total: float, *, delay: float = 0.0) -> Any:
-    """Makes a bar that disappears when it is done.
-
-    Args:
-        visible: Whether it is shown at all.
-        label: What stands before it.
-        total: What it counts to.
-        delay: Seconds before it is shown.
-    """
-    return tqdm(total=total, desc=label, disable=not visible, leave=False, delay=delay)

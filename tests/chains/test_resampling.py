@@ -53,8 +53,7 @@ def forward(density, path, resampling, num_chains, *, repeats=REPEATS, seed=1):
 def around(density, path, resampling, num_chains, *, repeats=REPEATS, seed=1, broken=None):
     """Log-weights of populations around reversed paths from one exact posterior sample."""
     torch.manual_seed(seed)
-    groups = resampling.num_populations
-    exact = density.draw_target(1, repeats).expand(groups, repeats, -1)
+    exact = density.draw_target(1, repeats).expand(num_chains, repeats, -1)
     paths = reversed_paths(
         density, path, density(exact), resampling, seed=seed, stream="reversed paths"
     )
@@ -95,7 +94,7 @@ def path_of(density, kernel, step_size, num_steps, repeats=REPEATS):
 def test_both_identities_hold_for_every_kernel(name):
     density = lopsided()
     path = path_of(density, *KERNELS[name], 5)
-    resampling = Resampling(1, (1, 2, 4), threshold=0.9)
+    resampling = Resampling(4, (1, 2, 4), threshold=0.9)
     carry, lineage = forward(density, path, resampling, 4)
     assert float(lineage.num_resamplings.double().mean()) > 0.3
     reverse = around(density, path, resampling, 4)
@@ -116,7 +115,7 @@ def test_both_identities_hold_for_every_kernel(name):
 def test_both_identities_hold_for_populations(num_chains, groups, points, threshold):
     density = lopsided()
     path = path_of(density, HMC(1), 0.5, 5)
-    resampling = Resampling(groups, points, threshold)
+    resampling = Resampling(num_chains // groups, points, threshold)
     carry, _ = forward(density, path, resampling, num_chains)
     reverse = around(density, path, resampling, num_chains)
     found = errors(density, carry.log_weights, reverse.log_weights, groups)
@@ -130,7 +129,7 @@ def test_no_points_give_the_bounds_without_resampling_bit_by_bit():
     start = density(density.draw_base(4, 50))
     options = {"direction": "forward", "seed": 1, "stream": "forward"}
     plain, _ = run_chains(density, path, start, **options)
-    carry, lineage = forward(density, path, Resampling(1, ()), 4, repeats=50)
+    carry, lineage = forward(density, path, Resampling(4, ()), 4, repeats=50)
     assert torch.equal(plain.log_weights, carry.log_weights)
     assert torch.equal(lineage.ancestors, torch.arange(4).view(4, 1).expand(4, 50))
 
@@ -138,7 +137,7 @@ def test_no_points_give_the_bounds_without_resampling_bit_by_bit():
 def test_wrong_weights_of_the_held_path_are_caught():
     density = lopsided()
     path = path_of(density, HMC(1), 0.5, 5)
-    resampling = Resampling(1, (1, 2, 4), threshold=1.0)
+    resampling = Resampling(4, (1, 2, 4), threshold=1.0)
 
     def forgets_the_first_segment(paths):
         sums = [weights - paths.log_weights[0] for weights in paths.log_weights]
@@ -153,7 +152,7 @@ def test_a_path_that_is_not_held_is_caught(monkeypatch):
     # an ordinary run whose chains forget the posterior sample is no conditional one
     density = lopsided()
     path = path_of(density, HMC(1), 0.5, 5)
-    resampling = Resampling(1, (1, 2, 4), threshold=1.0)
+    resampling = Resampling(4, (1, 2, 4), threshold=1.0)
     carry, _ = forward(density, path, resampling, 4)
     ratio = (density.log_normalizer - bounds.population_upper(carry.log_weights, 1)).exp()
     assert abs(float(ratio.mean()) - 1.0) > 8.0 * float(ratio.std()) / math.sqrt(REPEATS)
@@ -161,7 +160,7 @@ def test_a_path_that_is_not_held_is_caught(monkeypatch):
 
 def test_a_scan_without_its_reversal_is_caught_around_a_path_alone():
     density = lopsided_gaussian()
-    resampling = Resampling(1, (2, 4, 6), threshold=0.9)
+    resampling = Resampling(3, (2, 4, 6), threshold=0.9)
     found, many = {}, 90_000
     for reverses in (True, False):
         kernel = GibbsScan(density, reverses=reverses)
@@ -224,8 +223,8 @@ def test_undefined_weights_reach_the_result():
     position = torch.zeros(2, 1, 1)
     state = State(position, *[position[..., 0]] * 2, *[position] * 2)
     log_weights = torch.tensor([torch.nan, 0.0]).double().view(2, 1)
-    _, after, _ = Resampling(1, (1,)).resample(
-        state, log_weights, Lineage.beginning(log_weights, 1), torch.Generator().manual_seed(0)
+    _, after, _ = Resampling(2, (1,)).resample(
+        state, log_weights, Lineage.beginning(log_weights, 2), torch.Generator().manual_seed(0)
     )
     assert bool(after.isnan().any())
 
@@ -233,7 +232,7 @@ def test_undefined_weights_reach_the_result():
 def test_batch_elements_resample_by_themselves():
     density = lopsided()
     path = path_of(density, HMC(1), 0.5, 5, repeats=200)
-    _, lineage = forward(density, path, Resampling(2, (2, 4), 0.95), 8, repeats=200)
+    _, lineage = forward(density, path, Resampling(4, (2, 4), 0.95), 8, repeats=200)
     counts = lineage.num_resamplings
     assert counts.shape == (2, 200)
     assert counts.unique().tolist() == [0, 1, 2]

@@ -58,6 +58,12 @@ def call_sandwich(path, **options):
     return ais.sandwich(DATA, bounds=("CR lower", "CR upper"))
 
 
+def call_populations(path, **options):
+    options = {"resampling": True, "chain_batch_size": 3} | options  # two populations of three
+    ais = annealed(path, **options)
+    return ais.sandwich(DATA, bounds=("CR lower", "CR upper"))
+
+
 def call_mutual_information(path, **options):
     return annealed(path, **options).mutual_information(DATA[:2], num_simulations=2)
 
@@ -72,6 +78,7 @@ CALLS = {
     "run": call_run,
     "run_reverse": call_run_reverse,
     "sandwich": call_sandwich,
+    "populations": call_populations,
     "mutual_information": call_mutual_information,
     "run_batches": call_run_batches,
 }
@@ -91,11 +98,13 @@ def uninterrupted(name):
 
 
 def numbers(result):
-    """Collects all numbers of a result but the time it took."""
+    """Collects all numbers of a result but the time it took, and what lasts only as a process does."""
     if dataclasses.is_dataclass(result):
-        result = vars(result)
+        kept = [f.name for f in dataclasses.fields(result) if f.metadata.get("saved", True)]
+        result = {name: getattr(result, name) for name in kept}
     if isinstance(result, dict):
-        parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith("seconds")}
+        passing = ("seconds", "continuation")
+        parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith(passing)}
         return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.items()}
     return {"": result}
 

@@ -114,6 +114,7 @@ def kill_at(name, path, event):
         ("run", (4, 27)),
         ("run_reverse", (1, 14)),
         ("sandwich", (11, 41)),
+        ("populations", (25, 60)),
         pytest.param("mutual_information", (3, 45), marks=pytest.mark.slow),  # also pairs
         pytest.param("run_batches", (22, 33), marks=pytest.mark.slow),  # also with ranks
     ],

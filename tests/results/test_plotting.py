@@ -231,13 +231,13 @@ def test_forest_of_bayes_factors():
     axes = result.plot().axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
     assert axes.get_xlabel() == "log Bayes factor against a (nats)"
-    low, high = (end[:, 0].tolist() for end in result.interval(0.95))
+    low, high = (end[:, 0].tolist() for end in result.normal_interval(0.95))
     bars = [line for line in axes.lines if line.get_linewidth() == 4.5]
     assert [list(bar.get_xdata()) for bar in bars] == [[low[i], high[i]] for i in (1, 2)]
     points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
     assert points == pytest.approx([0.0, -4.0, -6.0])
     (sure,) = [line for line in axes.lines if line.get_label() == "guaranteed"]
-    low, high = (end[1, 0].item() for end in result.guaranteed_interval(0.95))
+    low, high = (end[1, 0].item() for end in result.interval(0.95))
     assert list(sure.get_xdata()) == [low, high]  # c has no upper bound, so no such bar
     assert len(compare({"a": a}).plot().axes) == 1
 

@@ -370,7 +370,7 @@ def test_bayes_factors_of_known_models():
     assert _within(comparison.log_bayes_factors[off], factors[off], errors[off])
     probabilities = (exact - exact.logsumexp(0)).exp()
     torch.testing.assert_close(comparison.probabilities, probabilities, rtol=0.2, atol=1e-3)
-    low, high = comparison.interval(0.9)
+    low, high = comparison.normal_interval(0.9)
     margin = NormalDist().inv_cdf(0.95) * errors
     torch.testing.assert_close(high - low, 2 * margin)
     text = repr(comparison)
@@ -386,7 +386,7 @@ def test_guaranteed_bayes_factors_need_certified_reverse_runs():
         reverse = make_run(model, 500, 20, start=model.draw(1.0, 1)[0])
         entries[name] = (make_run(model, 500, 20), reverse)
     comparison = compare(entries)
-    low, high = comparison.guaranteed_interval(0.9)
+    low, high = comparison.interval(0.9)
     exact = torch.stack([models[name].log_evidence.sum() for name in comparison.names])
     factors = exact.unsqueeze(1) - exact
     assert (low <= factors).all()
@@ -398,7 +398,7 @@ def test_guaranteed_bayes_factors_need_certified_reverse_runs():
 
     forward, reverse = entries["weak"]
     entries["weak"] = (forward, dataclasses.replace(reverse, certified=False))
-    low, high = compare(entries).guaranteed_interval(0.9)
+    low, high = compare(entries).interval(0.9)
     weak = compare(entries).names.index("weak")
     others = [i for i in range(3) if i != weak]
     assert (high[weak, others] == math.inf).all()

@@ -154,7 +154,7 @@ def small_belief_net():
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=data)
 
     began = time.process_time()
-    annealed = annealer(model, num_chains=64, num_steps=8000)
+    annealed = annealer(model, num_chains=32, num_steps=3000)
     result = annealed.sandwich(torch.zeros(8, 30))
     seconds = time.process_time() - began
     logits = (2.0 * bits(12) - 1.0) @ weights.T
@@ -188,7 +188,9 @@ def boltzmann_machine():
         pyro.factor("energy", energy + 36 * math.log(2.0))
 
     h = bits(16)
-    truth = float((h @ above + torch.nn.functional.softplus(h @ weights.T + below).sum(-1)).logsumexp(0))
+    truth = float(
+        (h @ above + torch.nn.functional.softplus(h @ weights.T + below).sum(-1)).logsumexp(0)
+    )
     return both_ways(annealer(model, num_chains=128, num_steps=4000), truth)
 
 
@@ -224,15 +226,17 @@ def mixture():
             kind = pyro.sample("kind", dist.Categorical(shares), infer=mark)
             pyro.sample("y", dist.Normal(locs[kind], 1.0), obs=data)
 
-    marked = annealer(model, "auto", num_chains=128, num_steps=1000, prior_weight=0.5)
+    marked = annealer(model, "auto", num_chains=64, num_steps=600, prior_weight=0.5)
     truth = marked.run(data, {"enumerate": "parallel"})
-    record = both_ways(annealer(model, num_chains=64, num_steps=2000), float(truth.lower), data, {})
+    record = both_ways(annealer(model, num_chains=64, num_steps=600), float(truth.lower), data, {})
     return record | {"std_error_of_truth": float(truth.std_error)}
 
 
 def changepoint():
     torch.manual_seed(3)
-    counts = torch.cat([torch.poisson(torch.full((40,), 3.0)), torch.poisson(torch.full((60,), 1.0))])
+    counts = torch.cat(
+        [torch.poisson(torch.full((40,), 3.0)), torch.poisson(torch.full((60,), 1.0))]
+    )
 
     def model(counts):
         number = len(counts)
@@ -250,7 +254,7 @@ def changepoint():
 
     terms = [segment(counts[:t]) + segment(counts[t:]) for t in range(100)]
     truth = float(torch.stack(terms).logsumexp(0) - math.log(100))
-    return both_ways(annealer(model, num_chains=64, num_steps=2000), truth, counts)
+    return both_ways(annealer(model, num_chains=32, num_steps=400), truth, counts)
 
 
 def zero_inflated():
@@ -271,7 +275,7 @@ def zero_inflated():
     likelihood = torch.logaddexp(on, off.expand_as(on)).sum(-1)
     prior = dist.Beta(2.0, 2.0).log_prob(share)[:, None] + dist.Gamma(2.0, 1.0).log_prob(rate)
     truth = float((likelihood + prior).flatten().logsumexp(0) + math.log(1e-3 * 0.01))
-    return both_ways(annealer(model, num_chains=64, num_steps=2000), truth, data)
+    return both_ways(annealer(model, num_chains=64, num_steps=1000), truth, data)
 
 
 def spike_and_slab():
@@ -301,7 +305,7 @@ def spike_and_slab():
         terms.append(value + on * math.log(0.2) + (dim - on) * math.log(0.8))
     constant = -0.5 * float(data @ data) - 0.5 * number * math.log(2.0 * math.pi)
     truth = float(torch.cat(terms).logsumexp(0)) + constant
-    return both_ways(annealer(model, num_chains=64, num_steps=2000), truth, data)
+    return both_ways(annealer(model, num_chains=64, num_steps=1000), truth, data)
 
 
 # --- the belief net of images -----------------------------------------------------------------
@@ -396,7 +400,7 @@ CASES = {
         6, 0.44, 31.564146, periodic=False, num_chains=128, num_steps=8000, num_exact=64
     ),
     "Ising 20 x 20, periodic, critical": lambda: run_ising(
-        20, CRITICAL, 372.518277, periodic=True, num_chains=64, num_steps=10_000, num_exact=16
+        20, CRITICAL, 372.518277, periodic=True, num_chains=32, num_steps=4000, num_exact=8
     ),
     "belief net 12-30, 8 rows": small_belief_net,
     "RBM 20 x 16": boltzmann_machine,

@@ -132,7 +132,7 @@ def evidence_from_samples(
         keep_journal(task, dict, path=None, every=None, seed=settings.seed) as journal,
         follow_call(task, _STAGES, progress_bar and journal.is_first, journal.seconds),
     ):
-        read: list[_Halves] = []
+        read: list[_Halves] = []  # anew for each precision that was tried
 
         def make_start(density: ModelDensity, example: Tensor) -> FittedStart:
             values = read_draws(samples, density.layout)
@@ -156,7 +156,7 @@ def evidence_from_samples(
                 'discrete ones: enumerate them (infer={"enumerate": "parallel"}), or use '
                 "AnnealedImportance(model).run(...)"
             )
-        result = _evidence(frozen, read[0], journal, exact)
+        result = _evidence(frozen, read[-1], journal, exact)
     found = diagnose_evidence(result)
     checks.warn(found)
     provenance = _provenance(task, journal, result, time.perf_counter() - began)

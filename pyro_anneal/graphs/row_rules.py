@@ -351,7 +351,8 @@ def index_selected(call: Call) -> Result:
         if call.rows(source) is not None or call.get("source") is not None:
             raise Meet("it chooses among rows")
         return Rows(dim, call.rows(index).inner)  # type: ignore[union-attr]
-    parts = [source] + [call["source"]] * isinstance(call.get("source"), fx.Node)
+    other = call.get("source")
+    parts = [source, other] if isinstance(other, fx.Node) else [source]
     rows = _aligned(call, parts)
     assert rows is not None
     if rows.axis == dim:
@@ -365,7 +366,9 @@ def _counts_rows(call: Call, index: Any, shape: tuple[int, ...]) -> int | None:
     if value is None or value.dtype is torch.bool or value.numel() != call.size:
         return None
     long = [axis for axis, length in enumerate(value.shape) if length > 1]
-    if len(long) != 1 or not torch.equal(value.flatten().cpu(), torch.arange(call.size)):
+    if len(long) != 1 or not torch.equal(
+        value.flatten().cpu(), torch.arange(call.size, device="cpu")
+    ):
         return None
     return long[0] + len(shape) - value.dim()
 

@@ -7,17 +7,15 @@ is ignored: otherwise these would have a flat, improper prior. A constant mask F
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
-from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -25,7 +23,9 @@ from torch import Tensor
 from .coordinates import bijection
 from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
+from .enumeration import sum_out
 from .lifting import lifted_densities
+from .precision import in_float64
 from .sites import (
     Layout,
     is_flat,
@@ -39,6 +39,7 @@ from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
 
+Result = TypeVar("Result")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _FIXED_STRUCTURE = (
@@ -155,6 +156,17 @@ class ModelEvaluation:
         return torch.stack(terms).sum(0) if terms else torch.zeros_like(self.log_joint)
 
 
+def _in_precision(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes a method of the model's side compute in the precision of its layout."""
+
+    @functools.wraps(method)
+    def run(self: ModelDensity, *args: Any, **kwargs: Any) -> Result:
+        with in_float64(self.layout.wide):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class ModelDensity:
     """The model's side: packs, unpacks and evaluates latents of one chain."""
 
@@ -174,6 +186,7 @@ class ModelDensity:
         mark_points(trace)
         return trace
 
+    @_in_precision
     def evaluate(self, position: Tensor) -> ModelEvaluation:
         """Evaluates all densities at ``u`` of shape ``[*batch, D]``.
 
@@ -258,50 +271,30 @@ class ModelDensity:
 
     def _contract(self, trace: Any) -> tuple[Tensor, Tensor]:
         """Sums out enumerated sites, keeping the batch plates."""
-        trace.symbolize_dims()
-        sum_dims: set[str] = set()
-        for name in self.layout.enumerated:
-            infer = trace.nodes[name]["infer"]
-            sum_dims.add(infer["_dim_to_symbol"][infer["_enumerate_dim"]])
         latents = latent_sites(trace)
-        prior: dict[frozenset[str], list[Tensor]] = {}
-        joint: dict[frozenset[str], list[Tensor]] = {}
-        for name, site in [*latents.items(), *observed_sites(trace).items()]:
-            ordinal = frozenset(
-                trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized
-            )
-            term = self._packed(name, site, sum_dims, scaled=True)
-            joint.setdefault(ordinal, []).append(term)
-            if name in latents:
-                term = self._packed(name, site, sum_dims, scaled=False)
-                prior.setdefault(ordinal, []).append(term)
-        return self._contract_terms(trace, prior, sum_dims), self._contract_terms(
-            trace, joint, sum_dims
+        log_prior = self._summed(trace, latents, scaled=False)
+        return log_prior, self._summed(trace, {**latents, **observed_sites(trace)}, scaled=True)
+
+    def _summed(self, trace: Any, sites: dict[str, Any], *, scaled: bool) -> Tensor:
+        """Multiplies the densities of some sites, enumerated ones summed out of them."""
+        found = sum_out(
+            trace,
+            sites.items(),
+            self.layout.enumerated,
+            lambda site: self._log_prob(site, scaled=False),
         )
+        for name in found.summed if scaled else ():
+            if self._has_own_scale(sites[name]):
+                raise NotImplementedError(
+                    f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
+                    "power of a sum is no sum; scale all sites or none"
+                )
+        shape = self.layout.batch_shape
+        terms = [sum_to_batch(term, self._dims, shape) for term in found.terms]
+        terms += [self._sum(sites[name], scaled=scaled) for name in found.plain]
+        return torch.stack(terms).sum(0)
 
-    def _packed(
-        self, name: str, site: Mapping[str, Any], sum_dims: set[str], *, scaled: bool
-    ) -> Tensor:
-        value = self._log_prob(site, scaled=scaled)
-        term: Tensor = packed.pack(value, site["infer"]["_dim_to_symbol"])
-        if self._has_own_scale(site) and sum_dims & set(term._pyro_dims):  # type: ignore[attr-defined]
-            raise NotImplementedError(
-                f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
-                "power of a sum is no sum; scale all sites or none"
-            )
-        return term
-
-    def _contract_terms(
-        self, trace: Any, terms: dict[frozenset[str], list[Tensor]], sum_dims: set[str]
-    ) -> Tensor:
-        symbol = trace.plate_to_symbol
-        batch = {symbol[plate.name]: plate.dim for plate in self.layout.batch}
-        contracted = contract_to_tensor(
-            OrderedDict(terms), sum_dims, target_ordinal=frozenset(batch)
-        )
-        value = packed.unpack(contracted, batch)
-        return sum_to_batch(value, self._dims, self.layout.batch_shape)
-
+    @_in_precision
     def pack(
         self, values: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None = None
     ) -> Tensor:
@@ -332,6 +325,7 @@ class ModelDensity:
             raise ValueError(_FIXED_STRUCTURE.format(missing))
         return self.layout.join(unconstrained)
 
+    @_in_precision
     def draw_prior(self) -> Tensor:
         """Draws ``u`` of shape ``[*batch, D]`` from the model's prior."""
         names = frozenset(site.name for site in self.layout.sites)
@@ -339,6 +333,7 @@ class ModelDensity:
         self._trace(substitute, enumerate_sites=False)
         return self._join(substitute.unconstrained)
 
+    @_in_precision
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes the sites' values in the model's own space at ``u``, by site."""
         unconstrained = self.layout.split(position)

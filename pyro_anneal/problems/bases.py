@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -29,8 +30,11 @@ from ..models.coordinates import bijection
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
 from ..models.edges import exact_log_prob, has_closed_form, same_kind
+from ..models.enumeration import sum_out
 from ..models.lifting import own_extension
-from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
+from ..models.mass import check_normalized
+from ..models.precision import in_float64
+from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch, unmasked
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
 from .components import Component
@@ -99,6 +103,12 @@ class GuideBase:
         with explained():
             trace = self._trace(None)
         known = {*self._direct, *derived, *self._auxiliary(trace)}
+        self._summed = [
+            name
+            for name, site in latent_sites(trace).items()
+            if name in layout.enumerated and getattr(site["fn"], "has_enumerate_support", False)
+        ]
+        known.update(self._summed)
         unknown = [name for name in latent_sites(trace) if name not in known]
         if unknown:
             raise ValueError(
@@ -111,6 +121,8 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        for name in self._direct:
+            check_normalized(f'site "{name}" of the guide', trace.nodes[name]["fn"])
         # Sites with mass at an edge, in the same coordinate as the model's
         self._exact = frozenset(
             site.name
@@ -217,13 +229,48 @@ class GuideBase:
     def _at(values: dict[str, Tensor]) -> Substitute:
         return Substitute(constrained=values, ignore_masks=True)
 
-    def _trace(self, substitute: Messenger | None) -> Any:
+    def _trace(self, substitute: Messenger | None, *, enumerate_sites: bool = False) -> Any:
         args, kwargs = self.arguments
+        guide = self.guide
+        if enumerate_sites:  # whether the guide marks them or not: the model sums them out
+            marks: dict[str, Any] = {"enumerate": "parallel"}
+            guide = poutine.infer_config(
+                guide, lambda site: marks if site["name"] in self._summed else {}
+            )
+            guide = poutine.enum(
+                guide, first_available_dim=-1 - self.model.layout.max_plate_nesting
+            )
         with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
-            return poutine.trace(self.guide).get_trace(*args, **kwargs)
+            return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    def _log_prob(self, site: Any, evaluation: ModelEvaluation) -> Tensor:
+        """Computes the log density of one site, in closed form of u where values may be rounded."""
+        name, fn = site["name"], unmasked(site["fn"])
+        exact = None
+        if name in self._exact:
+            exact = exact_log_prob(fn, evaluation.unconstrained[name])
+        log_prob: Tensor = fn.log_prob(site["value"]) if exact is None else exact
+        return log_prob
+
+    def _sum_out(
+        self, trace: Any, evaluation: ModelEvaluation, zero: Tensor
+    ) -> tuple[Tensor, list[str]]:
+        """Sums the guide's density over the sites that the model enumerates, too."""
+        found = sum_out(
+            trace,
+            latent_sites(trace).items(),
+            self._summed,
+            lambda site: self._log_prob(site, evaluation),
+        )
+        terms = [sum_to_batch(term, self._dims, zero.shape) for term in found.terms]
+        return torch.stack([zero, *terms]).sum(0), list(found.plain)
 
     def draw(self) -> Tensor:
         """Draws from the guide."""
+        with in_float64(self.model.layout.wide):
+            return self._draw()
+
+    def _draw(self) -> Tensor:
         substitute = Substitute(record=self._exact, ignore_masks=True)
         trace = self._trace(substitute)
         if not self._direct:
@@ -237,16 +284,18 @@ class GuideBase:
         given = {name: evaluation.values[name] for name in self._direct}
         if autoguides.is_autoguide(self.guide):
             given |= autoguides.auxiliary_values(self.guide, evaluation.unconstrained)
-        trace = self._trace(self._at(given))
+        trace = self._trace(self._at(given), enumerate_sites=bool(self._summed))
         shape = self.model.layout.batch_shape
         result: Tensor = torch.zeros(shape, dtype=position.dtype, device=position.device)
-        for name in given:
+        plain = list(given)
+        if self._summed:
+            result, plain = self._sum_out(trace, evaluation, result)
+            for name in given:
+                if name not in plain and name in evaluation.log_det:
+                    result = result + evaluation.log_det[name]
+        for name in plain:
             site = trace.nodes[name]
-            log_prob = None
-            if name in self._exact:
-                log_prob = exact_log_prob(site["fn"], evaluation.unconstrained[name])
-            if log_prob is None:
-                log_prob = site["fn"].log_prob(site["value"])
+            log_prob = self._log_prob(site, evaluation)
             if name in self._tabled:  # the value has no gradient
                 u = evaluation.unconstrained[name]
                 extension = own_extension(self._tabled[name], u, site["fn"])
@@ -370,9 +419,13 @@ class PathDensity:
         self.model = model
         self.base = base
 
+    def context(self) -> AbstractContextManager[Any]:
+        """Makes the context in which densities and their gradients are to be computed."""
+        return in_float64(self.model.layout.wide)
+
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates ``u`` of shape ``[*batch, D]`` to two tensors of shape ``[*batch]``."""
-        with validation_disabled():
+        with validation_disabled(), self.context():
             evaluation = self.model.evaluate(position)
             log_base = self.base.log_prob(evaluation, position)
         return log_base, evaluation.log_joint + evaluation.total_log_det

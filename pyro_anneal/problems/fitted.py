@@ -13,6 +13,7 @@ from torch import Tensor
 from ..chains.blockwise import Blockwise
 from ..graphs.captured import capture
 from ..models.coordinates import hierarchical_sites, noncentred
+from ..models.precision import in_float64
 from ..models.sites import Layout
 from ..persistence.randomness import derived_seed, own_randomness, seeded_generator
 from .bases import (
@@ -31,7 +32,7 @@ from .several import several_fits
 
 __all__ = ["FittedStart", "Once", "fit_start"]
 
-Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+Once = Callable[..., dict[str, Any]]  # once(compute), or once(compute, name=...)
 
 # Starting points of the fit of one evidence; a batch of many gets the origin alone, since each
 # point costs Newton steps of all its elements.
@@ -163,7 +164,8 @@ def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
     layout = model.layout
     if layout.enumerated:  # parameters that depend on an enumerated site are no coordinates
         return [layout]
-    sites = hierarchical_sites(model.model, model.arguments, layout, model.unpack(example))
+    with in_float64(layout.wide):
+        sites = hierarchical_sites(model.model, model.arguments, layout, model.unpack(example))
     return [layout, noncentred(layout, sites)] if sites else [layout]
 
 

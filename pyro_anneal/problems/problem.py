@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,12 +13,15 @@ from pyro import poutine
 from torch import Tensor
 
 from ..graphs.captured import capture
+from ..graphs.purity import undisturbed
+from ..graphs.recording import evaluate_or_nan
 from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
 from ..models.discrete import DiscreteMap, is_discrete
 from ..models.inspection import inspect_model
+from ..models.precision import in_float64
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
 from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
@@ -35,6 +39,7 @@ from .bases import (
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
 from .fitted import FittedStart, Once, fit_start
+from .precision import why_float64
 
 __all__ = ["MakeStart", "Problem", "prepare"]
 
@@ -123,7 +128,8 @@ class Problem:
                     )
         args, kwargs = self.model.arguments
         model = poutine.condition(self.model.model, data=values)
-        with torch.no_grad(), validation_disabled(), poutine.block():
+        wide = in_float64(self.layout.wide)
+        with torch.no_grad(), validation_disabled(), poutine.block(), wide:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name, value in values.items():
             fn = trace.nodes[name]["fn"]
@@ -177,7 +183,8 @@ class Problem:
         """Names the sites whose log density at ``position`` is not finite."""
         culprits = []
         args, kwargs = self.model.arguments
-        with torch.no_grad(), poutine.block(), validation_disabled():
+        wide = in_float64(self.layout.wide)
+        with torch.no_grad(), poutine.block(), validation_disabled(), wide:
             try:
                 values = self.unpack(position.unsqueeze(0))
                 data = {name: value[0] for name, value in values.items()}
@@ -208,9 +215,11 @@ def prepare(
     prior_weight: float = 0.0,
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
-    once: Once = lambda compute: compute(),
+    once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
     make_start: MakeStart | None = None,
+    widen: bool = True,
+    why_wide: str | None = None,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -229,6 +238,8 @@ def prepare(
         once: Calls the automatic fit, or returns what it gave before.
         gradients: Whether the chains need gradients.
         make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
+        widen: Whether to go to float64 where float32 is not enough.
+        why_wide: Why the problem is computed in float64 whatever the model's own precision.
 
     Returns:
         The problem.
@@ -237,6 +248,7 @@ def prepare(
         ValueError: For everything that :func:`~pyro_anneal.models.inspection.inspect_model` and the capture
             refuse, and if rows of a requested batch plate influence each other.
     """
+    asked = (model, guide, model_args, guide_args, _options(locals()))
     if not (guide is None or guide == "auto" or callable(guide)):
         raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
     hand_written = None if isinstance(guide, str) else guide
@@ -273,6 +285,11 @@ def prepare(
     if coupling.notes:
         layout = replace(layout, notes=(*layout.notes, *coupling.notes))
         problem = _assemble(model, guide, model_args, guide_args, layout)
+    if why_wide is not None:
+        note = f"computed in float64: {why_wide}"
+        layout = replace(layout, dtype=torch.float64, wide=True, notes=(*layout.notes, note))
+        problem = _assemble(model, guide, model_args, guide_args, layout)
+        once = functools.partial(once, name="fit in float64")
     example = problem.probe()
     if lattice_of(layout) is not None:
         layout = lift(problem.model, example)
@@ -305,7 +322,38 @@ def prepare(
             compile=compile,
             gradients=gradients,
         )
-    return replace(problem, density=density)
+    problem = replace(problem, density=density)
+    if not widen or why_wide is not None or lattice_of(layout) is not None:
+        return problem
+    reason = _why_float64(problem, gradients)
+    if reason is None:
+        return problem
+    return prepare(*asked[:4], **asked[4], why_wide=reason)
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Picks the options of :func:`prepare` that a second preparation shares."""
+    positional = ("model", "guide", "model_args", "guide_args", "why_wide")
+    return {name: value for name, value in given.items() if name not in positional}
+
+
+def _why_float64(problem: Problem, gradients: bool) -> str | None:
+    """Compares a problem with itself in float64."""
+    density, function = problem.density, problem.function
+    if problem.layout.dtype is not torch.float32:
+        return None
+    run: Callable[[Tensor], Any] = functools.partial(
+        evaluate_or_nan, function, gradients=gradients
+    )
+    if density.mode != "eager":
+        graph, inputs = density.chain_graph_and_inputs()
+
+        def run(position: Tensor) -> Any:
+            return graph(position.contiguous(), *inputs)
+
+    with undisturbed(problem.layout.device):
+        draws = problem.draw(8)
+    return why_float64(function, run, draws, ascend=gradients)
 
 
 @contextlib.contextmanager

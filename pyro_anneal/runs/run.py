@@ -72,7 +72,7 @@ def make_problem(
             prior_weight=settings.prior_weight,
             progress=bar.update,
             max_rows=size,
-            once=lambda compute: journal.once(f"{prefix}fit", compute),
+            once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
             gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
             make_start=make_start,
         )

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "pyro_anneal"
 # Modules for users, whose every name belongs in the reference. Others are parts of these.
 PUBLIC = [
     "pyro_anneal",
+    "pyro_anneal.audits",
     "pyro_anneal.results",
     "pyro_anneal.results.arviz",
     "pyro_anneal.bounds",

@@ -273,6 +273,24 @@ def _has_bounds(site: Site) -> bool:
     return isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
 
 
+class _Marks(Messenger):  # type: ignore[misc]
+    """Remembers the model's own marks for enumeration, in whose place replay puts the guide's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.marks[msg["name"]] = msg["infer"].get("enumerate")
+
+    def restore(self, trace: Any) -> None:
+        """Puts the marks back at the sites of the model's trace."""
+        for name, mark in self.marks.items():
+            site = trace.nodes.get(name)
+            if site is not None and site["infer"].get("enumerate") != mark:
+                site["infer"] = {**site["infer"], "enumerate": mark}
+
+
 def _trace_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None,
@@ -285,7 +303,9 @@ def _trace_pair(
         return trace, None
     guide_trace = _trace(guide, guide_args)
     try:
-        trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
+        marks = _Marks()
+        trace = _trace(poutine.replay(marks(model), trace=guide_trace), model_args)
+        marks.restore(trace)
     except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
         check_value_shapes(_trace(model, model_args), guide_trace)
         raise

@@ -287,7 +287,7 @@ REFUSED = {
     # --- data ---
     "data with NaN": (
         lambda: run(data=X * NAN),
-        r'at site "x" 2 observed .* NaN .* check the data for NaN',
+        r'at site "x" 3 observed .* NaN .* check the data for NaN',
     ),
     "data with one NaN": (
         lambda: run(data=torch.tensor([0.4, NAN])),

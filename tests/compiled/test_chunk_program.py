@@ -27,7 +27,7 @@ from pyro_anneal.compiled.storage import Layout, Shared
 from pyro_anneal.compiled.unrolled import CannotUnroll, over_chains_unrolled
 from pyro_anneal.graphs import matrix_products
 from pyro_anneal.graphs.captured import capture
-from pyro_anneal.graphs.folding import shapes_to_literals, simplify
+from pyro_anneal.graphs.folding import fold_uniform, shapes_to_literals, simplify
 from pyro_anneal.graphs.inductor import compiler_problem
 from pyro_anneal.graphs.repetition import repeated_dims
 from pyro_anneal.kernels import HMC, RandomWalk
@@ -723,6 +723,8 @@ def test_unrolled_sums_keep_their_factors(combine):
 
     example = torch.randn(3, dtype=torch.float64, requires_grad=True)
     graph = make_fx(one_chain, tracing_mode="fake")(example)
+    shapes_to_literals(graph, example.device)
+    fold_uniform(graph, example.device)
     chains = torch.randn(3, 9, dtype=torch.float64)
     (rows,) = over_chains_unrolled(graph, [chains], [])
     gradient = torch.zeros_like(chains)

@@ -709,7 +709,6 @@ def test_an_unrolled_step_is_the_step(num_chains, lanes):
         lambda g, v: torch.add(g, v, alpha=2.0),
         lambda g, v: torch.add(v, g, alpha=2.0),
         lambda g, v: torch.sub(g, v, alpha=2.0),
-        lambda g, v: torch.rsub(g, v, alpha=2.0),
         lambda g, v: g + v,
         lambda g, v: g - v,
     ],

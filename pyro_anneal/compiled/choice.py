@@ -107,7 +107,7 @@ def with_loop(
     path: _Path,
     compile: bool | str,
     *,
-    num_moves: int | None = None,
+    num_runs: int = 1,
     fallback: Callable[[], object] | None = None,
 ) -> Any:
     """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
@@ -116,19 +116,19 @@ def with_loop(
         density: The captured density.
         path: The kernel and the number of steps to come.
         compile: As of :class:`~pyro_anneal.AnnealedImportance`.
-        num_moves: Moves of all chains at once that must repay the compilation: of all runs to come,
-            or, where nobody knows how many will, of those so far. The path's, once, if None.
+        num_runs: Runs of as many chains and steps that must repay the compilation: those to come,
+            over all data sets of a call, or, where nobody knows how many will, those so far.
         fallback: As of :class:`LoopedDensity`.
 
     Returns:
         The density, or a :class:`LoopedDensity` of it.
     """
-    moves = path.num_steps - 1 if num_moves is None else num_moves
-    if compile in (False, "density") or moves == 0:
+    if compile in (False, "density") or path.num_steps == 1:
         return density
+    num_moves = num_runs * (path.num_steps - 1)
     if compile == "auto" and (
         density.mode in ("eager", "graph-loop")
-        or not repays_compilation(density, path.kernel, moves)
+        or not repays_compilation(density, path.kernel, num_moves)
     ):
         return density
     problem = loop_problem(density, path.kernel)
@@ -137,7 +137,7 @@ def with_loop(
             density.compile()
         return LoopedDensity(density, problem)
     unroll = compile == "unrolled" or (
-        compile == "auto" and repays_unrolling(density, path.kernel, moves)
+        compile == "auto" and repays_unrolling(density, path.kernel, num_moves)
     )
     return LoopedDensity(density, unroll=unroll, fallback=fallback)
 

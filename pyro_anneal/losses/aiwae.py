@@ -204,7 +204,7 @@ class AIWAE(ParticleELBO):
             density,
             path,
             self._cache.compile,
-            num_moves=prepared.num_calls * self.num_steps,
+            num_runs=prepared.num_calls,
             fallback=prepared.problem.density.compile,
         )
         if isinstance(density, LoopedDensity) and density.loop_reason is None:

@@ -172,8 +172,7 @@ class Annealer(PathOptions):
         path, summary, _ = tune(Particles(density, base, first[0], seed), self.plan)
         if isinstance(density, CapturedDensity):
             runs = 2 + coupled_lower + (posterior is not None)
-            to_come = num_batches * runs * (path.num_steps - 1)
-            density = with_loop(density, path, self.compile, num_moves=to_come)
+            density = with_loop(density, path, self.compile, num_runs=num_batches * runs)
         grouping = choose_grouping(
             False if posterior is not None else self.plan.resampling,
             num_chains=self.num_chains,

@@ -28,6 +28,7 @@ __all__ = [
     "check_lag",
     "check_lineages",
     "check_pilot",
+    "check_target",
     "check_weights",
     "check_zero_weights",
     "diagnose",
@@ -322,6 +323,28 @@ def check_lag(
     )
 
 
+def check_target(run: AnnealedRun) -> Diagnostic | None:
+    """Says what rounds have reached where it is not the target.
+
+    Args:
+        run: The last of several rounds.
+
+    Returns:
+        A remark whose value is the measured error in nats, or ``None``.
+    """
+    target, error = run.target_gap, run.measured_gap
+    if target is None or error is None or error <= target:
+        return None
+    return Diagnostic(
+        name="target",
+        severity="info",
+        message=f"after {len(run.rounds)} rounds, the last of {run.num_steps} steps, the error is "
+        f"{error:.2g} nats and not yet {target:g}: raise max_rounds or num_chains, or start closer "
+        "to the posterior (another guide)",
+        value=error,
+    )
+
+
 def check_certified(run: AnnealedRun) -> Diagnostic | None:
     """Looks for a run whose posterior samples are approximate, so that its bound is none."""
     if run.certified:
@@ -399,6 +422,7 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_divergences,
         check_pilot,
         check_lag,
+        check_target,
         check_certified,
     )
     return tuple(found for check in checks if (found := check(run)) is not None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..chains.grouping import Grouping
-from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
 from ..models.simulation import (
     Arguments,
@@ -34,8 +32,9 @@ from ..results.digest import add_digests
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
 from .progress import progress_bar
-from .run import around_paths, forward, freeze, make_problem, reverse, shared_end
-from .settings import Settings
+from .rounds import Done, in_rounds, run_both
+from .run import around_paths, freeze, make_problem, reverse, shared_end
+from .settings import Frozen, Settings
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
@@ -63,24 +62,20 @@ class Pair(NamedTuple):
 class Shared(NamedTuple):
     """What the first data set chooses for all, so that their runs can be merged."""
 
-    budget: Budget | None = None  # of target_gap
+    num_steps: int | None = None  # that rounds have reached
     grouping: Grouping | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Describes it by plain values."""
-        budget = None if self.budget is None else asdict(self.budget)
-        return {
-            "budget": budget,
-            "grouping": None if self.grouping is None else self.grouping.to_dict(),
-        }
+        grouping = None if self.grouping is None else self.grouping.to_dict()
+        return {"num_steps": self.num_steps, "grouping": grouping}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Shared:
         """Undoes :meth:`to_dict`."""
-        budget, grouping = content["budget"], content["grouping"]
+        grouping = content["grouping"]
         return cls(
-            None if budget is None else Budget(**budget),
-            None if grouping is None else Grouping.from_dict(grouping),
+            content["num_steps"], None if grouping is None else Grouping.from_dict(grouping)
         )
 
 
@@ -124,17 +119,18 @@ def simulate_pair(
         journal,
         prefix,
         seed=seed,
-        budget=shared.budget,
+        num_steps=shared.num_steps,
         grouping=shared.grouping,
     )
     exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
-    run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
+
+    def anneal(frozen: Frozen, suffix: str) -> Done:
+        return run_both(frozen, exact, journal, prefix, suffix, keep_samples=keep_samples)
+
+    frozen, done = in_rounds(frozen, anneal, task="sandwich")
+    (run, back), ends = done.runs, done.ends
+    assert ends is not None
     count, size = frozen.num_chains, frozen.grouping.population_size
-    if size > 1:
-        back = around_paths(frozen, exact, journal, prefix)
-    else:
-        starts = exact.expand(count, *exact.shape)
-        back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
     extra = None
     if coupled and count > size:
         end = shared_end(ends, frozen.grouping.resampling, seed)
@@ -149,7 +145,7 @@ def simulate_pair(
     log_likelihood = frozen.problem.log_likelihood(exact)
     observed = simulation.observed if keep_samples else {}
     pair = Pair(run, back, extra, observed, log_likelihood)
-    return pair, Shared(frozen.budget, frozen.grouping)
+    return pair, Shared(frozen.path.num_steps, frozen.grouping)
 
 
 def _simulated(
@@ -178,7 +174,7 @@ def simulate_pairs(
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
-    The first data set chooses the budget (``target_gap``) and the grouping of all, whose curves
+    The rounds of the first data set (``target_gap``) choose the steps and the grouping of all, whose curves
     and populations can then be merged.
 
     Args:

@@ -42,7 +42,7 @@ __all__ = ["Goal", "Round", "first_steps", "refine"]
 
 _FEWEST, _MOST_AT_FIRST = 16, 64
 _FAR = 2.5  # errors beyond as many targets quadruple T
-_NEAR = 1.2  # a predicted error within as many targets may be the last
+_NEAR = 1.5  # a predicted error within as many targets may be the last
 _LARGEST_CHANGE = 0.7  # of a log step size or log scale from one round to the next
 _KNOTS = 16
 
@@ -177,7 +177,7 @@ def refine(
         seen = np.interp(knots, betas[1:-1], np.nan_to_num(accept))
     return pilot._replace(
         tuning=TuningTable(tuple(knots), log_step, log_scale),
-        lengths=tuple(_clock(pilot, betas, statistics.var_log_ratio, knots)),
+        lengths=tuple(_clock(pilot, betas, statistics.var_log_ratio, knots).tolist()),
         accept_prob=tuple(seen.tolist()),
         ess_fraction=tuple(np.interp(knots, known, pilot.ess_fraction).tolist()),
     )

@@ -29,6 +29,7 @@ from ..models.simulation import (
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..results.digest import add_digests
+from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
 from .progress import progress_bar
@@ -234,7 +235,7 @@ class RunSum:
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run)) | {"continuation": None}
+        fields = dict(vars(run)) | {"continuation": None, "diagnostics": ()}
         resampled = [name for name in _PER_PAIR_IF_ANY if fields[name] is not None]
         for name in (*_PER_PAIR, *resampled):
             self.per_pair.setdefault(name, []).append(fields.pop(name))
@@ -270,10 +271,9 @@ class RunSum:
 
     def to_dict(self) -> dict[str, Any]:
         """Describes the runs by tensors and plain values."""
-        pilot = self.shared["pilot"]
         return {
             "count": self.count,
-            "shared": self.shared | {"pilot": None if pilot is None else vars(pilot)},
+            "shared": _plain(self.shared),
             "per_pair": {name: torch.stack(values) for name, values in self.per_pair.items()},
             "by_site": {name: _stack(values, 0) for name, values in self.by_site.items()},
             "sums": self.sums,
@@ -285,13 +285,31 @@ class RunSum:
         """Undoes :meth:`to_dict`."""
         total = cls()
         total.count, total.sums = content["count"], dict(content["sums"])
-        total.shared, total.digests = dict(content["shared"]), list(content["digests"])
-        if total.shared["pilot"] is not None:
-            total.shared["pilot"] = PilotSummary(**total.shared["pilot"])
+        total.shared, total.digests = _unplain(content["shared"]), list(content["digests"])
         total.per_pair = {name: list(values) for name, values in content["per_pair"].items()}
         for name, values in content["by_site"].items():
             total.by_site[name] = _unstack(values, total.count)
         return total
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Describes fields of a run, its rounds included, by tensors and plain values."""
+    pilot = fields["pilot"]
+    return fields | {
+        "pilot": None if pilot is None else vars(pilot),
+        "diagnostics": [vars(found) for found in fields["diagnostics"]],
+        "rounds": [_plain(dict(vars(run))) for run in fields["rounds"]],
+    }
+
+
+def _unplain(content: dict[str, Any]) -> dict[str, Any]:
+    """Undoes :func:`_plain`."""
+    pilot = content["pilot"]
+    return content | {
+        "pilot": None if pilot is None else PilotSummary(**pilot),
+        "diagnostics": tuple(Diagnostic(**found) for found in content["diagnostics"]),
+        "rounds": tuple(AnnealedRun(**_unplain(run)) for run in content["rounds"]),
+    }
 
 
 class PairSum:

@@ -360,7 +360,7 @@ def reverse(
     blocks = split(len(position), frozen.chain_batch_size)
     ends = _back(frozen, position, journal, prefix, blocks, stream)
     run = _result(frozen, ends, "reverse", keep_samples)
-    starts = stream == "reverse" and not bool((position == position[:1]).all())
+    starts = stream.split(",")[0] == "reverse" and not bool((position == position[:1]).all())
     variance = math.nan if frozen.pilot is None else frozen.pilot.expected_variance
     count, num_data = len(position), math.prod(run.batch_shape)
     return replace(

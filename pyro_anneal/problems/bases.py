@@ -32,6 +32,7 @@ from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discr
 from ..models.edges import exact_log_prob, has_closed_form, same_kind
 from ..models.enumeration import sum_out
 from ..models.lifting import own_extension
+from ..models.mass import check_normalized
 from ..models.precision import in_float64
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch, unmasked
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
@@ -120,6 +121,8 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        for name in self._direct:
+            check_normalized(f'site "{name}" of the guide', trace.nodes[name]["fn"])
         # Sites with mass at an edge, in the same coordinate as the model's
         self._exact = frozenset(
             site.name
@@ -136,6 +139,10 @@ class GuideBase:
         }
         self._check_angles(trace)
         self._check_supports()
+
+    def is_exact(self, name: str) -> bool:
+        """Tells whether the guide's density of a site is known in u itself, also at edges."""
+        return name in self._exact
 
     def _check_angles(self, trace: Any) -> None:
         """Refuses guides on the reals for sites that live on a period, or on an image."""

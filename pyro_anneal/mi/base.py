@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_count, check_function
-from ..results.mutual_information import MutualInformation
+from ..arguments import as_count, as_seed, check_function
+from ..results.findings import warn
+from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
+from ..results.rounds import PairRounds
+from ..runs.progress import is_silenced
 from .guides import Conditional, Prior, condition_on
 from .joints import Joint, Knowledge
 from .pyro_joint import as_joint
@@ -26,6 +30,7 @@ _LEVELS: dict[Knowledge, int] = {
     "marginal p(z)": 1,
     "full joint p(x, z)": 2,
 }
+_FIRST_ROUND = 100  # pairs, where the standard error decides on their number
 _MAX_PARTICLES = 2**16  # rows (particles times pairs) of one batch of an estimate
 
 
@@ -132,7 +137,11 @@ class Bound(nn.Module, ABC):
         z: Tensor | None = None,
         *,
         num_pairs: int | None = None,
+        target_std_error: float | None = None,
+        max_pairs: int = 100_000,
         batch_size: int | None = None,
+        seed: int | None = None,
+        control_variates: bool = True,
         progress_bar: bool = False,
     ) -> MutualInformation:
         """Measures the bound on pairs: given, from a data loader, or simulated from the model.
@@ -144,8 +153,18 @@ class Bound(nn.Module, ABC):
                 must be random where pairs serve as each other's negatives.
             z: The z that belongs to each row, shape ``[N, *z_event]``.
             num_pairs: Number of pairs to simulate from the model, in place of ``x`` and ``z``.
+            target_std_error: Standard error over pairs to reach, in nats, by simulating pairs in
+                rounds, as many as the measured error asks for
+                (:class:`pyro_anneal.results.rounds.PairRounds`). ``num_pairs`` is then that of the
+                first round, 100 by default.
+            max_pairs: Pairs at which to give up on ``target_std_error``, with a warning.
             batch_size: Pairs per batch; by default as many as keep particles times pairs
                 below 65536, and all of them where pairs are each other's negatives.
+            seed: Seed of simulated pairs, particles and chains, which then leaves the global
+                generator as it was; None draws from that.
+            control_variates: Whether log densities of simulated pairs whose entropies are known
+                serve as control variates, from 20 pairs on, with coefficients that leave bounds
+                what they are. Given pairs are taken as they come: they need not follow the model.
             progress_bar: Whether to show one, over batches.
 
         Returns:
@@ -154,21 +173,40 @@ class Bound(nn.Module, ABC):
         Raises:
             ValueError: If pairs are neither given nor can be simulated, or shapes disagree.
         """
-        batches, total = self._batches(x, z, num_pairs, batch_size)
-        if progress_bar:
-            from tqdm.auto import tqdm
-
-            batches = tqdm(batches, total=total, desc=type(self).__name__)
+        rounds = PairRounds(target_std_error, most=as_count("max_pairs", max_pairs))
+        if target_std_error is not None:
+            if x is not None or z is not None:
+                raise ValueError(
+                    "target_std_error chooses the number of simulated pairs: pass no x and z"
+                )
+            num_pairs = _FIRST_ROUND if num_pairs is None else num_pairs
+        if x is not None or self.joint is None:
+            control_variates = False
         kept: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for batch_x, batch_z in batches:
-                self._check_pairs(batch_x, batch_z)
-                kept.append(self._statistics(batch_x, batch_z, for_loss=False))
-        if not kept:
-            raise ValueError("there are no pairs: the data loader is empty")
-        with torch.no_grad():
-            values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
-        return self._report(values)
+        controls: list[Tensor] = []
+        wanted, count = num_pairs, 0
+        with seeded(seed), show_progress(type(self).__name__, progress_bar) as show:
+            while True:
+                with torch.no_grad():
+                    for batch_x, batch_z in show(*self._batches(x, z, wanted, batch_size)):
+                        self._check_pairs(batch_x, batch_z)
+                        kept.append(self._statistics(batch_x, batch_z, for_loss=False))
+                        count += len(batch_x)
+                        if control_variates:
+                            assert self.joint is not None
+                            controls.append(self.joint.controls(batch_x, batch_z))
+                    if not kept:
+                        raise ValueError("there are no pairs: the data loader is empty")
+                    values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
+                result = self._report(values, torch.cat(controls, 1) if controls else None)
+                more = rounds.after(result) if target_std_error is not None else count
+                if more <= count:
+                    break
+                wanted = more - count
+        self._warn_of_ceiling(values, result)
+        missed = rounds.missed(result)
+        warn(missed)
+        return replace(result, diagnostics=(*result.diagnostics, *missed))
 
     def _batches(
         self,
@@ -215,30 +253,39 @@ class Bound(nn.Module, ABC):
                 f"{list(x.shape)} and {list(z.shape)}"
             )
 
-    def _report(self, values: Values) -> MutualInformation:
+    def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
         terms = {name: term.mean() for name, term in values.terms.items()}
-        ceiling = values.ceiling
-        saturated = ceiling is not None and bool(terms["contrastive"] >= 0.9 * ceiling > 0.0)
-        if saturated:
-            kind = "estimate" if values.plug_in is not None else "bound"
-            warnings.warn(
-                f"the contrastive term of this {type(self).__name__} {kind}, "
-                f"{terms['contrastive'].item():.3g} nats, sits at its ceiling of {ceiling:.3g} "
-                f"nats: {self._advice(values)}",
-                stacklevel=3,
-            )
+        measurements = dict(values.measurements)
+        lower, upper, ceiling = values.lower, values.upper, values.ceiling
+        if controls is not None:
+            adjusted = control_pairs(lower, upper, controls)
+            lower, upper = adjusted.lower, adjusted.upper
+            terms |= adjusted.terms
+            measurements |= adjusted.measurements
+        per_pair = next(v for v in (lower, upper, values.plug_in) if v is not None)
         return MutualInformation(
             method=type(self).__name__,
-            pair_lower=values.lower,
-            pair_upper=values.upper,
+            pair_lower=lower,
+            pair_upper=upper,
             pair_plug_in=values.plug_in,
             terms=terms,
             ceiling=ceiling,
-            saturated=saturated,
+            saturated=ceiling is not None and bool(terms["contrastive"] >= 0.9 * ceiling > 0.0),
             missing=self._missing(),
             notes=values.notes,
-            measurements=values.measurements,
+            measurements=measurements,
+            diagnostics=few_pairs(len(per_pair)),
         )
+
+    def _warn_of_ceiling(self, values: Values, result: MutualInformation) -> None:
+        if result.saturated:
+            kind = "estimate" if values.plug_in is not None else "bound"
+            warnings.warn(
+                f"the contrastive term of this {type(self).__name__} {kind}, "
+                f"{result.terms['contrastive'].item():.3g} nats, sits at its ceiling of "
+                f"{result.ceiling:.3g} nats: {self._advice(values)}",
+                stacklevel=3,
+            )
 
     def _missing(self) -> str | None:
         return None
@@ -273,6 +320,32 @@ class Bound(nn.Module, ABC):
                 f"{list(flat_z.shape[:-1])}"
             )
         return scores
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seeds the global generator for a while, and restores it; None leaves it alone."""
+    seed = as_seed(seed)
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def show_progress(label: str, visible: bool) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yields what shows a bar over an iterable, unless the environment silences it."""
+
+    def show(items: Iterable[Any], total: int | None) -> Iterator[Any]:
+        if not visible or is_silenced():
+            return iter(items)
+        from tqdm.auto import tqdm
+
+        return iter(tqdm(items, total=total, desc=label))
+
+    yield show
 
 
 def flatten(value: Tensor, num_leading: int) -> Tensor:

@@ -22,7 +22,7 @@ with warnings.catch_warnings():  # notebooks without ipywidgets get bars of text
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.auto import tqdm
 
-__all__ = ["CallProgress", "Stage", "follow_call", "progress_bar"]
+__all__ = ["CallProgress", "Stage", "follow_call", "is_silenced", "progress_bar"]
 
 _UNITS = 1000  # of the bar, in all
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -107,13 +107,18 @@ class CallProgress:
 _CURRENT: ContextVar[CallProgress | None] = ContextVar("pyro_anneal_progress", default=None)
 
 
+def is_silenced() -> bool:
+    """Tells whether ``PYRO_ANNEAL_PROGRESS=0`` in the environment silences all bars."""
+    wanted = os.environ.get("PYRO_ANNEAL_PROGRESS", "1").strip().lower()
+    return wanted in ("0", "false", "off")
+
+
 @contextlib.contextmanager
 def follow_call(
     task: str, stages: Mapping[str, float], visible: bool, seconds: dict[str, float]
 ) -> Iterator[CallProgress]:
     """Shows one bar for all stages inside; see :class:`CallProgress`."""
-    wanted = os.environ.get("PYRO_ANNEAL_PROGRESS", "1").strip().lower()
-    call = CallProgress(task, stages, visible and wanted not in ("0", "false", "off"), seconds)
+    call = CallProgress(task, stages, visible and not is_silenced(), seconds)
     token = _CURRENT.set(call)
     try:
         yield call

@@ -27,7 +27,10 @@ from .checks import (
 )
 from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
+from .edges import has_closed_form
+from .masked import check_masked
 from .mass import check_normalized
+from .relevance import unread_sites
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -159,6 +162,7 @@ def _make_site(
         start=start,
         stop=start + size,
         support=support,
+        is_exact=has_closed_form(fn),
     )
 
 
@@ -269,6 +273,24 @@ def _has_bounds(site: Site) -> bool:
     return isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
 
 
+class _Marks(Messenger):  # type: ignore[misc]
+    """Remembers the model's own marks for enumeration, in whose place replay puts the guide's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.marks[msg["name"]] = msg["infer"].get("enumerate")
+
+    def restore(self, trace: Any) -> None:
+        """Puts the marks back at the sites of the model's trace."""
+        for name, mark in self.marks.items():
+            site = trace.nodes.get(name)
+            if site is not None and site["infer"].get("enumerate") != mark:
+                site["infer"] = {**site["infer"], "enumerate": mark}
+
+
 def _trace_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None,
@@ -281,7 +303,9 @@ def _trace_pair(
         return trace, None
     guide_trace = _trace(guide, guide_args)
     try:
-        trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
+        marks = _Marks()
+        trace = _trace(poutine.replay(marks(model), trace=guide_trace), model_args)
+        marks.restore(trace)
     except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
         check_value_shapes(_trace(model, model_args), guide_trace)
         raise
@@ -326,6 +350,7 @@ def inspect_model(
         enumerated = check_latents(trace, guide_trace)
         check_structure(trace, second[0])
         check_log_probs(trace)
+        check_masked(trace)
         undeclared = _undeclared(trace, enumerated)
         batch = _find_batch(trace, guide_trace, batch_plates)
         sites: list[Site] = []
@@ -387,6 +412,7 @@ def inspect_model(
             if not frame.vectorized and frame.name in trace.nodes
         },
         notes=notes,
+        unread=unread_sites(model, model_args, trace, second[0]),
     )
     if is_empty:
         raise NothingToAnneal(layout)

@@ -25,11 +25,12 @@ from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
-from ..problems.problem import Problem, prepare
+from ..problems.problem import MakeStart, Problem, prepare
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
 from .continuation import Continuation
+from .findings import findings_of
 from .progress import progress_bar
 from .settings import Frozen, Settings
 
@@ -53,6 +54,7 @@ def make_problem(
     prefix: str,
     *,
     seed: int,
+    make_start: MakeStart | None = None,
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
@@ -73,6 +75,7 @@ def make_problem(
             max_rows=size,
             once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
             gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
+            make_start=make_start,
         )
     if journal.is_kept:
         journal.identify(f"{prefix}problem", describe_problem(problem))
@@ -118,6 +121,7 @@ def freeze(
     seed: int,
     budget: Budget | None = None,
     grouping: Grouping | None = None,
+    make_start: MakeStart | None = None,
 ) -> Frozen:
     """Prepares the problem and runs the pilot.
 
@@ -131,9 +135,19 @@ def freeze(
         seed: Seed of the run.
         budget: What ``target_gap`` chose for another problem, to be shared; None to choose.
         grouping: How the chains of another problem are grouped, to be shared; None to choose.
+        make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
     """
     began = time.perf_counter()
-    problem = make_problem(settings, model, model_args, guide_args, journal, prefix, seed=seed)
+    problem = make_problem(
+        settings,
+        model,
+        model_args,
+        guide_args,
+        journal,
+        prefix,
+        seed=seed,
+        make_start=make_start,
+    )
     setup_seconds = time.perf_counter() - began
     with progress_bar("pilot", 1.0) as bar:
         walkers = particles(
@@ -447,4 +461,5 @@ def _result(
         blocks=frozen.grouping.blocks[:],
         total_blocks=frozen.grouping.total_blocks[:],
         data_digest=digest_of_data(layout.observed),
+        diagnostics=findings_of(problem, ends.position),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -10,16 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..arguments import as_count, as_seed, check_function
+from ..persistence.randomness import seeded_if
 from ..results.findings import warn
 from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
 from ..results.rounds import PairRounds
-from ..runs.progress import is_silenced
+from .fitting import Fit, FitOptions, as_values, fit_bound
 from .guides import Conditional, Prior, condition_on
 from .joints import Joint, Knowledge
+from .progress import progress_over
 from .pyro_joint import as_joint
 
 __all__ = ["Bound", "Values", "flatten"]
@@ -54,6 +57,7 @@ class Bound(nn.Module, ABC):
     are modules. Parameters of Pyro guides live in Pyro's parameter store as always.
 
     Attributes:
+        history: How :meth:`fit` went, or None.
         requires: The least that must be known of p(x, z).
         directions: Which way it points in expectation; empty for a plug-in estimate.
         breaks: What breaks the directions.
@@ -80,6 +84,7 @@ class Bound(nn.Module, ABC):
         self.model = model  # registers the parameters of a module, which the joint would hide
         self.guide = guide
         self.critic = critic
+        self.history: Fit | None = None
         self.__dict__["joint"] = as_joint(model)
         self._check_knowledge(self.requires)
 
@@ -119,7 +124,7 @@ class Bound(nn.Module, ABC):
         Raises:
             ValueError: If the bound has nothing to learn.
         """
-        self._check_pairs(x, z)
+        x, z = self._checked_pairs(x, z)
         values = self._assemble(self._statistics(x, z, for_loss=True))
         objective = values.lower if values.plug_in is None else values.plug_in
         assert objective is not None
@@ -130,6 +135,86 @@ class Bound(nn.Module, ABC):
                 "critic nor x and z require gradients; use estimate"
             )
         return loss
+
+    def held_out_values(self, x: Tensor, z: Tensor) -> Values:
+        """Computes what :meth:`fit` compares on held-out pairs: the objective of the loss."""
+        return self._assemble(self._statistics(x, z, for_loss=True))
+
+    def fit(
+        self,
+        x: Any = None,
+        z: Any = None,
+        *,
+        num_pairs: int | None = None,
+        max_epochs: int = 200,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        patience: int = 20,
+        validation: float = 0.2,
+        seed: int | None = None,
+        progress_bar: bool = True,
+    ) -> Self:
+        """Trains critic and guide on pairs, and keeps the weights that were best on held-out ones.
+
+        Adam on minibatches of :meth:`loss`. A part of the pairs is held out, and measured after
+        each epoch with the same random numbers; training stops when it has not improved for
+        ``patience`` epochs. Estimate on fresh pairs: the held-out ones chose the weights.
+
+        Args:
+            x: Data, ``[N, *x_event]``: a tensor or a numpy array.
+            z: The z of each row, ``[N, *z_event]``; integers and booleans are labels, which
+                critics of this package cast, or encode one-hot where they were made for that many
+                classes.
+            num_pairs: Number of pairs to simulate from the model, in place of ``x`` and ``z``.
+            max_epochs: Passes over the training pairs at most.
+            batch_size: Pairs per step. It bounds the contrastive term where pairs are each other's
+                negatives.
+            lr: Learning rate at the start, halved where the held-out value stops rising.
+            patience: Epochs without a better held-out value before training stops.
+            validation: Fraction of pairs that is held out, in (0, 1).
+            seed: Seed of the split, batches and particles, which then leaves the global generator
+                as it was.
+            progress_bar: Whether to show one, over epochs; ``PYRO_ANNEAL_PROGRESS=0`` in the
+                environment silences all.
+
+        Returns:
+            The bound itself. Its ``history`` holds the curves and findings (overfitted, unfinished,
+            at the ceiling), which ``estimate`` repeats.
+
+        Raises:
+            ValueError: If the bound has nothing to learn, a number is out of range, or there are
+                too few pairs to split.
+
+        Example:
+            >>> from pyro_anneal import mi
+            >>> z = torch.randn(200)
+            >>> bound = mi.InfoNCE(mi.ConcatCritic(1, 1, hidden=[8]))
+            >>> bound = bound.fit(z + 0.5, z, max_epochs=3, seed=0, progress_bar=False)
+            >>> len(bound.history.held_out)
+            3
+        """
+        options = FitOptions(
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            patience=patience,
+            validation=validation,
+        )
+        seed = as_seed(seed)
+        if num_pairs is not None:
+            if x is not None or z is not None or self.joint is None:
+                raise ValueError(
+                    "num_pairs simulates pairs from a model: give it without x and z, to a bound "
+                    "that has a model"
+                )
+            with seeded_if(seed):
+                x, z = self.joint.sample(as_count("num_pairs", num_pairs))
+        elif x is None or z is None:
+            raise ValueError("fit takes x and z, or num_pairs= where there is a model")
+        x, z = self._checked_pairs(x, z)
+        given = None if seed is None else seed + 1  # not the numbers that pairs were made of
+        self.history = fit_bound(self, x, z, options, seed=given, progress_bar=progress_bar)
+        return self
 
     def estimate(
         self,
@@ -185,11 +270,13 @@ class Bound(nn.Module, ABC):
         kept: list[dict[str, Tensor]] = []
         controls: list[Tensor] = []
         wanted, count = num_pairs, 0
-        with seeded(seed), show_progress(type(self).__name__, progress_bar) as show:
+        name = type(self).__name__
+        with seeded_if(as_seed(seed)):
             while True:
                 with torch.no_grad():
-                    for batch_x, batch_z in show(*self._batches(x, z, wanted, batch_size)):
-                        self._check_pairs(batch_x, batch_z)
+                    batches, total = self._batches(x, z, wanted, batch_size)
+                    for pair in progress_over(name, batches, progress_bar, total):
+                        batch_x, batch_z = self._checked_pairs(*pair)
                         kept.append(self._statistics(batch_x, batch_z, for_loss=False))
                         count += len(batch_x)
                         if control_variates:
@@ -229,22 +316,17 @@ class Bound(nn.Module, ABC):
             sizes = [min(size, num_pairs - i) for i in range(0, num_pairs, size)]
             return (self.joint.sample(n) for n in sizes), len(sizes)
         if x is not None and z is not None:
-            self._check_pairs(x, z)
-            assert isinstance(x, Tensor)
+            x, z = self._checked_pairs(x, z)
             size = size or x.shape[0]
             return zip(x.split(size), z.split(size), strict=True), math.ceil(x.shape[0] / size)
-        if x is not None and z is None and not isinstance(x, Tensor):
+        if x is not None and z is None and not isinstance(x, Tensor | np.ndarray):
             return ((batch[0], batch[1]) for batch in x), getattr(x, "__len__", lambda: None)()
         raise ValueError("pass x and z, an iterable of (x, z) batches, or num_pairs=")
 
     @staticmethod
-    def _check_pairs(x: Any, z: Any) -> None:
+    def _checked_pairs(x: Any, z: Any) -> tuple[Tensor, Tensor]:
+        x, z = as_values("x", x), as_values("z", z)
         for name, value in (("x", x), ("z", z)):
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{name} must be a tensor with pairs along dimension 0, got "
-                    f"{type(value).__name__}; torch.as_tensor makes one of an array"
-                )
             if bool(value.isnan().any()):
                 raise ValueError(f"{name} holds {int(value.isnan().sum())} NaN")
         if x.dim() == 0 or z.dim() == 0 or x.shape[0] != z.shape[0] or x.shape[0] == 0:
@@ -252,6 +334,7 @@ class Bound(nn.Module, ABC):
                 "x and z must hold the same number N >= 1 of pairs along dimension 0, got shapes "
                 f"{list(x.shape)} and {list(z.shape)}"
             )
+        return x, z
 
     def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
         terms = {name: term.mean() for name, term in values.terms.items()}
@@ -274,7 +357,10 @@ class Bound(nn.Module, ABC):
             missing=self._missing(),
             notes=values.notes,
             measurements=measurements,
-            diagnostics=few_pairs(len(per_pair)),
+            diagnostics=(
+                *few_pairs(len(per_pair)),
+                *(() if self.history is None else self.history.diagnostics),
+            ),
         )
 
     def _warn_of_ceiling(self, values: Values, result: MutualInformation) -> None:
@@ -320,32 +406,6 @@ class Bound(nn.Module, ABC):
                 f"{list(flat_z.shape[:-1])}"
             )
         return scores
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds the global generator for a while, and restores it; None leaves it alone."""
-    seed = as_seed(seed)
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def show_progress(label: str, visible: bool) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Yields what shows a bar over an iterable, unless the environment silences it."""
-
-    def show(items: Iterable[Any], total: int | None) -> Iterator[Any]:
-        if not visible or is_silenced():
-            return iter(items)
-        from tqdm.auto import tqdm
-
-        return iter(tqdm(items, total=total, desc=label))
-
-    yield show
 
 
 def flatten(value: Tensor, num_leading: int) -> Tensor:

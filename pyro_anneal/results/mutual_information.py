@@ -18,7 +18,7 @@ from .run import AnnealedRun, std_error_over_pairs
 from .sandwich import Sandwich
 from .tables import Table, format_value
 
-__all__ = ["FEW_PAIRS", "ControlledPairs", "MutualInformation", "control_pairs", "few_pairs"]
+__all__ = ["MutualInformation"]
 
 # Below this many pairs an interval rests on what the pairs seen happen to show; a note says so.
 FEW_PAIRS = 20

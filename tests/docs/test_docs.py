@@ -176,3 +176,6 @@ def test_table_of_diagnostics_is_complete():
 def test_version_is_that_of_the_citation():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {pyro_anneal.__version__}" in citation
+    released = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)[1]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {pyro_anneal.__version__} ({released})" in changes

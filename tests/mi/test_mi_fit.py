@@ -97,7 +97,7 @@ def test_arrays_and_labels_are_taken_as_they_come(critic, width):
     with pytest.raises(ValueError, match="encode strings as integers"):
         bound.estimate(x, np.array(["a"] * 900))
     if width == 3:
-        with pytest.raises(ValueError, match="must lie in 0..2"):
+        with pytest.raises(ValueError, match="must lie in"):
             bound.estimate(x, y + 1)
 
 

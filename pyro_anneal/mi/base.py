@@ -89,6 +89,7 @@ class Bound(nn.Module, ABC):
         self._check_knowledge(self.requires)
 
     joint: Joint | None
+    _num_batches: int = 1  # of the size of the present one, that an estimate is made of
 
     def _check_knowledge(self, needed: Knowledge) -> None:
         known: Knowledge = "joint samples" if self.joint is None else self.joint.knowledge
@@ -270,21 +271,19 @@ class Bound(nn.Module, ABC):
         kept: list[dict[str, Tensor]] = []
         controls: list[Tensor] = []
         wanted, count = num_pairs, 0
-        name = type(self).__name__
-        with seeded_if(as_seed(seed)):
+        with seeded_if(as_seed(seed)), torch.no_grad():
             while True:
-                with torch.no_grad():
-                    batches, total = self._batches(x, z, wanted, batch_size)
-                    for pair in progress_over(name, batches, progress_bar, total):
-                        batch_x, batch_z = self._checked_pairs(*pair)
-                        kept.append(self._statistics(batch_x, batch_z, for_loss=False))
-                        count += len(batch_x)
-                        if control_variates:
-                            assert self.joint is not None
-                            controls.append(self.joint.controls(batch_x, batch_z))
-                    if not kept:
-                        raise ValueError("there are no pairs: the data loader is empty")
-                    values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
+                batches, total = self._batches(x, z, wanted, batch_size)
+                shown = progress_over(type(self).__name__, batches, progress_bar, total)
+                for pair, statistics in self._measured(shown, total):
+                    kept.append(statistics)
+                    count += len(pair[0])
+                    if control_variates:
+                        assert self.joint is not None
+                        controls.append(self.joint.controls(*pair))
+                if not kept:
+                    raise ValueError("there are no pairs: the data loader is empty")
+                values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
                 result = self._report(values, torch.cat(controls, 1) if controls else None)
                 more = rounds.after(result) if target_std_error is not None else count
                 if more <= count:
@@ -294,6 +293,20 @@ class Bound(nn.Module, ABC):
         missed = rounds.missed(result)
         warn(missed)
         return replace(result, diagnostics=(*result.diagnostics, *missed))
+
+    def _measured(
+        self, batches: Iterator[tuple[Tensor, Tensor]], total: int | None
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], dict[str, Tensor]]]:
+        """Yields pairs and their statistics, batch by batch."""
+        size = 0
+        try:
+            for pair in batches:
+                x, z = self._checked_pairs(*pair)
+                size = size or len(x)
+                self._num_batches = total or 1 if len(x) == size else 1
+                yield (x, z), self._statistics(x, z, for_loss=False)
+        finally:
+            self._num_batches = 1
 
     def _batches(
         self,

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm.std import TqdmWarning
 
-from ..runs.progress import is_silenced
+from ..arguments import bars_are_silenced
 
 with warnings.catch_warnings():  # notebooks without ipywidgets get bars of text, without advice
     warnings.simplefilter("ignore", TqdmWarning)
@@ -28,6 +28,6 @@ def progress_over(
         >>> list(progress_over("epochs", range(3), False))
         [0, 1, 2]
     """
-    if not visible or is_silenced():
+    if not visible or bars_are_silenced():
         return iter(items)
     return iter(tqdm(items, total=total, desc=label))

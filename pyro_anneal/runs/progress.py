@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,13 @@ from typing import Any
 
 from tqdm.std import TqdmWarning
 
+from ..arguments import bars_are_silenced
+
 with warnings.catch_warnings():  # notebooks without ipywidgets get bars of text, without advice
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.auto import tqdm
 
-__all__ = ["CallProgress", "Stage", "follow_call", "is_silenced", "progress_bar"]
+__all__ = ["CallProgress", "Stage", "follow_call", "progress_bar"]
 
 _UNITS = 1000  # of the bar, in all
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -107,18 +108,12 @@ class CallProgress:
 _CURRENT: ContextVar[CallProgress | None] = ContextVar("pyro_anneal_progress", default=None)
 
 
-def is_silenced() -> bool:
-    """Tells whether ``PYRO_ANNEAL_PROGRESS=0`` in the environment silences all bars."""
-    wanted = os.environ.get("PYRO_ANNEAL_PROGRESS", "1").strip().lower()
-    return wanted in ("0", "false", "off")
-
-
 @contextlib.contextmanager
 def follow_call(
     task: str, stages: Mapping[str, float], visible: bool, seconds: dict[str, float]
 ) -> Iterator[CallProgress]:
     """Shows one bar for all stages inside; see :class:`CallProgress`."""
-    call = CallProgress(task, stages, visible and not is_silenced(), seconds)
+    call = CallProgress(task, stages, visible and not bars_are_silenced(), seconds)
     token = _CURRENT.set(call)
     try:
         yield call

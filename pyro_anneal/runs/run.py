@@ -30,6 +30,7 @@ from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
 from .continuation import Continuation
+from .findings import findings_of
 from .progress import progress_bar
 from .settings import Frozen, Settings
 
@@ -460,4 +461,5 @@ def _result(
         blocks=frozen.grouping.blocks[:],
         total_blocks=frozen.grouping.total_blocks[:],
         data_digest=digest_of_data(layout.observed),
+        diagnostics=findings_of(problem, ends.position),
     )

@@ -58,6 +58,20 @@ def test_code_runs(page, monkeypatch):
         exec(compile(block, f"{page}.md, block {index}", "exec"), namespace)
 
 
+@pytest.mark.parametrize(("page", "truth"), [("mixtures", -20.0115), ("large", -148.4347)])
+def test_first_example_is_right(page, truth):
+    """Truths by quadrature over both means, and by the normal density of the regression's data."""
+    torch.set_default_dtype(torch.float32)
+    namespace = {"__name__": page}
+    exec(
+        re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)[0],
+        namespace,
+    )
+    evidence = namespace["evidence"]
+    assert abs(evidence.lower.item() - truth) < 0.01 + 5 * evidence.std_error.item()
+    assert evidence.interval(0.95)[0] < truth
+
+
 def _load(dotted):
     """Imports a module, or an attribute of one."""
     try:
@@ -162,3 +176,6 @@ def test_table_of_diagnostics_is_complete():
 def test_version_is_that_of_the_citation():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {pyro_anneal.__version__}" in citation
+    released = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)[1]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {pyro_anneal.__version__} ({released})" in changes

@@ -29,7 +29,8 @@ from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
 from .runs.pairs import simulate_pairs
 from .runs.progress import follow_call
-from .runs.run import forward, freeze, reverse
+from .runs.rounds import Done, in_rounds, run_back, run_forward
+from .runs.run import freeze
 from .runs.scout import scout_run
 from .runs.settings import Frozen, Settings
 
@@ -66,8 +67,16 @@ class AnnealedImportance(Settings):
         num_chains: Number K of chains.
         num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE). The default
             is 1000.
-        target_gap: Gap of a sandwich in nats per datum to aim at, instead of ``num_steps``: the
-            pilot then chooses T, and the number of leapfrogs where ``kernel`` is None.
+        target_gap: Error in nats to reach, instead of ``num_steps``. Rounds of doubled (or
+            quadrupled) T, each with the schedule, step sizes and scales that the rounds before it
+            measured, go on until the measured error is at the target and nothing says that it is
+            not to be believed: chains that lag, a low effective sample size, or two rounds that
+            differ. The error is the standard error of ``log_evidence`` (over a batch the root mean
+            square), and the gap of a sandwich, per datum. Several simulated data sets or batches
+            take the T of the first. The last round is the result, whose ``rounds`` are all of them.
+            ``interval`` takes into account that the decision to stop saw the result.
+        max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
+            first, which is 16 to 64.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -141,7 +150,12 @@ class AnnealedImportance(Settings):
         began = time.perf_counter()
         with self._journal("run", arguments, cross_check=self.cross_check) as journal:
             frozen = freeze(self, self.model, arguments, arguments, journal, seed=journal.seed)
-            run, _ = forward(frozen, journal)
+
+            def anneal(frozen: Frozen, suffix: str) -> Done:
+                return run_forward(frozen, journal, stream=f"forward{suffix}")
+
+            frozen, done = in_rounds(frozen, anneal, task="run")
+            run = done.runs[0]
             found = diagnostics.diagnose(run)
             if self.cross_check:
                 found = (*found, *self._scout(frozen, run, journal))
@@ -180,7 +194,13 @@ class AnnealedImportance(Settings):
         with self._journal("run_reverse", arguments, **options) as journal:
             frozen = freeze(self, self.model, arguments, arguments, journal, seed=journal.seed)
             position = pack_samples(frozen.problem, posterior_samples)
-            run = reverse(frozen, position, journal, certified=exact)
+
+            def anneal(frozen: Frozen, suffix: str) -> Done:
+                stream = f"reverse{suffix}"
+                return run_back(frozen, position, journal, stream=stream, certified=exact)
+
+            _, done = in_rounds(frozen, anneal, task="run_reverse")
+            run = done.runs[0]
         found = diagnostics.diagnose(run)
         diagnostics.warn(found)
         return replace(
@@ -343,9 +363,13 @@ class AnnealedImportance(Settings):
         frozen = freeze(
             settings, self.model, arguments, arguments, journal, prefix, seed=journal.seed
         )
-        stream = "forward from the prior"
-        other, _ = forward(frozen, journal, prefix, stream=stream, keep_samples=False)
-        found = diagnostics.diagnose_starts(run, other)
+
+        def anneal(frozen: Frozen, suffix: str) -> Done:
+            stream = f"forward from the prior{suffix}"
+            return run_forward(frozen, journal, prefix, stream=stream, keep_samples=False)
+
+        _, done = in_rounds(frozen, anneal, task="run from the prior")
+        found = diagnostics.diagnose_starts(run, done.runs[0])
         return () if found is None else (found,)
 
     def _sandwich(
@@ -422,6 +446,10 @@ def _provenance(task: str, began: float, journal: Journal, *runs: AnnealedRun) -
     if first.pilot is not None:
         gradients["pilot"] = first.pilot.num_gradients
     gradients["chains"] = sum(run.num_gradients for run in runs)
+    if first.rounds:
+        gradients["earlier rounds"] = sum(
+            run.num_gradients for each in runs for run in each.rounds[:-1]
+        )
     return Provenance(
         task=task,
         seed=first.seed,

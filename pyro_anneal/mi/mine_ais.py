@@ -33,7 +33,9 @@ class MINEAIS(VariationalBound):
     r"""Bounds I from below by an energy-based posterior: the implicit Barber-Agakov bound (IBAL).
 
     .. math::
-        \pi(z|x) = \frac{q(z|x)\, e^{T(x, z)}}{Z(x)}, \qquad
+        \pi(z|x) = \frac{q(z|x)\, e^{T(x, z)}}{Z(x)}
+
+    .. math::
         \mathrm{IBAL} = E_{p(x, z)}\Bigl[\log \frac{q(z|x)}{p(z)} + T(x, z)\Bigr]
         - E_{p(x)}[\log Z(x)] = I - E\, \mathrm{KL}(p(z|x) \| \pi(z|x))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..chains.grouping import Grouping
-from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
 from ..models.simulation import (
     Arguments,
@@ -31,11 +29,13 @@ from ..models.simulation import (
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..results.digest import add_digests
+from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
 from .progress import progress_bar
-from .run import around_paths, forward, freeze, make_problem, reverse, shared_end
-from .settings import Settings
+from .rounds import Done, in_rounds, run_both
+from .run import around_paths, freeze, make_problem, reverse, shared_end
+from .settings import Frozen, Settings
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
@@ -63,24 +63,20 @@ class Pair(NamedTuple):
 class Shared(NamedTuple):
     """What the first data set chooses for all, so that their runs can be merged."""
 
-    budget: Budget | None = None  # of target_gap
+    num_steps: int | None = None  # that rounds have reached
     grouping: Grouping | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Describes it by plain values."""
-        budget = None if self.budget is None else asdict(self.budget)
-        return {
-            "budget": budget,
-            "grouping": None if self.grouping is None else self.grouping.to_dict(),
-        }
+        grouping = None if self.grouping is None else self.grouping.to_dict()
+        return {"num_steps": self.num_steps, "grouping": grouping}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Shared:
         """Undoes :meth:`to_dict`."""
-        budget, grouping = content["budget"], content["grouping"]
+        grouping = content["grouping"]
         return cls(
-            None if budget is None else Budget(**budget),
-            None if grouping is None else Grouping.from_dict(grouping),
+            content["num_steps"], None if grouping is None else Grouping.from_dict(grouping)
         )
 
 
@@ -124,17 +120,18 @@ def simulate_pair(
         journal,
         prefix,
         seed=seed,
-        budget=shared.budget,
+        num_steps=shared.num_steps,
         grouping=shared.grouping,
     )
     exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
-    run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
+
+    def anneal(frozen: Frozen, suffix: str) -> Done:
+        return run_both(frozen, exact, journal, prefix, suffix, keep_samples=keep_samples)
+
+    frozen, done = in_rounds(frozen, anneal, task="sandwich")
+    (run, back), ends = done.runs, done.ends
+    assert ends is not None
     count, size = frozen.num_chains, frozen.grouping.population_size
-    if size > 1:
-        back = around_paths(frozen, exact, journal, prefix)
-    else:
-        starts = exact.expand(count, *exact.shape)
-        back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
     extra = None
     if coupled and count > size:
         end = shared_end(ends, frozen.grouping.resampling, seed)
@@ -149,7 +146,7 @@ def simulate_pair(
     log_likelihood = frozen.problem.log_likelihood(exact)
     observed = simulation.observed if keep_samples else {}
     pair = Pair(run, back, extra, observed, log_likelihood)
-    return pair, Shared(frozen.budget, frozen.grouping)
+    return pair, Shared(frozen.path.num_steps, frozen.grouping)
 
 
 def _simulated(
@@ -178,7 +175,7 @@ def simulate_pairs(
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
-    The first data set chooses the budget (``target_gap``) and the grouping of all, whose curves
+    The rounds of the first data set (``target_gap``) choose the steps and the grouping of all, whose curves
     and populations can then be merged.
 
     Args:
@@ -238,7 +235,7 @@ class RunSum:
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run)) | {"continuation": None}
+        fields = dict(vars(run)) | {"continuation": None, "diagnostics": ()}
         resampled = [name for name in _PER_PAIR_IF_ANY if fields[name] is not None]
         for name in (*_PER_PAIR, *resampled):
             self.per_pair.setdefault(name, []).append(fields.pop(name))
@@ -274,10 +271,9 @@ class RunSum:
 
     def to_dict(self) -> dict[str, Any]:
         """Describes the runs by tensors and plain values."""
-        pilot = self.shared["pilot"]
         return {
             "count": self.count,
-            "shared": self.shared | {"pilot": None if pilot is None else vars(pilot)},
+            "shared": _plain(self.shared),
             "per_pair": {name: torch.stack(values) for name, values in self.per_pair.items()},
             "by_site": {name: _stack(values, 0) for name, values in self.by_site.items()},
             "sums": self.sums,
@@ -289,13 +285,31 @@ class RunSum:
         """Undoes :meth:`to_dict`."""
         total = cls()
         total.count, total.sums = content["count"], dict(content["sums"])
-        total.shared, total.digests = dict(content["shared"]), list(content["digests"])
-        if total.shared["pilot"] is not None:
-            total.shared["pilot"] = PilotSummary(**total.shared["pilot"])
+        total.shared, total.digests = _unplain(content["shared"]), list(content["digests"])
         total.per_pair = {name: list(values) for name, values in content["per_pair"].items()}
         for name, values in content["by_site"].items():
             total.by_site[name] = _unstack(values, total.count)
         return total
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Describes fields of a run, its rounds included, by tensors and plain values."""
+    pilot = fields["pilot"]
+    return fields | {
+        "pilot": None if pilot is None else vars(pilot),
+        "diagnostics": [vars(found) for found in fields["diagnostics"]],
+        "rounds": [_plain(dict(vars(run))) for run in fields["rounds"]],
+    }
+
+
+def _unplain(content: dict[str, Any]) -> dict[str, Any]:
+    """Undoes :func:`_plain`."""
+    pilot = content["pilot"]
+    return content | {
+        "pilot": None if pilot is None else PilotSummary(**pilot),
+        "diagnostics": tuple(Diagnostic(**found) for found in content["diagnostics"]),
+        "rounds": tuple(AnnealedRun(**_unplain(run)) for run in content["rounds"]),
+    }
 
 
 class PairSum:

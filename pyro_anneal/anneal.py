@@ -52,9 +52,10 @@ class AnnealedImportance(Settings):
 
     K chains move along the geometric path ``log pi_beta = (1 - beta) log q + beta log p`` from a
     base q (the prior, the user's guide, or a fitted Gaussian) to the model's joint density, in the
-    unconstrained space of its latents. A pilot chooses betas, step sizes and scales and freezes
-    them, so that ``E[w] = p(x)`` holds exactly. Plates that enclose every site of model and guide
-    are batch dimensions, with a bound per element.
+    unconstrained space of its latents. A pilot, which is a short run before, chooses betas, step
+    sizes and scales. They are not changed afterwards, so that each chain's weight w has
+    ``E[w] = p(x)`` exactly. Plates that enclose every site of model and guide are batch
+    dimensions: each of their elements has chains, weights and a bound of its own.
 
     Source: Neal (2001), *Annealed importance sampling*; Brekelmans et al. (2022) for the
     multi-sample bounds; Grosse et al. (2015) for the sandwich.
@@ -73,12 +74,14 @@ class AnnealedImportance(Settings):
         batch_plates: ``"auto"``, or names of plates to treat as batch; ``[]`` for one evidence.
         step_size: Fixed step size at all betas instead of the pilot's, with unit scales.
         pilot: Settings of the pilot.
-        resampling: Whether chains resample among each other at points of the path, as populations
-            (sequential Monte Carlo), around a path from the posterior sample on the upper side:
-            True, False, or ``"auto"`` where the pilot expects log-weights to vary by more than one
-            squared nat.
-        prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
-            modes that a fitted guide may miss.
+        resampling: Whether chains form populations (sequential Monte Carlo), in which chains of
+            small weight give way to copies of others at points of the path that are chosen before
+            the run. For upper bounds each population holds one path from the exact posterior
+            sample. True, False, or ``"auto"``: where the pilot expects log-weights to vary by more
+            than one squared nat.
+        prior_weight: Weight of the prior in the mixture of prior and guide that chains start
+            from, in [0, 1). A share of the chains then starts from the prior and may find modes
+            that the guide misses.
         cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
             particles down from the prior where the guide was fitted, and warns if they end in
             modes that it misses; True also starts as many chains from the prior, and says so if

@@ -40,7 +40,7 @@ class Comparison(Result):
 
     @property
     def directions(self) -> dict[str, AnnealedRun]:
-        """None: of each model's runs the evidence is kept."""
+        """Empty: of each model's runs only the evidence is kept."""
         return {}
 
     @property

@@ -150,15 +150,16 @@ class AnnealedRun(Result):
 
     @property
     def num_populations(self) -> int:
-        """Number R of populations: that of the chains, where none is resampled."""
+        """Number R of populations; without resampling each chain is a population of its own."""
         return self.num_chains // self.population_size
 
     @property
     def population_estimates(self) -> Tensor:
         """Estimate ``log Z_hat`` of each population in nats, ``[R, *batch]``.
 
-        They are the log-weights where no chain is resampled. Independent forward, with
-        ``E[Z_hat] = Z``; around paths from one posterior sample ``E[1 / Z_hat] = 1 / Z``.
+        Without resampling these are the log-weights. Estimates of forward populations are
+        independent, with ``E[Z_hat] = Z``. Those of populations that hold a path from an exact
+        posterior sample have ``E[1 / Z_hat] = 1 / Z``.
         """
         if self.population_size == 1:
             return self.log_weights
@@ -166,9 +167,10 @@ class AnnealedRun(Result):
 
     @property
     def num_lineages(self) -> Tensor | None:
-        """Number of first ancestors that the chains descend from, ``batch``; None if all are.
+        """Number of first chains that have descendants, ``batch``; None without resampling.
 
-        Few lineages at the end say that few modes were there to choose from.
+        Few lineages at the end mean that few of the modes that chains started towards are still
+        represented.
         """
         if self.ancestors is None:
             return None
@@ -197,10 +199,11 @@ class AnnealedRun(Result):
     def upper(self) -> Tensor:
         """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
 
-        Over populations in place of chains where these are resampled
-        (:func:`pyro_anneal.bounds.population_upper`). It bounds only if the posterior samples were exact (``certified``). Else it is an estimate,
-        of which :attr:`kind` says so: reverse chains repair the draws that they start from, so
-        that its agreement with a lower bound proves nothing about the sampler.
+        Where chains are resampled, the mean is over populations instead of chains; see
+        :func:`pyro_anneal.bounds.population_upper`. The number is a bound only if the posterior
+        samples were exact (``certified``). Otherwise it is an estimate, and :attr:`kind` says so.
+        Reverse chains repair the draws that they start from, so its agreement with a lower bound
+        proves nothing about the sampler.
 
         Raises:
             ValueError: If the chains ran forward.
@@ -219,9 +222,11 @@ class AnnealedRun(Result):
 
     @property
     def single(self) -> Tensor:
-        """Single-sample bound, the mean log-weight: lower forward, upper in reverse.
+        """Single-sample bound: the mean log-weight, nats, shape ``batch``.
 
-        Of populations, the mean of their estimates.
+        It is a lower bound of forward chains and an upper bound of reverse chains, and looser than
+        the bound of several chains. Where chains were resampled, it is the mean of ``log Z_hat``
+        over populations.
         """
         return self.scale * bounds.single_sample(self.population_estimates)
 
@@ -234,7 +239,8 @@ class AnnealedRun(Result):
     def ess(self) -> Tensor:
         """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K].
 
-        Of resampled chains it is that of the last stage: :attr:`num_lineages` tells the rest.
+        Where chains were resampled, this is the effective sample size since the last resampling;
+        what was lost before shows in :attr:`num_lineages`.
         """
         return effective_sample_size(self._signed_weights)
 
@@ -276,8 +282,9 @@ class AnnealedRun(Result):
     def thermodynamic_integration(self) -> Estimate:
         """Estimate of the log evidence by integrating ``log p/q`` over beta, shape ``batch``.
 
-        Not a bound: it carries the trapezoid's error and that of chains which lag behind. The mean
-        over resampled chains is right as well; its standard error is not known, NaN.
+        This is no bound: the trapezoid rule has an error, and so have chains that lag behind the
+        path. The mean over resampled chains is right as well, but its standard error is not known
+        and therefore NaN.
         """
         value = self.scale * self.log_evidence_ti.mean(dim=0)
         if self.population_size > 1:

@@ -28,6 +28,7 @@ __all__ = [
     "check_lag",
     "check_lineages",
     "check_pilot",
+    "check_target",
     "check_weights",
     "check_zero_weights",
     "diagnose",
@@ -340,6 +341,28 @@ def check_lag(
     )
 
 
+def check_target(run: AnnealedRun) -> Diagnostic | None:
+    """Says what rounds have reached where it is not the target.
+
+    Args:
+        run: The last of several rounds.
+
+    Returns:
+        A remark whose value is the measured error in nats, or ``None``.
+    """
+    target, error = run.target_gap, run.measured_gap
+    if target is None or error is None or error <= target:
+        return None
+    return Diagnostic(
+        name="target",
+        severity="info",
+        message=f"after {len(run.rounds)} rounds, the last of {run.num_steps} steps, the error is "
+        f"{error:.2g} nats and not yet {target:g}: raise max_rounds or num_chains, or start closer "
+        "to the posterior (another guide)",
+        value=error,
+    )
+
+
 def check_certified(run: AnnealedRun) -> Diagnostic | None:
     """Looks for a reverse run from approximate posterior samples, which gives no bound."""
     if run.certified:
@@ -417,6 +440,7 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_divergences,
         check_pilot,
         check_lag,
+        check_target,
         check_certified,
     )
     known = [found for found in run.diagnostics if found.name in _OF_THE_PROBLEM]

@@ -115,6 +115,12 @@ class AnnealedRun(Result):
     # of the batch, and for their sum. Chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)
     total_blocks: tuple[int, int] = (1, 1)
+    # Of a call with a target: all rounds without samples, the last of which is this run; which of the
+    # rounds that might have been reported it is; the target, and the error measured, in nats.
+    rounds: tuple[AnnealedRun, ...] = ()
+    num_looks: int = 0
+    target_gap: float | None = None
+    measured_gap: float | None = None
     continuation: Continues | None = field(default=None, metadata={"saved": False})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -307,6 +313,11 @@ class AnnealedRun(Result):
         cannot exclude evidence that none of them found, so the upper end is infinite; a reverse run
         has the mirrored interval, of one block where its chains share a posterior sample.
 
+        Where rounds stopped at a target, the n-th round that might have been reported
+        (``num_looks``) has the share :math:`2^{-n} \alpha`, so that the interval reported fails
+        with probability :math:`\alpha` at most, whatever the decision to stop looked at. One look
+        costs :math:`\log 2 / R` nats. Each of ``rounds`` has an interval of its own level.
+
         Args:
             level: Probability of coverage, in (0, 1).
             total: Whether to cover the sum over the batch instead of each element.
@@ -337,7 +348,9 @@ class AnnealedRun(Result):
         limit = (
             self.scale
             * self._sign
-            * bounds.limit_of_blocks(self._sign * means, level, num_kept=kept)
+            * bounds.limit_of_blocks(
+                self._sign * means, bounds.level_of_look(level, self.num_looks), num_kept=kept
+            )
         )
         infinite = torch.full_like(limit, torch.inf)
         return (limit, infinite) if self.direction == "forward" else (-infinite, limit)
@@ -521,12 +534,18 @@ class AnnealedRun(Result):
             fields.append(("populations", f"{self.num_populations} of {self.population_size}"))
             fields.append(("resamplings", counts))
             fields.append(("lineages", lineages))
+        if self.rounds:
+            steps = ", ".join(str(run.num_steps) for run in self.rounds)
+            fields.append((f"rounds (target {self.target_gap:g})", f"T = {steps}"))
         if self.num_steps > 1:
             fields.append(("acceptance", _range(self.accept_prob)))
             fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
         fields.append(("verdict", self.verdict))
         cost = f"{self.num_gradients} gradients per chain"
         extra = []
+        if len(self.rounds) > 1:
+            spent = sum(run.num_gradients for run in self.rounds[:-1])
+            extra.append(f"earlier rounds: {spent}")
         if self.pilot is not None:
             extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
             if not math.isnan(self.pilot.expected_gap):

@@ -21,13 +21,14 @@ from .persistence.journal import Journal, keep_journal
 from .problems.problem import Guide
 from .problems.samples import pack_samples
 from .results.batches import EvidenceOfBatches
-from .results.mutual_information import MutualInformation
+from .results.mutual_information import FEW_PAIRS, MutualInformation
 from .results.provenance import Provenance
+from .results.rounds import PairRounds
 from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
-from .runs.pairs import simulate_pairs
+from .runs.pairs import PairSum, simulate_pairs
 from .runs.progress import follow_call
 from .runs.rounds import Done, in_rounds, run_back, run_forward
 from .runs.run import freeze
@@ -240,13 +241,16 @@ class AnnealedImportance(Settings):
             ValueError: If pairs simulated from the model are not exact, or the guide's data
                 argument is ambiguous.
         """
-        return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)
+        return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)[0]
 
     def mutual_information(
         self,
         *args: Any,
-        num_simulations: int = 1,
+        num_simulations: int | None = None,
+        target_std_error: float | None = None,
+        max_simulations: int = 10_000,
         bounds: tuple[str, str] = ("IM lower", "CR upper"),
+        control_variates: bool = True,
         **kwargs: Any,
     ) -> MutualInformation:
         r"""Bounds the mutual information between the model's observed and latent sites.
@@ -262,20 +266,58 @@ class AnnealedImportance(Settings):
 
         Args:
             *args: Arguments of model and guide, as for :meth:`sandwich`.
-            num_simulations: Number of simulated data sets.
+            num_simulations: Number of simulated data sets. By default as many as give 20 pairs,
+                so that an interval over pairs means something; with ``target_std_error`` that of
+                the first round.
+            target_std_error: Standard error over pairs to reach on both sides, in nats: data sets
+                are then simulated in rounds, as many as the measured error asks for
+                (:class:`pyro_anneal.results.rounds.PairRounds`).
+            max_simulations: Data sets at which to give up on ``target_std_error``, with a warning.
             bounds: Bounds on log p(x) to use, as for :meth:`sandwich`.
+            control_variates: Whether log densities of sites whose entropies are known serve as
+                control variates, from 20 pairs on. Their coefficients are left-one-out, so bounds
+                stay bounds in expectation.
             **kwargs: Arguments of model and guide.
 
         Returns:
             Lower and upper bounds in nats, with standard errors over pairs.
 
         Raises:
-            ValueError: As :meth:`sandwich`.
+            ValueError: As :meth:`sandwich`; or if ``target_std_error`` is not positive.
         """
-        result = self._sandwich(
-            "mutual_information", (args, kwargs), num_simulations, bounds, keep_samples=False
+        most = as_count("max_simulations", max_simulations)
+        first = 1 if num_simulations is None else as_count("num_simulations", num_simulations)
+
+        def measure(pairs: PairSum, sandwich: Sandwich) -> MutualInformation:
+            controls = pairs.all_controls() if control_variates else None
+            notes = sandwich.forward.notes
+            return MutualInformation.from_sandwich(sandwich, notes=notes, controls=controls)
+
+        def rounds(pairs: PairSum) -> PairRounds:
+            size = max(1, pairs.log_likelihood[0].numel())
+            least = FEW_PAIRS if num_simulations is None else 1
+            return PairRounds(target_std_error, least, max(size * most, least))
+
+        def more(pairs: PairSum) -> int:
+            size = max(1, pairs.log_likelihood[0].numel())
+            return -(-rounds(pairs).after(measure(pairs, pairs.sandwich(bounds))) // size)
+
+        PairRounds(target_std_error)  # checks it
+        ask = more if num_simulations is None or target_std_error is not None else None
+        options = {"target_std_error": target_std_error, "max_simulations": most}
+        sandwich, pairs = self._sandwich(
+            "mutual_information",
+            (args, kwargs),
+            first,
+            bounds,
+            keep_samples=False,
+            more=ask,
+            options={"rounds": num_simulations is None, **options},
         )
-        return MutualInformation.from_sandwich(result, notes=result.forward.notes)
+        result = measure(pairs, sandwich)
+        missed = rounds(pairs).missed(result)
+        diagnostics.warn(missed)
+        return replace(result, diagnostics=(*result.diagnostics, *missed))
 
     def run_batches(
         self,
@@ -379,14 +421,17 @@ class AnnealedImportance(Settings):
         num_simulations: int,
         bounds: tuple[str, str],
         keep_samples: bool | None,
-    ) -> Sandwich:
+        more: Callable[[PairSum], int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Sandwich, PairSum]:
         began = time.perf_counter()
         num_simulations = as_count("num_simulations", num_simulations)
         check_names(bounds)
         coupled = "CR lower" in bounds
         keep_samples = num_simulations == 1 if keep_samples is None else keep_samples
-        options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
-        with self._journal(task, arguments, **options, coupled=coupled) as journal:
+        given = {"num_simulations": num_simulations, "keep_samples": keep_samples}
+        given |= options or {}
+        with self._journal(task, arguments, **given, coupled=coupled) as journal:
             pairs = simulate_pairs(
                 self,
                 arguments,
@@ -394,12 +439,13 @@ class AnnealedImportance(Settings):
                 num_simulations=num_simulations,
                 coupled=coupled,
                 keep_samples=keep_samples,
+                more=more,
             )
         result = pairs.sandwich(bounds)
         found = diagnostics.diagnose_sandwich(result)
         diagnostics.warn(found)
         provenance = _provenance(task, began, journal, result.forward, result.reverse)
-        return replace(result, diagnostics=found, provenance=provenance)
+        return replace(result, diagnostics=found, provenance=provenance), pairs
 
     @contextlib.contextmanager
     def _journal(

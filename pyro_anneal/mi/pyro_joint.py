@@ -12,9 +12,10 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..models.entropies import excess
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
-from .packing import Layout, sample_sites, site_bijection
+from .packing import Packing, sample_sites, site_bijection
 
 __all__ = ["PyroJoint", "as_joint"]
 
@@ -108,7 +109,7 @@ class PyroJoint(Joint):
                 "row observed sites, part of x"
             )
         self._nesting: int | None = None
-        self._layouts: tuple[Layout, Layout] | None = None
+        self._layouts: tuple[Packing, Packing] | None = None
         self._knowledge: Knowledge = "full joint p(x, z)"
 
     @property
@@ -118,7 +119,7 @@ class PyroJoint(Joint):
             self.layouts(self._template(2))
         return self._knowledge
 
-    def layouts(self, x: Tensor | None) -> tuple[Layout, Layout]:
+    def layouts(self, x: Tensor | None) -> tuple[Packing, Packing]:
         """Finds how observed and latent sites are packed into x and z, once."""
         if self._layouts is None:
             num_pairs = 2 if x is None else x.shape[0]
@@ -154,6 +155,19 @@ class PyroJoint(Joint):
         _, z_layout = self.layouts(x)
         trace = self._trace(x.shape[0], x)
         return site_bijection(trace, z_layout)
+
+    def controls(self, x: Tensor, z: Tensor) -> Tensor:
+        """Sums ``log p + H`` over latent and over observed sites whose entropies are known."""
+        x_layout, z_layout = self.layouts(x)
+        trace = self._trace(x.shape[0], x, data=z_layout.unpack(z) | x_layout.unpack(x))
+        sums = []
+        for layout in (z_layout, x_layout):
+            sites = [trace.nodes[name] for name in layout.names]
+            terms = [excess(site["fn"], site["value"]) for site in sites]
+            known = [t.reshape((x.shape[0], -1)).sum(-1) for t in terms if t is not None]
+            if known:
+                sums.append(torch.stack(known).sum(0))
+        return torch.stack(sums) if sums else super().controls(x, z)
 
     def _template(self, num_pairs: int) -> Tensor | None:
         if not self.takes_data:
@@ -218,7 +232,7 @@ class PyroJoint(Joint):
         frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
         return max((-f.dim for f in frames), default=0)
 
-    def _read_layouts(self, num_pairs: int, x: Tensor | None) -> tuple[Layout, Layout]:
+    def _read_layouts(self, num_pairs: int, x: Tensor | None) -> tuple[Packing, Packing]:
         sites = sample_sites(self._trace(num_pairs, x))
         if self.observed is None:
             self.observed = [n for n, s in sites.items() if s["infer"].get("was_observed")]
@@ -251,8 +265,8 @@ class PyroJoint(Joint):
         assert self._nesting is not None
         inner = self._nesting - 1 if self.takes_data else self._nesting
         tails = {n: s["value"].shape[1:] for n, s in sites.items()}
-        x_layout = Layout({n: tails[n] for n in sites if n in self.observed}, inner)
-        return x_layout, Layout({n: tails[n] for n in latent}, inner)
+        x_layout = Packing({n: tails[n] for n in sites if n in self.observed}, inner)
+        return x_layout, Packing({n: tails[n] for n in latent}, inner)
 
     def _check_plate(self, name: str, site: Any, num_pairs: int) -> None:
         assert self._nesting is not None

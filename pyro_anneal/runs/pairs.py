@@ -8,7 +8,7 @@ of latents and data times the number of simulations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..chains.grouping import Grouping
 from ..models.autoguides import sees_arguments
+from ..models.entropies import pair_controls
 from ..models.simulation import (
     Arguments,
     Simulation,
@@ -32,7 +33,7 @@ from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
-from .progress import progress_bar
+from .progress import Stage, progress_bar
 from .rounds import Done, in_rounds, run_both
 from .run import around_paths, freeze, make_problem, reverse, shared_end
 from .settings import Frozen, Settings
@@ -58,6 +59,7 @@ class Pair(NamedTuple):
     coupled_reverse: Tensor | None  # log-weights from the end of forward chain 0
     observed: dict[str, Tensor]  # empty if samples are not kept
     log_likelihood: Tensor  # log p(x | z), [*batch]
+    controls: Tensor  # of mean zero over pairs, [C, *batch]
 
 
 class Shared(NamedTuple):
@@ -145,7 +147,10 @@ def simulate_pair(
             extra = again.log_weights
     log_likelihood = frozen.problem.log_likelihood(exact)
     observed = simulation.observed if keep_samples else {}
-    pair = Pair(run, back, extra, observed, log_likelihood)
+    controls = pair_controls(
+        conditioned, arguments, simulation.latents, simulation.observed, frozen.problem.layout
+    )
+    pair = Pair(run, back, extra, observed, log_likelihood, controls)
     return pair, Shared(frozen.path.num_steps, frozen.grouping)
 
 
@@ -172,6 +177,7 @@ def simulate_pairs(
     num_simulations: int,
     coupled: bool,
     keep_samples: bool,
+    more: Callable[[PairSum], int] | None = None,
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
@@ -185,6 +191,8 @@ def simulate_pairs(
         num_simulations: Number of data sets.
         coupled: As in :func:`simulate_pair`.
         keep_samples: Likewise.
+        more: Asked after that number, and after each that it names, for the number of data sets
+            there should be; no more than there are ends the simulations.
     """
     stored, seed = journal.get("pairs"), journal.seed
     total, shared = PairSum(), Shared()
@@ -193,19 +201,27 @@ def simulate_pairs(
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
         shared = Shared.from_dict(stored["shared"])
-    several = progress_bar("simulations", num_simulations) if num_simulations > 1 else None
-    with several or contextlib.nullcontext() as bar:
-        if bar is not None:
-            bar.update(total.count)
-        for index in range(total.count, num_simulations):
-            prefix = f"{index}/"
+    wanted = num_simulations
+    with contextlib.ExitStack() as stack:
+        bar: Stage | None = None
+        while True:
+            if total.count >= wanted:
+                wanted = wanted if more is None else more(total)
+                if total.count >= wanted:
+                    break
+            if bar is None and wanted > 1:  # a single data set shows its own stages
+                bar = stack.enter_context(progress_bar("simulations", wanted))
+                bar.update(total.count)
+            if bar is not None:
+                bar.total = wanted
+            prefix = f"{total.count}/"
             with released():
                 pair, shared = simulate_pair(
                     settings,
                     arguments,
                     journal,
                     prefix,
-                    seed=seed + index,
+                    seed=seed + total.count,
                     coupled=coupled,
                     keep_samples=keep_samples,
                     shared=shared,
@@ -235,7 +251,7 @@ class RunSum:
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run)) | {"continuation": None, "diagnostics": ()}
+        fields = dict(vars(run)) | {"continuation": None}
         resampled = [name for name in _PER_PAIR_IF_ANY if fields[name] is not None]
         for name in (*_PER_PAIR, *resampled):
             self.per_pair.setdefault(name, []).append(fields.pop(name))
@@ -320,6 +336,7 @@ class PairSum:
         self.coupled: list[Tensor] = []
         self.observed: list[dict[str, Tensor]] = []
         self.log_likelihood: list[Tensor] = []
+        self.controls: list[Tensor] = []
 
     @property
     def count(self) -> int:
@@ -334,6 +351,7 @@ class PairSum:
             self.coupled.append(pair.coupled_reverse)
         self.observed.append(pair.observed)
         self.log_likelihood.append(pair.log_likelihood)
+        self.controls.append(pair.controls)
 
     def sandwich(self, bounds: tuple[str, str]) -> Sandwich:
         """Builds the sandwich; one data set keeps its batch, several get a leading plate."""
@@ -351,6 +369,12 @@ class PairSum:
             upper_bound=bounds[1],
         )
 
+    def all_controls(self) -> Tensor | None:
+        """Joins the control variates of all pairs, ``[C, (S,) *batch]``, or None without any."""
+        if len({controls.shape for controls in self.controls}) != 1 or not len(self.controls[0]):
+            return None
+        return self.controls[0] if self.count == 1 else torch.stack(self.controls, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Describes the pairs by tensors and plain values."""
         return {
@@ -359,6 +383,7 @@ class PairSum:
             "coupled": torch.stack(self.coupled) if self.coupled else None,
             "observed": _stack(self.observed, 0),
             "log_likelihood": torch.stack(self.log_likelihood),
+            "controls": list(self.controls),
         }
 
     @classmethod
@@ -371,6 +396,7 @@ class PairSum:
         total.coupled = [] if content["coupled"] is None else list(content["coupled"])
         total.observed = _unstack(content["observed"], total.count)
         total.log_likelihood = list(content["log_likelihood"])
+        total.controls = list(content["controls"])
         return total
 
 

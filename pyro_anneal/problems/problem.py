@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from .bases import (
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
 from .fitted import Once, fit_start
+from .over_chains import draw_chains, map_chains
 
 __all__ = ["Problem", "prepare"]
 
@@ -60,14 +61,25 @@ class Problem:
         position is NaN and its weight zero. Drawing again would start from a truncated base whose
         normalizer nobody knows, and overstate the evidence.
         """
-        with torch.no_grad():
-            return torch.stack([self._draw_one(self.base) for _ in range(num_chains)])
+        return self._draw(self.base, num_chains)
 
     def draw_prior(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the model's prior, likewise."""
-        base = PriorBase(self.model)
-        with torch.no_grad():
-            return torch.stack([self._draw_one(base) for _ in range(num_chains)])
+        return self._draw(PriorBase(self.model), num_chains)
+
+    def _draw(self, base: Base, num_chains: int) -> Tensor:
+        return draw_chains(
+            lambda: self._draw_one(base),
+            num_chains,
+            numbers=self._numbers,
+            device=self.layout.device,
+        )
+
+    @property
+    def _numbers(self) -> int:
+        """Numbers in the largest tensor of one chain, as far as is known."""
+        observed = [value.numel() for value in self.layout.observed.values()]
+        return max([*observed, self.layout.batch_shape.numel() * self.layout.dim])
 
     def _draw_one(self, base: Base) -> Tensor:
         layout = self.layout
@@ -93,18 +105,29 @@ class Problem:
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
-        with torch.no_grad():
-            chains = [self.model.unpack(chain) for chain in position]
         names = [site.name for site in self.layout.model_sites]
-        return {name: torch.stack([chain[name] for chain in chains]) for name in names}
+
+        def values(chain: Tensor) -> dict[str, Tensor]:
+            found = self.model.unpack(chain)
+            return {name: found[name] for name in names}
+
+        with torch.no_grad():
+            unpacked: dict[str, Tensor] = map_chains(values, position, numbers=self._numbers)
+        return unpacked
 
     def pack(self, values: dict[str, Tensor]) -> Tensor:
         """Packs one value of each latent site into ``[*batch, D]``."""
         with torch.no_grad():
             return self.model.pack(values).to(self.layout.dtype)
 
-    def check_supports(self, values: dict[str, Tensor]) -> None:
-        """Checks that one value of each site lies inside its support.
+    def pack_chains(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Packs K values of each latent site, ``[K, *value_shape]``, into ``[K, *batch, D]``."""
+        with torch.no_grad():
+            packed: Tensor = map_chains(self.model.pack, values, numbers=self._numbers)
+        return packed.to(self.layout.dtype)
+
+    def check_supports(self, values: Mapping[str, Tensor]) -> None:
+        """Checks that K values of each site lie inside its support.
 
         Raises:
             ValueError: If one does not; names the site.
@@ -119,15 +142,24 @@ class Problem:
                         f"it has {transform.size} categories, from 0"
                     )
         args, kwargs = self.model.arguments
-        model = poutine.condition(self.model.model, data=values)
-        with torch.no_grad(), validation_disabled(), poutine.block():
+        supports = {}
+
+        def inside(chain: dict[str, Tensor]) -> dict[str, Tensor]:
+            model = poutine.condition(self.model.model, data=chain)
             trace = poutine.trace(model).get_trace(*args, **kwargs)
-        for name, value in values.items():
-            fn = trace.nodes[name]["fn"]
-            support = fn.support if is_discrete(fn) else normalized_support(fn)
-            if not bool(support.check(value).all()):
+            found = {}
+            for name, value in chain.items():
+                fn = trace.nodes[name]["fn"]
+                supports[name] = fn.support if is_discrete(fn) else normalized_support(fn)
+                found[name] = supports[name].check(value).all()
+            return found
+
+        with torch.no_grad(), validation_disabled(), poutine.block():
+            all_inside = map_chains(inside, values, numbers=self._numbers)
+        for name, flags in all_inside.items():
+            if not bool(flags.all()):
                 raise ValueError(
-                    f'a posterior sample of site "{name}" lies outside its support {support}'
+                    f'a posterior sample of site "{name}" lies outside its support {supports[name]}'
                 )
 
     def log_likelihood(self, position: Tensor) -> Tensor:

@@ -101,12 +101,8 @@ def scout_run(
         seen = scout(from_prior, problem.draw_prior, density, kernel, seed=seed)
         if seen is None:
             return {}
-        chains = [
-            problem.pack({name: value[k] for name, value in run.posterior.items()})
-            for k in range(run.num_chains)
-        ]
         with torch.no_grad():
-            end = density(torch.stack(chains))
+            end = density(problem.pack_chains(run.posterior))
         found = diagnose_scouting(run, end, seen)
         return {} if found is None else asdict(found)
 

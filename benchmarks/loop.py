@@ -29,6 +29,7 @@ from pyro_anneal.compiled import program as chunk_program
 from pyro_anneal.compiled.program import LoopedDensity
 from pyro_anneal.compiled.step_graph import DensityGraphs
 from pyro_anneal.kernels import HMC
+from pyro_anneal.kernels.noise import draw_steps
 from pyro_anneal.problems.problem import prepare
 from pyro_anneal.schedules import Linear
 
@@ -157,14 +158,16 @@ def program_alone(looped, path, state, num_steps):
     """Leaves the random numbers out, as for the peers."""
     density, kernel = looped.density, path.kernel
     generator = torch.Generator().manual_seed(0)
-    noise = [kernel.noise(state, generator) for _ in range(num_steps)]
+    noise = draw_steps(kernel, state, num_steps, generator)
     betas = path.betas[1:-1]
     step_size, scale = path.tuning.at_all(betas)
     widths = torch.full((num_steps,), 1.0 / num_steps, dtype=torch.float64)
     table = StepTable(betas.to(state.position), step_size, scale, widths, widths)
     num_chains = len(state.position)
     graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(num_chains))
-    key = chunk_program._key(kernel, graphs, [*state, *noise[0]], 100, looped.unroll)
+    key = chunk_program._key(
+        kernel, graphs, [*state, *(part[:1] for part in noise)], 100, looped.unroll
+    )
     compiled = chunk_program._PROGRAMS[key]
     shared = (graphs.one_chain if compiled.body.layout.last else graphs.all_chains)[1]
     stored = compiled.body.layout.store_shared(shared)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Density, Kernel, State, Tuning
+from ..kernels.noise import noise_in_blocks
 from ..persistence.randomness import seeded_generator
 from .path import Carry, Direction, Path, StepStatistics, StepTable
 from .resampling import Lineage, Reference, Resampling
@@ -45,7 +46,7 @@ class ChunkRunner(Protocol):
         kernel: Kernel,
         carry: Carry,
         table: StepTable,
-        generator: torch.Generator,
+        noise: tuple[Tensor, ...],
         *,
         rows: int,
     ) -> tuple[Carry, Tensor] | None:
@@ -55,9 +56,8 @@ class ChunkRunner(Protocol):
             kernel: Moves the chains.
             carry: Where they stand.
             table: One row per step.
-            generator: Source of the noise, used as the loop itself would; left as it was if the
-                answer is None.
-            rows: The most steps that any chunk has.
+            noise: What the kernel draws, with a leading dimension of steps.
+            rows: The most steps that any table has.
 
         Returns:
             Where the chains stand after the last step, and the statistics of each step ``[n, 4]``
@@ -261,15 +261,31 @@ def _move(
     table: StepTable,
     generator: torch.Generator,
 ) -> tuple[Carry, Tensor]:
-    """Runs the steps of a table, at once where the density can."""
-    if isinstance(density, ChunkRunner):
-        outcome = density.run_chunk(kernel, carry, table, generator, rows=CHUNK_SIZE)
-        if outcome is not None:
-            return outcome
+    """Runs the steps of a table, as many at once as the density can."""
+    rows, blocks = noise_in_blocks(kernel, carry.state, len(table.beta), CHUNK_SIZE, generator)
     seen = []
-    for beta, step_size, scale, width, quadrature in zip(*table, strict=True):
-        noise = kernel.noise(carry.state, generator)
-        state, info = kernel.step(carry.state, density, beta, Tuning(step_size, scale), noise)
+    for steps, noise in blocks:
+        part = StepTable(*(column[steps] for column in table))
+        outcome = None
+        if isinstance(density, ChunkRunner):
+            outcome = density.run_chunk(kernel, carry, part, noise, rows=rows)
+        if outcome is None:
+            outcome = _step_by_step(density, kernel, carry, part, noise)
+        carry = outcome[0]
+        seen.append(outcome[1])
+    return carry, torch.cat(seen)
+
+
+def _step_by_step(
+    density: Density, kernel: Kernel, carry: Carry, table: StepTable, noise: Sequence[Tensor]
+) -> tuple[Carry, Tensor]:
+    """Runs the steps of a table one after another."""
+    seen = []
+    each = zip(*(part.contiguous().unbind(0) for part in noise), strict=True)
+    for own, (beta, step_size, scale, width, quadrature) in zip(
+        each, zip(*table, strict=True), strict=True
+    ):
+        state, info = kernel.step(carry.state, density, beta, Tuning(step_size, scale), own)
         carry, ratio = _weigh(carry, state, width, quadrature)
         moves = (info.accept_prob.mean().double(), info.diverging.sum().double())
         seen.append(torch.stack([*ratio, *moves]))
@@ -325,7 +341,7 @@ def final_move(
         The states, and the mean acceptance probability, a scalar.
     """
     generator = seeded_generator(state.position.device, seed, stream, "final")
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     none = torch.zeros(1, dtype=torch.float64, device=state.position.device)
     table = StepTable(one.to(state.position), *path.tuning.at_all(one), none, none)
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernel, State, Tuning
+from ..kernels.base import SeveralStepSizes
 
 __all__ = [
     "Carry",
@@ -51,7 +52,7 @@ class TuningTable:
             Step sizes ``[n, *batch]`` and scales ``[n, *batch, D]``.
         """
         last = len(self.betas) - 1
-        knots = torch.tensor(self.betas, dtype=torch.float64)
+        knots = torch.tensor(self.betas, dtype=torch.float64, device="cpu")
         betas = betas.double().cpu()
         upper = torch.searchsorted(knots, betas, right=True).clamp(min(1, last), last)
         lower = (upper - 1).clamp(min=0)
@@ -84,9 +85,8 @@ class TuningTable:
                 f"{list(batch)}"
             )
         log_step = step.log().expand(batch)
-        parts = getattr(kernel, "num_step_sizes", None)
-        if parts is not None:
-            log_step = log_step.unsqueeze(-1).expand(*batch, parts)
+        if isinstance(kernel, SeveralStepSizes):
+            log_step = log_step.unsqueeze(-1).expand(*batch, kernel.num_step_sizes)
         return TuningTable((0.0,), log_step.unsqueeze(0), torch.zeros_like(example).unsqueeze(0))
 
 

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from ..arguments import as_count, as_real
 from ..kernels import Density, Kernel, State, Tuning
+from ..kernels.base import SeveralStepSizes, step_targets
+from ..kernels.noise import draw_steps
 from ..weights import effective_sample_size, log_mean_exp, resample_indices
 from .fluctuations import Fluctuations, Pieces
 from .path import TuningTable
@@ -116,9 +118,9 @@ def run_pilot(
     log_scale = _log_scale(state.position, None)
     dim = state.position.shape[-1]
     log_step = torch.full_like(log_scale[..., 0], -0.25 * math.log(dim))
-    parts = getattr(kernel, "num_step_sizes", None)
-    if parts is not None:  # one step size for each kernel of a composite
-        log_step = log_step.unsqueeze(-1).repeat(*(1 for _ in log_step.shape), parts)
+    if isinstance(kernel, SeveralStepSizes):
+        ones = [1] * log_step.dim()
+        log_step = log_step.unsqueeze(-1).repeat(*ones, kernel.num_step_sizes)
     knots, steps, scales, lengths, accepts, fractions = [], [], [], [], [], []
     fluctuations = Fluctuations()
     num_moves = 0
@@ -286,9 +288,9 @@ def _tune_and_move(
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
     late, late_accept = torch.zeros_like(log_step), torch.zeros_like(log_step)
     ratios = [_finite_ratio(state.log_ratio())]
-    for move in range(num_moves):
+    drawn = draw_steps(kernel, state, num_moves, generator)
+    for move, noise in enumerate(zip(*(part.unbind(0) for part in drawn), strict=True)):
         tuning = Tuning(log_step.exp(), scale)
-        noise = kernel.noise(state, generator)
         state, info = kernel.step(state, density, on_device, tuning, noise)
         ratios.append(_finite_ratio(state.log_ratio()))
         by_part = info.accept_by_part
@@ -304,7 +306,7 @@ def _tune_and_move(
 
 def _target_accept(kernel: Kernel, like: Tensor) -> Tensor | None:
     """Collects the acceptance to steer toward; NaN-free, one per step size, None without any."""
-    targets = getattr(kernel, "target_accepts", (kernel.target_accept,))
+    targets = step_targets(kernel)
     if all(target is None for target in targets):
         return None
     found = [1.0 if target is None else target for target in targets]

@@ -2,8 +2,8 @@ r"""Chunks of annealing steps as one compiled program.
 
 For small models the time of a step is the time to dispatch its operations one by one. Here the
 graph of a whole step (:mod:`.chunk_graph`) becomes the body of a loop that inductor compiles to
-C++; its random numbers are drawn before, from the generator and in the order of the eager loop, so
-that both give the same numbers to rounding. On a GPU the step is captured once as a CUDA graph and
+C++; its random numbers are drawn before, as those of the eager loop, so that both give the same
+numbers to rounding. On a GPU the step is captured once as a CUDA graph and
 replayed, which needs no synchronization with the host.
 
 What cannot be compiled runs step by step; :class:`LoopedDensity` says why.
@@ -45,8 +45,6 @@ class _Compiled(NamedTuple):
 # Programs by what they were made for. They hold no data: these are inputs.
 _PROGRAMS: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
 _CAPACITY = 32
-# Numbers of noise held at once: 32 MB in float64.
-_NOISE_LIMIT = 2**22
 # Inductor's time grows with the operations of the step, and so does the C++ compiler's.
 _MAX_OPERATIONS = 12_000
 
@@ -89,64 +87,41 @@ class LoopedDensity:
         kernel: Kernel,
         carry: Carry,
         table: StepTable,
-        generator: torch.Generator,
+        noise: tuple[Tensor, ...],
         *,
         rows: int,
     ) -> tuple[Carry, Tensor] | None:
         """Runs the steps of ``table``, or returns None where they must be run one by one.
 
         Args:
-            kernel: Moves the chains; its noise is drawn from ``generator`` step by step.
+            kernel: Moves the chains.
             carry: Where the chains are.
             table: One row per step.
-            generator: Left as it was if the answer is None.
-            rows: The most steps that any chunk has: programs are made for so many, or fewer where
-                their noise would not fit.
+            noise: What the kernel draws, with a leading dimension of steps.
+            rows: The most steps that any table has: programs are made for so many.
 
         Returns:
             Where the chains are after the last step, and the statistics of each, ``[n, 4]``.
         """
         if self.loop_reason is not None and self.loop_mode is None:
             return None
-        before = generator.get_state()
         try:
-            outcome = self._run(kernel, carry, table, generator, rows)
+            program = self._program(kernel, carry.state, noise, table, rows)
+            state, log_weights, integral, seen = program(*carry, table, noise)
         except Exception as error:  # of kernels, vmap, inductor, the C++ compiler
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             self.loop_mode, self.loop_reason = None, _first_line(error)
             self.density.compile()
-            generator.set_state(before)
             return None
         self.density.num_evaluations += kernel.num_gradients * len(table.beta)
-        return outcome
-
-    def _run(
-        self, kernel: Kernel, carry: Carry, table: StepTable, generator: torch.Generator, rows: int
-    ) -> tuple[Carry, Tensor]:
-        total = len(table.beta)
-        state, log_weights, integral = carry
-        noise = kernel.noise(state, generator)
-        size = max(1, min(rows, _NOISE_LIMIT // max(1, sum(part.numel() for part in noise))))
-        program = self._program(kernel, state, noise, table, size)
-        pending, seen = [noise], []
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            while len(pending) < stop - start:
-                pending.append(kernel.noise(state, generator))
-            part = StepTable(*(column[start:stop] for column in table))
-            state, log_weights, integral, part_seen = program(
-                state, log_weights, integral, part, pending
-            )
-            seen.append(part_seen)
-            pending = []
-        return Carry(state, log_weights, integral), torch.cat(seen)
+        return Carry(state, log_weights, integral), seen
 
     def _program(
         self,
         kernel: Kernel,
         state: State,
-        noise: tuple[Tensor, ...],
+        noise: Sequence[Tensor],
         table: StepTable,
         size: int,
     ) -> _Program:
@@ -154,13 +129,15 @@ class LoopedDensity:
             self.density.chain_graph_and_inputs(),
             self.density.graph_and_inputs(len(state.position)),
         )
-        key = _key(kernel, graphs, [*state, *noise], size, self.unroll)
+        one = [part[:1] for part in noise]
+        key = _key(kernel, graphs, [*state, *one], size, self.unroll)
         found = _PROGRAMS.get(key)
         if found is None:
-            body = build_body(graphs, kernel, state, noise, table, size, unroll=self.unroll)
+            step = [part[0].contiguous() for part in noise]
+            body = build_body(graphs, kernel, state, step, table, size, unroll=self.unroll)
             shared = graphs.one_chain[1] if body.layout.last else graphs.all_chains[1]
-            found = _compile(body, state, noise, table, shared)
-            _check(_Program(found, shared), kernel, self.density, state, noise, table)
+            found = _compile(body, state, one, table, shared)
+            _check(_Program(found, shared), kernel, self.density, state, one, table)
             _PROGRAMS[key] = found
             if len(_PROGRAMS) > _CAPACITY:
                 _PROGRAMS.popitem(last=False)
@@ -183,7 +160,7 @@ class _Program:
         log_weights: Tensor,
         integral: Tensor,
         table: StepTable,
-        noise: Sequence[Sequence[Tensor]],
+        noise: Sequence[Tensor],
     ) -> tuple[State, Tensor, Tensor, Tensor]:
         count = len(table.beta)
         arguments = _arguments(self.body, state, log_weights, integral, table, noise, self.shared)
@@ -199,7 +176,7 @@ def _arguments(
     log_weights: Tensor,
     integral: Tensor,
     table: StepTable,
-    noise: Sequence[Sequence[Tensor]],
+    noise: Sequence[Tensor],
     shared: Sequence[Tensor],
 ) -> list[Tensor]:
     """Lays out the arguments of a body at step 0."""
@@ -250,7 +227,7 @@ def _compile(
     integral = weights.clone()
     stored = body.layout.store_shared(shared)
     first = StepTable(*(column[:1] for column in table))
-    example = _arguments(body, state, weights, integral, first, [noise], stored)
+    example = _arguments(body, state, weights, integral, first, noise, stored)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
         if state.position.device.type == "cuda":
@@ -267,7 +244,7 @@ def _check(
     kernel: Kernel,
     density: CapturedDensity,
     state: State,
-    noise: tuple[Tensor, ...],
+    noise: Sequence[Tensor],
     table: StepTable,
 ) -> None:
     """Compares the first step with the kernel's own.
@@ -278,10 +255,12 @@ def _check(
     """
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)
     first = StepTable(*(column[:1] for column in table))
-    got = program(state, weights, weights, first, [noise])[0]
+    got = program(state, weights, weights, first, noise)[0]
     tuning = Tuning(table.step_size[0], table.scale[0])
     with torch.no_grad():
-        expected, _ = kernel.step(state, density, table.beta[0], tuning, noise)
+        expected, _ = kernel.step(
+            state, density, table.beta[0], tuning, tuple(part[0] for part in noise)
+        )
     density.num_evaluations -= kernel.num_gradients
     eps = torch.finfo(state.position.dtype).eps
     same = torch.isclose(got.position, expected.position, rtol=eps**0.5, atol=eps**0.5)

@@ -25,6 +25,7 @@ from ..graphs.recording import flat_graph
 from ..graphs.repetition import ComputeOnce, WrittenTo
 from ..graphs.rewriting import lift_constants
 from ..kernels import Kernel, State, Tuning
+from ..kernels.base import moves_chains_alone
 from .chains_last import Transposing, over_chains_last
 from .statistics import in_one_pass, in_passes, last_mean, new_table, with_column
 from .storage import (
@@ -136,7 +137,7 @@ def build_body(
         Exception: Whatever a step that cannot be recorded raises.
     """
     count = len(state.position)
-    each = bool(getattr(kernel, "moves_chains_alone", False))
+    each = moves_chains_alone(kernel)
     if each and count >= _CHAINS_LAST_FROM and all(len(part) == count for part in noise):
         unroll = unroll and state.position.device.type == "cpu"
         for unrolled in (True, False) if unroll else (False,):
@@ -193,7 +194,7 @@ def _build(
         *layout.store([*state, *weights]),
         new_table(size, state),
         *store_table(StepTable(*(column[:1] for column in table)), size),
-        *layout.store_noise([noise], size),
+        *layout.store_noise([part.unsqueeze(0) for part in noise], size),
         *layout.store_shared(shared),
         *constants,
     ]

@@ -120,16 +120,15 @@ class Layout:
             return tensor
         return torch.cat([tensor, tensor[..., : self.lanes - self.count]], -1)
 
-    def store_noise(self, steps: Sequence[Sequence[Tensor]], size: int) -> list[Tensor]:
-        """Turns the noise of several steps into tables of ``size`` rows, one per step."""
-        parts = [torch.stack(part) for part in zip(*steps, strict=True)]
+    def store_noise(self, parts: Sequence[Tensor], size: int) -> list[Tensor]:
+        """Turns noise, ``[n, K, ...]`` of n steps, into tables of ``size`` rows, one per step."""
         if not self.last:
             return [_padded(part, size) for part in parts]
-        tables = []
+        tables, steps = [], len(parts[0])
         for group in by_dtype([template.dtype for template in self.noise]):
-            rows = [parts[i].movedim(1, -1).reshape(len(steps), -1, self.count) for i in group]
+            rows = [parts[i].movedim(1, -1).reshape(steps, -1, self.count) for i in group]
             table = rows[0].new_empty(size, sum(x.shape[1] for x in rows), self.lanes)
-            filled = table[: len(steps)]
+            filled = table[:steps]
             torch.cat(rows, 1, out=filled[..., : self.count])
             filled[..., self.count :] = filled[..., : self.lanes - self.count]
             tables.append(table)

@@ -141,6 +141,8 @@ class _Interpreter(fx.Interpreter):
             return target(*args, **kwargs)
         rule = _MOVES.get(target) or _SUMS.get(target)
         if rule is not None:
+            if kwargs:  # alpha and beta of a product, dtype of a sum
+                raise CannotUnroll(f"{target} with {sorted(kwargs)}")
             return rule(self, args)
         if target in _COPIES:
             return args[0]
@@ -172,7 +174,7 @@ class _Interpreter(fx.Interpreter):
             unchanged = all(dtype in (None, self.value.dtype) for dtype in dtypes)
             if target is aten.neg.default:
                 return _ZERO
-            if target is aten.add.Tensor and len(args) == 2 and unchanged:
+            if target is aten.add.Tensor and len(args) == 2 and unchanged and not kwargs:
                 return args[1] if args[0] is _ZERO else args[0]
             device = self.value.device
             args = [

@@ -351,7 +351,8 @@ def index_selected(call: Call) -> Result:
         if call.rows(source) is not None or call.get("source") is not None:
             raise Meet("it chooses among rows")
         return Rows(dim, call.rows(index).inner)  # type: ignore[union-attr]
-    parts = [source] + [call["source"]] * isinstance(call.get("source"), fx.Node)
+    other = call.get("source")
+    parts = [source, other] if isinstance(other, fx.Node) else [source]
     rows = _aligned(call, parts)
     assert rows is not None
     if rows.axis == dim:

@@ -16,7 +16,18 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Density", "Info", "Kernel", "State", "Tuning", "normal_and_uniform"]
+__all__ = [
+    "Density",
+    "Info",
+    "Kernel",
+    "MovesChainsAlone",
+    "SeveralStepSizes",
+    "State",
+    "Tuning",
+    "moves_chains_alone",
+    "normal_and_uniform",
+    "step_targets",
+]
 
 
 class State(NamedTuple):
@@ -113,3 +124,51 @@ class Kernel(Protocol):
     def reversal(self) -> Kernel:
         """Returns the kernel of the time-reversed chain."""
         ...
+
+
+@runtime_checkable
+class MovesChainsAlone(Protocol):
+    """A kernel that says whether chains see each other.
+
+    Where they do not, a step may be recorded for one chain and run for all of them with chains last
+    in memory, which is several times as fast for small models. Of a kernel that says nothing it is
+    taken that chains may see each other, as in ensemble samplers.
+    """
+
+    @property
+    def moves_chains_alone(self) -> bool:
+        """Whether the move of a chain depends on that chain and its own noise only."""
+        ...
+
+
+def moves_chains_alone(kernel: Kernel) -> bool:
+    """Asks a kernel whether each chain moves by itself; False if it does not say so.
+
+    Example:
+        >>> from pyro_anneal.kernels import HMC
+        >>> moves_chains_alone(HMC())
+        True
+    """
+    return isinstance(kernel, MovesChainsAlone) and bool(kernel.moves_chains_alone)
+
+
+@runtime_checkable
+class SeveralStepSizes(Protocol):
+    """A kernel of several parts, each with a step size of its own."""
+
+    @property
+    def num_step_sizes(self) -> int:
+        """Number M of step sizes, in the last dimension of ``Tuning.step_size``."""
+        ...
+
+    @property
+    def target_accepts(self) -> tuple[float | None, ...]:
+        """Acceptance that the pilot steers each of them toward; None if there is none to tune."""
+        ...
+
+
+def step_targets(kernel: Kernel) -> tuple[float | None, ...]:
+    """Collects the acceptance to steer toward, one per step size of a kernel."""
+    if isinstance(kernel, SeveralStepSizes):
+        return kernel.target_accepts
+    return (kernel.target_accept,)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .base import Density, Info, Kernel, State, Tuning
+from .base import Density, Info, Kernel, State, Tuning, moves_chains_alone
 from .lattice import Lattice
+from .noise import Noise, declared
 
 __all__ = ["Composite"]
 
@@ -87,7 +89,7 @@ class Composite:
     @property
     def moves_chains_alone(self) -> bool:
         """Whether no part lets chains see each other."""
-        return all(bool(getattr(part, "moves_chains_alone", False)) for part in self.parts)
+        return all(moves_chains_alone(part) for part in self.parts)
 
     def on(self, lattice: Lattice) -> Composite:
         """Returns the kernel whose discrete coordinates are those of ``lattice``."""
@@ -96,6 +98,12 @@ class Composite:
             for part in self.parts
         )
         return replace(self, parts=parts, lattice=lattice)
+
+    def declared_noise(self, state: State) -> tuple[Noise, ...] | None:
+        """The noise of each part in turn, if all declare theirs."""
+        found = [declared(self.parts[index], state) for index in self._order]
+        every = [parts for parts in found if parts is not None]
+        return tuple(itertools.chain(*every)) if len(every) == len(found) else None
 
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """Draws the randomness of each part in turn."""

@@ -34,6 +34,7 @@ from ..arguments import as_count, as_real
 from .base import Density, Info, Kernel, State, Tuning
 from .hmc import accept
 from .lattice import Block, Kind, Lattice
+from .noise import Noise, draw_step
 
 __all__ = ["DiscreteLangevin", "SingleSite"]
 
@@ -195,10 +196,13 @@ class DiscreteLangevin:
         """Returns the kernel that moves the coordinates of ``lattice``."""
         return replace(self, lattice=lattice)
 
+    def declared_noise(self, state: State) -> tuple[Noise, ...]:
+        """A uniform number per coordinate, and one for the acceptance."""
+        return Noise("uniform", (state.position.shape[-1],)), Noise("uniform")
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws a uniform number per coordinate, and one for the acceptance."""
-        each = torch.empty_like(state.position).uniform_(generator=generator)
-        return each, torch.empty_like(state.log_base).uniform_(generator=generator)
+        """Draws what is declared, for one step."""
+        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,
@@ -299,11 +303,14 @@ class SingleSite:
         """Returns the kernel that moves the coordinates of ``lattice``."""
         return replace(self, lattice=lattice)
 
+    def declared_noise(self, state: State) -> tuple[Noise, ...]:
+        """Three uniform numbers per move: which variable, where to, whether to accept."""
+        each = Noise("uniform", (self.num_moves,))
+        return each, each, each
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws three uniform numbers per move: which variable, where to, whether to accept."""
-        shape = (*state.log_base.shape, self.num_moves)
-        example = state.position.new_empty(shape)
-        return tuple(torch.empty_like(example).uniform_(generator=generator) for _ in range(3))
+        """Draws what is declared, for one step."""
+        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_count, as_real
-from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
+from .base import Density, Info, Kernel, State, Tuning
+from .noise import Noise, draw_step
 
 __all__ = ["HMC", "accept", "leapfrog"]
 
@@ -126,11 +127,14 @@ class HMC:
         """Chains do not see each other, so a step may be recorded for one of them."""
         return True
 
+    def declared_noise(self, state: State) -> tuple[Noise, ...]:
+        """A standard normal momentum, a uniform number, and one in [-1, 1) for the jitter."""
+        momentum = Noise("normal", (state.position.shape[-1],))
+        return momentum, Noise("uniform"), Noise("uniform", low=-1.0)
+
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws a standard normal momentum, a uniform number, and one for the jitter."""
-        momentum, uniform = normal_and_uniform(state, generator)
-        jitter = torch.empty_like(uniform).uniform_(-1.0, 1.0, generator=generator)
-        return momentum, uniform, jitter
+        """Draws what is declared, for one step."""
+        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,

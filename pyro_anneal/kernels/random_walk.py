@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_real
-from .base import Density, Info, Kernel, State, Tuning, normal_and_uniform
+from .base import Density, Info, Kernel, State, Tuning
 from .hmc import accept
+from .noise import Noise, draw_step
 
 __all__ = ["RandomWalk"]
 
@@ -49,14 +50,18 @@ class RandomWalk:
         """Chains do not see each other, so a step may be recorded for one of them."""
         return True
 
+    def declared_noise(self, state: State) -> tuple[Noise, ...]:
+        """A standard normal step and a uniform number."""
+        return Noise("normal", (state.position.shape[-1],)), Noise("uniform")
+
     @property
     def needs_gradients(self) -> bool:
         """Proposals do not look at gradients, so the density may leave torch."""
         return False
 
     def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws a standard normal step and a uniform number."""
-        return normal_and_uniform(state, generator)
+        """Draws what is declared, for one step."""
+        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,

@@ -16,7 +16,6 @@ beyond that is settled here:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +24,9 @@ from typing import Any, Literal, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.ops import packed
-from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
+from ..models.enumeration import sum_out
 from ..models.sites import (
     base_distribution,
     density_sites,
@@ -229,32 +227,17 @@ def _score(name: str, site: Site, sampling: Sampling) -> Tensor | None:
 
 def _sum_out(trace: Any, enumerated: Sequence[str], reducer: _Reducer) -> Tensor:
     """Sums enumerated sites out of the joint density, by message passing within plates."""
-    trace.pack_tensors()
-    enum_dims: set[str] = set()
-    for name in enumerated:
-        infer = trace.nodes[name]["infer"]
-        enum_dims.add(infer["_dim_to_symbol"][infer["_enumerate_dim"]])
-    plain: list[Tensor] = []
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    inner: dict[str, Tensor | float] = {}
-    symbol_to_dim: dict[str, int] = {}
-    for name, site in density_sites(trace):
-        frames = list(plate_frames(site).values())
-        symbol_to_dim.update({trace.plate_to_symbol[f.name]: f.dim for f in frames})
-        term = site["packed"]["unscaled_log_prob"]
-        if enum_dims.isdisjoint(term._pyro_dims):
-            plain.append(reducer.log_prob(site))
-            continue
-        if site["mask"] is not None:
-            term = packed.scale_and_mask(term, mask=site["packed"]["mask"])
-        ordinal = frozenset(trace.plate_to_symbol[frame.name] for frame in frames)
-        factors.setdefault(ordinal, []).append(term)
-        inner[name] = reducer.scales.inside(site)
-    scale = _one_scale(inner)
-    for terms in contract_tensor_tree(factors, enum_dims, cache={}).values():
-        for term in terms:
-            plain.append(reducer(packed.unpack(term, symbol_to_dim) * scale))
-    return _sum(plain, torch.zeros(reducer.shape))
+    sites = dict(density_sites(trace))
+    found = sum_out(
+        trace,
+        sites.items(),
+        enumerated,
+        lambda site: scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]),
+    )
+    scale = _one_scale({name: reducer.scales.inside(sites[name]) for name in found.summed})
+    terms = [reducer(term * scale) for term in found.terms]
+    terms += [reducer.log_prob(sites[name]) for name in found.plain]
+    return _sum(terms, torch.zeros(reducer.shape))
 
 
 def _one_scale(scales: Mapping[str, Tensor | float]) -> Tensor | float:

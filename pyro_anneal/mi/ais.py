@@ -50,6 +50,9 @@ class AIS(Bound):
         schedule: ``"adaptive"`` from a pilot, a schedule such as ``Linear()``, or betas.
         step_size: Fixed step size at all betas in place of the pilot's.
         pilot: Settings of the pilot, which runs once per batch of pairs.
+        resampling: Whether chains of a pair resample among each other at points of the path: True,
+            False, or ``"auto"`` where the pilot expects log-weights to vary by more than one squared
+            nat. Populations then take the place of chains in all bounds but ``"IR"``.
         compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
 
     Raises:
@@ -83,6 +86,7 @@ class AIS(Bound):
         schedule: str | Schedule | Tensor = "adaptive",
         step_size: float | None = None,
         pilot: Pilot | None = None,
+        resampling: bool | str = "auto",
         compile: bool | str = "auto",
     ) -> None:
         super().__init__(model=model, guide=guide)
@@ -93,6 +97,7 @@ class AIS(Bound):
             schedule=schedule,
             pilot=pilot,
             step_size=step_size,
+            resampling=resampling,
             compile=compile,
         )
         for kind in (lower, upper):
@@ -103,6 +108,11 @@ class AIS(Bound):
                     "IR bounds need several exact posterior samples per x, a simulated pair has "
                     "one: pass posterior=, or use IM or CR"
                 )
+        if resampling is True and "IR" in (lower, upper):
+            raise ValueError(
+                "IR bounds take one posterior sample per chain, and chains that resample share one: "
+                "pass resampling=False, or use IM or CR"
+            )
         self.lower_kind, self.upper_kind = lower, upper
         self.posterior = posterior
 

@@ -6,6 +6,7 @@ are functions of tensors. The pilot sees x and draws of the base, never the z of
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from .. import bounds
 from ..arguments import as_flag
-from ..chains.loop import run_chains
+from ..chains.grouping import choose_grouping
+from ..chains.loop import reversed_paths, run_chains
+from ..chains.path import Carry, Path
 from ..chains.plan import PathOptions
+from ..chains.resampling import Reference, Resampling, systematic_ancestors
 from ..chains.tuning import Particles, tune
 from ..graphs.captured import capture
 from ..kernels import Density, State
 from ..models.validation import validation_disabled
+from ..persistence.randomness import seeded_generator
 from .bijections import Bijection
 
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
@@ -66,7 +71,10 @@ class PairDensity:
 
 
 class AnnealedWeights(NamedTuple):
-    """Log-weights of the chains of N pairs, in nats; what was not asked for has no rows."""
+    """Log-weights of the chains of N pairs, in nats; what was not asked for has no rows.
+
+    Where chains are resampled, estimates of R populations stand in place of K log-weights.
+    """
 
     forward: Tensor  # [K, N]
     reverse: Tensor  # from the z of the pair, [K, N]
@@ -157,7 +165,17 @@ class Annealer(PathOptions):
 
         first = base(self.num_chains)
         density = self._faster(PairDensity(log_densities, bijection), first[0])
-        path = tune(Particles(density, base, first[0], seed), self.plan).path
+        path, summary, _ = tune(Particles(density, base, first[0], seed), self.plan)
+        grouping = choose_grouping(
+            False if posterior is not None else self.plan.resampling,
+            num_chains=self.num_chains,
+            num_steps=path.num_steps,
+            length=math.nan if summary is None else summary.length,
+            variance=math.nan if summary is None else summary.expected_variance,
+        )
+        if grouping.resampling is not None:
+            populations = _Populations(density, path, grouping.resampling, seed)
+            return populations.run(base, first, bijection.unconstrain(z), coupled_lower)
         start = density(first)
         carry, statistics = run_chains(
             density, path, start, direction="forward", seed=seed, stream="forward"
@@ -186,3 +204,65 @@ class Annealer(PathOptions):
             independent,
             moves.mean() if len(moves) else moves.new_full((), torch.nan),
         )
+
+
+@dataclass(frozen=True)
+class _Populations:
+    """Resamples the chains of pairs, forward and around paths from posterior samples."""
+
+    density: Density
+    path: Path
+    resampling: Resampling
+    seed: int
+
+    def run(
+        self, base: Callable[[int], Tensor], first: Tensor, exact: Tensor, coupled_lower: bool
+    ) -> AnnealedWeights:
+        """Runs populations from the base, and around paths that end at ``exact [N, D]``."""
+        carry, moves = self._from(first, "forward")
+        size, coupled = self.resampling.population_size, carry.log_weights[:0]
+        if coupled_lower and len(first) > size:
+            generator = seeded_generator(first.device, self.seed, "an end of the first population")
+            chosen = systematic_ancestors(carry.log_weights[:size], generator)[:1]
+            position = carry.state.position
+            index = chosen.unsqueeze(-1).expand(1, *position.shape[1:])
+            again = self._around(base, position.gather(0, index)[0], len(first), "coupled reverse")
+            coupled = self._estimates(again)[1:]
+        return AnnealedWeights(
+            self._estimates(carry.log_weights),
+            self._estimates(self._around(base, exact, len(first), "reverse")),
+            coupled,
+            carry.log_weights[:0],
+            moves.mean() if len(moves) else moves.new_full((), torch.nan),
+        )
+
+    def _estimates(self, log_weights: Tensor) -> Tensor:
+        return bounds.block_means(log_weights, len(log_weights) // self.resampling.population_size)
+
+    def _from(
+        self, position: Tensor, stream: str, paths: Reference | None = None
+    ) -> tuple[Carry, Tensor]:
+        carry, statistics = run_chains(
+            self.density,
+            self.path,
+            self.density(position.contiguous()),
+            direction="forward",
+            seed=self.seed,
+            stream=stream,
+            resampling=self.resampling,
+            reference=paths,
+        )
+        return carry, statistics.accept_prob
+
+    def _around(
+        self, base: Callable[[int], Tensor], end: Tensor, num_chains: int, stream: str
+    ) -> Tensor:
+        paths = reversed_paths(
+            self.density,
+            self.path,
+            self.density(end.expand(num_chains, *end.shape).contiguous()),
+            self.resampling,
+            seed=self.seed,
+            stream=f"{stream} paths",
+        )
+        return self._from(base(num_chains), f"{stream} populations", paths)[0].log_weights

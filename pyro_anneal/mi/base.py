@@ -276,10 +276,5 @@ class Bound(nn.Module, ABC):
 
 
 def flatten(value: Tensor, num_leading: int) -> Tensor:
-    """Flattens events: ``[*leading, *event]`` to ``[*leading, D]``, with D = 1 for scalars.
-
-    Critics are networks on vectors of floats: integers and booleans (labels) are cast.
-    """
-    if not value.is_floating_point() and not value.is_complex():
-        value = value.to(torch.get_default_dtype())
+    """Flattens events: ``[*leading, *event]`` to ``[*leading, D]``, with D = 1 for scalars."""
     return value.reshape((*value.shape[:num_leading], -1))

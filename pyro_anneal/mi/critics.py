@@ -27,6 +27,12 @@ _MAX_ROWS = 2**17  # rows of one pass of a concatenated critic when many pairs a
 _MAX_TABLE = 2**24  # entries of a full table of scores of which only some are wanted
 
 
+def _apply(network: nn.Module, value: Tensor) -> Tensor:
+    """Applies a network to vectors in its own dtype: labels are integers or booleans."""
+    weight = next(network.parameters(), None)
+    return network(value if weight is None else value.to(weight.dtype))  # type: ignore[no-any-return]
+
+
 class Critic(Protocol):
     """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``, in nats."""
 
@@ -86,7 +92,7 @@ class ConcatCritic(nn.Module):
         """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
         _check_width("x", x, self.first_x.in_features)
         _check_width("z", z, self.first_z.in_features)
-        return self.rest(self.first_x(x) + self.first_z(z)).squeeze(-1)  # type: ignore[no-any-return]
+        return self.rest(_apply(self.first_x, x) + _apply(self.first_z, z)).squeeze(-1)  # type: ignore[no-any-return]
 
 
 class SeparableCritic(nn.Module):
@@ -128,14 +134,14 @@ class SeparableCritic(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
-        f, g = self.x_net(x), self.z_net(z)
+        f, g = _apply(self.x_net, x), _apply(self.z_net, z)
         inner = (f[..., :-1] * g[..., :-1]).sum(dim=-1)
-        return inner + f[..., -1] + g[..., -1]  # type: ignore[no-any-return]
+        return inner + f[..., -1] + g[..., -1]
 
     def pairwise(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores all pairs in N + M passes: ``[N, Dx]``, ``[M, Dz]`` to ``[N, M]``."""
-        f, g = self.x_net(x), self.z_net(z)
-        return f[:, :-1] @ g[:, :-1].mT + f[:, -1:] + g[:, -1]  # type: ignore[no-any-return]
+        f, g = _apply(self.x_net, x), _apply(self.z_net, z)
+        return f[:, :-1] @ g[:, :-1].mT + f[:, -1:] + g[:, -1]
 
 
 class RelativeCritic(nn.Module):

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.functional import logsigmoid
 
-__all__ = ["CircleTransform", "PositiveDefiniteTransform", "SphereTransform", "wrapped"]
+__all__ = [
+    "BendTransform",
+    "CircleTransform",
+    "PositiveDefiniteTransform",
+    "SphereTransform",
+    "wrapped",
+]
 
 
 def wrapped(angle: Tensor) -> Tensor:
@@ -38,6 +44,39 @@ def _logit(share: Tensor) -> Tensor:
     eps = torch.finfo(share.dtype).eps
     share = share.clamp(tiny, 1.0 - eps)
     return share.log() - torch.log1p(-share)
+
+
+class BendTransform(Transform):
+    r"""Turns exponential tails into Gaussian ones: ``u = v + k v |v| / 2``, k by the sign of v.
+
+    Where a density falls as :math:`e^{-r|u|}`, that of v with ``k = 1 / r - 1`` falls as a normal's.
+
+    Args:
+        left: Bend k >= 0 of negative values.
+        right: Bend of positive values.
+    """
+
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.left = left
+        self.right = right
+
+    def _bend(self, x: Tensor) -> Tensor:
+        return torch.where(x < 0, self.left, self.right)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x + 0.5 * self._bend(x) * x * x.abs()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return 2.0 * y / (1.0 + (1.0 + 2.0 * self._bend(y) * y.abs()).sqrt())
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Computes log(1 + k |v|)."""
+        return torch.log1p(self._bend(x) * x.abs())
 
 
 class CircleTransform(Transform):

@@ -278,7 +278,9 @@ def _check_same_sites(
     extra = [
         name
         for name, site in guided.items()
-        if name not in continuous and not site["infer"].get("is_auxiliary")
+        if name not in continuous
+        and not site["infer"].get("is_auxiliary")
+        and not (name in enumerated and getattr(site["fn"], "has_enumerate_support", False))
     ]
     if missing or extra:
         problems = []
@@ -286,7 +288,10 @@ def _check_same_sites(
             problems.append(f"latent sites of the model without a guide: {missing}")
         both = [name for name in extra if name in enumerated]
         if both:
-            problems.append(f"sites that the model enumerates and the guide samples: {both}")
+            problems.append(
+                f"sites that the model enumerates and the guide samples: {both} (leave them out of "
+                "the guide: the model sums over them)"
+            )
         seen = [name for name in extra if name in observed]
         if seen:
             problems.append(f"sites of the guide that the model observes: {seen}")

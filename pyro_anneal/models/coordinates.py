@@ -24,6 +24,7 @@ from pyro.distributions import transforms as T
 from torch import Tensor
 
 from .discrete import discrete_map, is_discrete
+from .edges import bend
 from .sites import Layout, base_distribution
 from .supports import bijection_onto, normalized_support
 
@@ -53,7 +54,8 @@ def bijection(fn: Any, *, noncentred: bool = False) -> Any:
         return discrete_map("", fn)
     base = base_distribution(fn)
     if not noncentred or not _parameters(base):
-        return bijection_onto(normalized_support(fn))
+        onto, bent = bijection_onto(normalized_support(fn)), bend(fn) if noncentred else None
+        return onto if bent is None else T.ComposeTransform([bent, onto])
     if isinstance(base, dist.MultivariateNormal):
         return T.LowerCholeskyAffine(base.loc, base.scale_tril)
     shape = fn.batch_shape + fn.event_shape
@@ -80,7 +82,7 @@ def _parameters(base: Any) -> list[Tensor]:
 def hierarchical_sites(
     model: Callable[..., Any], arguments: Arguments, layout: Layout, values: dict[str, Tensor]
 ) -> frozenset[str]:
-    """Names the sites whose location or scale depends on other latents.
+    """Names the sites whose location or scale depends on other latents, or whose tails are long.
 
     Args:
         model: Pyro model.
@@ -105,6 +107,9 @@ def hierarchical_sites(
                 torch.stack(moving).sum(), [v for v in data.values() if v.requires_grad]
             ):
                 found.add(name)
+            bent = bend(trace.nodes[name]["fn"])
+            if bent is not None and bool((bent.left > 0).any() | (bent.right > 0).any()):
+                found.add(name)  # heavy tails, which a bent coordinate takes away
     return frozenset(found)
 
 

@@ -7,7 +7,6 @@ is ignored: otherwise these would have a flat, improper prior. A constant mask F
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,14 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
-from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .coordinates import bijection
 from .discrete import IndexByTensor
+from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
+from .enumeration import sum_out
 from .lifting import lifted_densities
 from .sites import (
     Layout,
@@ -58,8 +57,10 @@ class Substitute(Messenger):  # type: ignore[misc]
         loops: Mapping[str, list[int]] | None = None,
         noncentred: frozenset[str] = frozenset(),
         ignore_masks: bool = False,
+        exact: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.exact = exact or {}  # unconstrained values that are known better than by their values
         self.ignore_masks = ignore_masks  # of guides, which are densities whatever masks say
         self.given = unconstrained or {}
         self.values = dict(constrained or {})
@@ -68,6 +69,7 @@ class Substitute(Messenger):  # type: ignore[misc]
         self.loops = loops or {}  # indices as numbers: a capture could not read them from a tensor
         self.unconstrained: dict[str, Tensor] = {}
         self.log_det: dict[str, Tensor] = {}
+        self.log_prob: dict[str, Tensor] = {}  # where it is known in u, exact at edges
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -82,6 +84,12 @@ class Substitute(Messenger):  # type: ignore[misc]
             value = self._transform(msg)
         elif name in self.values:
             value = self.values[name].expand(msg["fn"].batch_shape + msg["fn"].event_shape)
+        elif name in self.record:
+            u = draw_unconstrained(msg["fn"])
+            if u is None:
+                return
+            value = self.values[name] = bijection(msg["fn"])(u)
+            self.unconstrained[name] = self._unbent(msg, u)
         else:
             return
         msg["value"] = value
@@ -91,7 +99,10 @@ class Substitute(Messenger):  # type: ignore[misc]
         """Maps u to the site's support, as it is at this value of the latents before it."""
         name, fn = msg["name"], msg["fn"]
         u = self.given[name]
-        transform = bijection(fn, noncentred=name in self.noncentred)
+        bent = bend(fn) if name in self.noncentred else None
+        before = u
+        u = u if bent is None else bent(u)
+        transform = bijection(fn, noncentred=name in self.noncentred and bent is None)
         value: Tensor = transform(u)
         batch_shape = u.shape[: u.dim() - transform.domain.event_dim]
         if value.shape[: value.dim() - transform.codomain.event_dim] != batch_shape:
@@ -100,14 +111,26 @@ class Substitute(Messenger):  # type: ignore[misc]
                 f"values of shape {list(u.shape)}: its support depends on an enumerated site; make "
                 "the support the same for all values of that site"
             )
-        log_det = transform.log_abs_det_jacobian(u, value)
+        log_det = exact_log_det(transform, u, value)
+        if bent is not None:
+            slope = bent.log_abs_det_jacobian(before, u)
+            log_det = log_det + sum_rightmost(slope, slope.dim() - log_det.dim())
         self.log_det[name] = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
         self.values[name] = value
+        log_prob = None if is_flat(msg) else exact_log_prob(fn, u)
+        if log_prob is not None:
+            self.log_prob[name] = log_prob
         return value
+
+    def _unbent(self, msg: Any, u: Tensor) -> Tensor:
+        bent = bend(msg["fn"]) if msg["name"] in self.noncentred else None
+        return u if bent is None else bent.inv(u)
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if name in self.record and name not in self.given:
+        if name in self.exact and name in self.record:
+            self.unconstrained[name] = self._unbent(msg, self.exact[name])
+        elif name in self.record and name not in self.given and name not in self.unconstrained:
             self.values[name] = msg["value"]
             transform = bijection(msg["fn"], noncentred=name in self.noncentred)
             self.unconstrained[name] = transform.inv(msg["value"])
@@ -169,6 +192,8 @@ class ModelDensity:
         if unknown or absent:
             raise ValueError(_FIXED_STRUCTURE.format(unknown + absent))
         trace.compute_log_prob()
+        for name, log_prob in substitute.log_prob.items():
+            trace.nodes[name]["unscaled_log_prob"] = log_prob
         shape = layout.batch_shape
         log_det = {
             name: sum_to_batch(value, self._dims, shape)
@@ -231,61 +256,49 @@ class ModelDensity:
 
     def _contract(self, trace: Any) -> tuple[Tensor, Tensor]:
         """Sums out enumerated sites, keeping the batch plates."""
-        trace.symbolize_dims()
-        sum_dims: set[str] = set()
-        for name in self.layout.enumerated:
-            infer = trace.nodes[name]["infer"]
-            sum_dims.add(infer["_dim_to_symbol"][infer["_enumerate_dim"]])
         latents = latent_sites(trace)
-        prior: dict[frozenset[str], list[Tensor]] = {}
-        joint: dict[frozenset[str], list[Tensor]] = {}
-        for name, site in [*latents.items(), *observed_sites(trace).items()]:
-            ordinal = frozenset(
-                trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized
-            )
-            term = self._packed(name, site, sum_dims, scaled=True)
-            joint.setdefault(ordinal, []).append(term)
-            if name in latents:
-                term = self._packed(name, site, sum_dims, scaled=False)
-                prior.setdefault(ordinal, []).append(term)
-        return self._contract_terms(trace, prior, sum_dims), self._contract_terms(
-            trace, joint, sum_dims
+        log_prior = self._summed(trace, latents, scaled=False)
+        return log_prior, self._summed(trace, {**latents, **observed_sites(trace)}, scaled=True)
+
+    def _summed(self, trace: Any, sites: dict[str, Any], *, scaled: bool) -> Tensor:
+        """Multiplies the densities of some sites, enumerated ones summed out of them."""
+        found = sum_out(
+            trace,
+            sites.items(),
+            self.layout.enumerated,
+            lambda site: self._log_prob(site, scaled=False),
         )
+        for name in found.summed if scaled else ():
+            if self._has_own_scale(sites[name]):
+                raise NotImplementedError(
+                    f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
+                    "power of a sum is no sum; scale all sites or none"
+                )
+        shape = self.layout.batch_shape
+        terms = [sum_to_batch(term, self._dims, shape) for term in found.terms]
+        terms += [self._sum(sites[name], scaled=scaled) for name in found.plain]
+        return torch.stack(terms).sum(0)
 
-    def _packed(
-        self, name: str, site: Mapping[str, Any], sum_dims: set[str], *, scaled: bool
+    def pack(
+        self, values: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        value = self._log_prob(site, scaled=scaled)
-        term: Tensor = packed.pack(value, site["infer"]["_dim_to_symbol"])
-        if self._has_own_scale(site) and sum_dims & set(term._pyro_dims):  # type: ignore[attr-defined]
-            raise NotImplementedError(
-                f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
-                "power of a sum is no sum; scale all sites or none"
-            )
-        return term
+        """Packs values of the model's sites into ``u`` of shape ``[*batch, D]``.
 
-    def _contract_terms(
-        self, trace: Any, terms: dict[frozenset[str], list[Tensor]], sum_dims: set[str]
-    ) -> Tensor:
-        symbol = trace.plate_to_symbol
-        batch = {symbol[plate.name]: plate.dim for plate in self.layout.batch}
-        contracted = contract_to_tensor(
-            OrderedDict(terms), sum_dims, target_ordinal=frozenset(batch)
-        )
-        value = packed.unpack(contracted, batch)
-        return sum_to_batch(value, self._dims, self.layout.batch_shape)
-
-    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Packs values of the model's sites into ``u`` of shape ``[*batch, D]``."""
+        Args:
+            values: Values by site.
+            exact: Unconstrained values of those sites whose values may have been rounded.
+        """
         layout = self.layout
         if layout.is_static:
             unconstrained = {
                 site.name: site.transform.inv(values[site.name].expand(site.value_shape))
                 for site in layout.sites
-            }
+            } | dict(exact or {})
         else:
             names = frozenset(site.name for site in layout.sites)
-            substitute = Substitute(constrained=values, record=names, noncentred=layout.noncentred)
+            substitute = Substitute(
+                constrained=values, record=names, noncentred=layout.noncentred, exact=exact
+            )
             self._trace(substitute, enumerate_sites=False)
             unconstrained = substitute.unconstrained
         return self._join(unconstrained)

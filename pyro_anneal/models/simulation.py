@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import explained
+from .coordinates import bijection
 from .copies import explain_copies, find_copies
+from .edges import draw_unconstrained
 from .sites import (
     base_distribution,
     density_sites,
@@ -54,6 +56,7 @@ class Simulation:
     observed: dict[str, Tensor]  # by site
     original: dict[str, Tensor]  # the user's values of the observed sites
     log_joint: float  # log p(z, x) at the simulation, masked sites left out, nats
+    unconstrained: dict[str, Tensor]  # of latents with mass at an edge, as they were drawn in u
 
 
 def _check_exact(name: str, site: Mapping[str, Any]) -> None:
@@ -92,6 +95,23 @@ class _CheckExact(Messenger):  # type: ignore[misc]
                     "exact; pass a plate of the subset's own size"
                 )
         _check_exact(msg["name"], msg)
+
+
+class _DrawAtEdges(Messenger):  # type: ignore[misc]
+    """Draws latents with mass at an edge of their support in the unconstrained coordinate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unconstrained: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        free = not msg["is_observed"] and not msg["done"] and msg["value"] is None
+        if site_is_subsample(msg) or not free or msg["infer"].get("was_observed"):
+            return
+        u = draw_unconstrained(msg["fn"])
+        if u is not None:
+            self.unconstrained[msg["name"]] = u
+            msg["value"], msg["done"] = bijection(msg["fn"])(u), True
 
 
 class _Joint(NamedTuple):
@@ -143,7 +163,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
     """
     args, kwargs = arguments
     with torch.no_grad(), validation_disabled(), poutine.block():
-        with explained(), _CheckExact():
+        with explained(), _DrawAtEdges() as edges, _CheckExact():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         mark_points(trace)
         latents, observed, original, hidden = {}, {}, {}, {}
@@ -170,7 +190,8 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
             _check_agreement(joint, again({**observed, **hidden}, arguments), observed, message)
         replaced = _overwrite(arguments, original, observed).arguments
         _check_agreement(joint, again(observed, replaced), observed, "")
-    return Simulation(latents, observed, original, joint.log_prob)
+    exact = {name: u for name, u in edges.unconstrained.items() if name in latents}
+    return Simulation(latents, observed, original, joint.log_prob, exact)
 
 
 def check_copies(model: Callable[..., Any], arguments: Arguments, simulation: Simulation) -> None:

@@ -155,7 +155,7 @@ class TransportDensity(ModelDensity):
         with validation_disabled(), poutine.block(), substitute:
             return self.model.run_guide().values
 
-    def pack(self, values: Any) -> Tensor:
+    def pack(self, values: Any, exact: Any = None) -> Tensor:
         """Packs values of the auxiliary sites.
 
         Raises:
@@ -167,7 +167,7 @@ class TransportDensity(ModelDensity):
                 "at given latents is not known: chains can start from it (run), not from "
                 'posterior samples (sandwich, run_reverse); use guide="auto" or another guide there'
             )
-        return super().pack(values)
+        return super().pack(values, exact)
 
 
 def inspect_transport(

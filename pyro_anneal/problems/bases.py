@@ -25,13 +25,17 @@ from torch import Tensor
 
 from ..models import autoguides
 from ..models.checks import explained
+from ..models.coordinates import bijection
 from ..models.density import Arguments, ModelDensity, ModelEvaluation, Substitute
 from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discrete
+from ..models.edges import exact_log_prob, has_closed_form, same_kind
+from ..models.enumeration import sum_out
 from ..models.lifting import own_extension
-from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch
+from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch, unmasked
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
 from .components import Component
+from .exchangeable import Symmetry
 
 __all__ = [
     "Arguments",
@@ -96,6 +100,12 @@ class GuideBase:
         with explained():
             trace = self._trace(None)
         known = {*self._direct, *derived, *self._auxiliary(trace)}
+        self._summed = [
+            name
+            for name, site in latent_sites(trace).items()
+            if name in layout.enumerated and getattr(site["fn"], "has_enumerate_support", False)
+        ]
+        known.update(self._summed)
         unknown = [name for name in latent_sites(trace) if name not in known]
         if unknown:
             raise ValueError(
@@ -108,6 +118,14 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        # Sites with mass at an edge, in the same coordinate as the model's
+        self._exact = frozenset(
+            site.name
+            for site in layout.sites
+            if site.name in self._direct
+            and has_closed_form(trace.nodes[site.name]["fn"])
+            and same_kind(bijection(trace.nodes[site.name]["fn"]), site.transform)
+        )
         self._tabled = {
             site.name: site
             for site in layout.sites
@@ -206,30 +224,69 @@ class GuideBase:
     def _at(values: dict[str, Tensor]) -> Substitute:
         return Substitute(constrained=values, ignore_masks=True)
 
-    def _trace(self, substitute: Messenger | None) -> Any:
+    def _trace(self, substitute: Messenger | None, *, enumerate_sites: bool = False) -> Any:
         args, kwargs = self.arguments
+        guide = self.guide
+        if enumerate_sites:  # whether the guide marks them or not: the model sums them out
+            marks: dict[str, Any] = {"enumerate": "parallel"}
+            guide = poutine.infer_config(
+                guide, lambda site: marks if site["name"] in self._summed else {}
+            )
+            guide = poutine.enum(
+                guide, first_available_dim=-1 - self.model.layout.max_plate_nesting
+            )
         with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
-            return poutine.trace(self.guide).get_trace(*args, **kwargs)
+            return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    def _log_prob(self, site: Any, evaluation: ModelEvaluation) -> Tensor:
+        """Computes the log density of one site, in closed form of u where values may be rounded."""
+        name, fn = site["name"], unmasked(site["fn"])
+        exact = None
+        if name in self._exact:
+            exact = exact_log_prob(fn, evaluation.unconstrained[name])
+        log_prob: Tensor = fn.log_prob(site["value"]) if exact is None else exact
+        return log_prob
+
+    def _sum_out(
+        self, trace: Any, evaluation: ModelEvaluation, zero: Tensor
+    ) -> tuple[Tensor, list[str]]:
+        """Sums the guide's density over the sites that the model enumerates, too."""
+        found = sum_out(
+            trace,
+            latent_sites(trace).items(),
+            self._summed,
+            lambda site: self._log_prob(site, evaluation),
+        )
+        terms = [sum_to_batch(term, self._dims, zero.shape) for term in found.terms]
+        return torch.stack([zero, *terms]).sum(0), list(found.plain)
 
     def draw(self) -> Tensor:
         """Draws from the guide."""
-        trace = self._trace(None)
+        substitute = Substitute(record=self._exact, ignore_masks=True)
+        trace = self._trace(substitute)
         if not self._direct:
             return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
         names = [site.name for site in self.model.layout.sites]
-        return self.model.pack({name: trace.nodes[name]["value"] for name in names})
+        values = {name: trace.nodes[name]["value"] for name in names}
+        return self.model.pack(values, substitute.unconstrained)
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the log density of the guide at u."""
         given = {name: evaluation.values[name] for name in self._direct}
         if autoguides.is_autoguide(self.guide):
             given |= autoguides.auxiliary_values(self.guide, evaluation.unconstrained)
-        trace = self._trace(self._at(given))
+        trace = self._trace(self._at(given), enumerate_sites=bool(self._summed))
         shape = self.model.layout.batch_shape
         result: Tensor = torch.zeros(shape, dtype=position.dtype, device=position.device)
-        for name in given:
+        plain = list(given)
+        if self._summed:
+            result, plain = self._sum_out(trace, evaluation, result)
+            for name in given:
+                if name not in plain and name in evaluation.log_det:
+                    result = result + evaluation.log_det[name]
+        for name in plain:
             site = trace.nodes[name]
-            log_prob = site["fn"].log_prob(site["value"])
+            log_prob = self._log_prob(site, evaluation)
             if name in self._tabled:  # the value has no gradient
                 u = evaluation.unconstrained[name]
                 extension = own_extension(self._tabled[name], u, site["fn"])
@@ -266,12 +323,20 @@ class FittedBase:
     Args:
         components: Normalized densities.
         log_weights: Their log weights ``[J]``, in nats; they are normalized here.
+        symmetry: Permutations over which the mixture is averaged.
     """
 
-    def __init__(self, components: Sequence[Component], log_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        components: Sequence[Component],
+        log_weights: Tensor | None = None,
+        symmetry: Symmetry | None = None,
+    ) -> None:
         self.components = tuple(components)
+        self.symmetry = symmetry
+        self.elements = [] if symmetry is None else symmetry.elements()
         if log_weights is None:
-            log_weights = torch.zeros(len(self.components))
+            log_weights = torch.zeros(len(self.components), device="cpu")
         self.log_weights = log_weights.double().log_softmax(0).tolist()
 
     def draw(self) -> Tensor:
@@ -280,13 +345,25 @@ class FittedBase:
         if len(self.components) > 1:
             weights = torch.tensor(self.log_weights, dtype=torch.float64).exp()
             index = int(torch.multinomial(weights, 1))
-        return self.components[index].draw()
+        position = self.components[index].draw()
+        if self.symmetry is None:
+            return position
+        element = int(torch.randint(len(self.elements), ()))
+        return self.symmetry.act([self.elements[element]], position)[0][0]
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the mixture's log density at u."""
-        return self.log_density(position.unsqueeze(0))[0]
+        return self.log_density(position)
 
     def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q(u) of ``u`` alone, shape ``[*batch]``."""
+        if self.symmetry is None:
+            return self._log_density(position.unsqueeze(0))[0]
+        rows, log_jacobian = self.symmetry.act(self.elements, position)
+        terms = self._log_density(rows) + log_jacobian
+        return terms.logsumexp(0) - math.log(len(self.elements))
+
+    def _log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
         if len(self.components) == 1:
             return self.components[0].log_density(position)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..chains.blockwise import Blockwise
 from ..graphs.captured import capture
 from ..models.coordinates import hierarchical_sites, noncentred
 from ..models.sites import Layout
-from ..persistence.randomness import seeded_generator
+from ..persistence.randomness import derived_seed, own_randomness, seeded_generator
 from .bases import (
     Base,
     FittedBase,
@@ -23,8 +24,10 @@ from .bases import (
     StandardNormalBase,
 )
 from .components import Component, DenseComponent, LowRankComponent
+from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
 from .low_rank import LowRankScale, fit_low_rank
+from .several import several_fits
 
 __all__ = ["FittedStart", "Once", "fit_start"]
 
@@ -101,17 +104,33 @@ def fit_start(
             fits.append((elbo, component, sorted(layout.noncentred)))
         if not fits:
             raise failures[0]
-        _, component, sites = max(fits, key=lambda entry: entry[0])
-        return {"components": [component], "noncentred": sites, "num_gradients": spent}
+        elbo, component, sites = max(fits, key=lambda entry: entry[0])
+        chosen = _in_coordinates(model, sites)
+        target = evaluator(chosen)
+        density = target if max_rows is None else Blockwise(target, max_rows)
+        with own_randomness(derived_seed(seed, "several fits")):
+            found = several_fits(chosen, target, density, component, elbo, seed, max_rows)
+        spent += found.pop("spent")
+        return found | {"noncentred": sites, "num_gradients": spent}
 
     found = once(compute)
-    base = FittedBase([_component(kept, example) for kept in found["components"]])
-    layout, sites = model.layout, frozenset(found["noncentred"])
-    chosen = model
-    if sites:
-        chosen = ModelDensity(model.model, noncentred(layout, sites), model.arguments)
+    chosen = _in_coordinates(model, found["noncentred"])
+    layout = chosen.layout
+    symmetry = as_symmetry(layout, found["groups"])
+    components = [_component(kept, example) for kept in found["components"]]
+    base = FittedBase(components, found["log_weights"], symmetry)
+    if symmetry is not None:
+        layout = replace(layout, notes=(*layout.notes, symmetry.describe()))
+        chosen = ModelDensity(model.model, layout, model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
     return FittedStart(chosen, base, from_prior, found["num_gradients"])
+
+
+def _in_coordinates(model: ModelDensity, sites: Sequence[str]) -> ModelDensity:
+    if not sites:
+        return model
+    layout = noncentred(model.layout, frozenset(sites))
+    return ModelDensity(model.model, layout, model.arguments)
 
 
 def _fit(
@@ -133,9 +152,9 @@ def _fit(
 
 def _component(kept: dict[str, Any], example: Tensor) -> Component:
     """Makes a component from the tensors of a fit."""
-    tensors = {name: value.to(example) for name, value in kept.items()}
+    tensors = {n: value.to(example) for n, value in kept.items() if isinstance(value, Tensor)}
     if "scale_tril" in tensors:
-        return DenseComponent(tensors["loc"], tensors["scale_tril"])
+        return DenseComponent(tensors["loc"], tensors["scale_tril"], kept.get("dof", math.inf))
     scale = LowRankScale(tensors["deviation"], tensors["vectors"], tensors["stretch"])
     return LowRankComponent(tensors["loc"], scale)
 

@@ -35,6 +35,8 @@ __all__ = ["Candidates", "GaussianFit", "ascend", "fit_gaussian", "follow_newton
 
 # Damping of one Newton step, relative to that of the last: tried all at once, the best is taken.
 _DAMPINGS = (1.0 / 25.0, 1.0, 25.0)
+# Squared gradient in units of the curvature, twice the nats to gain, at which steps end.
+_CONVERGED = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,8 @@ def fit_gaussian(
     """
     batch_rank, dim = origins.dim() - 2, origins.shape[-1]
     rows = Rows(density, rows_at_once(density, dim), batch_rank)
+    if rows.is_dear:  # many data: a posterior next to a Gaussian, and each row costs
+        origins, num_ascent = origins[:1], min(num_ascent, 4)
     generator = seeded_generator(origins.device, seed, "gaussian fit")
     found = follow_newton(rows, origins, generator, num_steps=num_newton, progress=progress)
     best = found.elbo.argmax(0)  # [*batch]
@@ -117,8 +121,8 @@ def _balanced_noise(example: Tensor, count: int, generator: torch.Generator) -> 
     return torch.cat([half, -half])
 
 
-def _num_draws(dim: int) -> int:
-    return max(2 * dim, 32)
+def _num_draws(dim: int, rows: Rows) -> int:
+    return max(2 * dim, 4) if rows.is_dear else max(2 * dim, 32)
 
 
 def _place(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
@@ -175,7 +179,7 @@ def follow_newton(
         The best Gaussian from each origin.
     """
     point = origins
-    noise = _balanced_noise(point, _num_draws(point.shape[-1]), generator)
+    noise = _balanced_noise(point, _num_draws(point.shape[-1], rows), generator)
     eye = torch.eye(point.shape[-1], dtype=point.dtype, device=point.device)
     loc, scale = point, (0.1 * eye).expand(*point.shape, len(eye))
     elbo = torch.full_like(point[..., 0], -torch.inf)
@@ -198,6 +202,7 @@ def follow_newton(
         for factor in _DAMPINGS:
             damped = curvature + (factor * damping).unsqueeze(-1) * median
             trials.append(point + (vectors @ (along / damped).unsqueeze(-1)).squeeze(-1))
+        converged = (along.square() / curvature).sum(-1) < _CONVERGED
         values, grads = rows(torch.cat([_place(point, candidate, noise), torch.stack(trials)]))
         at_candidate = _elbo(values[: len(noise)], candidate)
         better = at_candidate > elbo
@@ -213,7 +218,11 @@ def follow_newton(
         damping = torch.where(success, factors, 25.0 * 25.0) * damping
         damping = damping.clamp(1e-6, 1e12)
         progress(1)
-        if quiet >= patience or not bool(success.any() | (damping < 1e12).any()):
+        if (
+            bool(converged.all())
+            or quiet >= patience
+            or not bool(success.any() | (damping < 1e12).any())
+        ):
             break
     return Candidates(loc, scale, elbo)
 
@@ -249,7 +258,7 @@ def ascend(
         The best Gaussian of each candidate.
     """
     loc, scale, round_steps = start.loc, start.scale_tril, min(round_steps, num_steps)
-    count = _num_draws(loc.shape[-1])
+    count = _num_draws(loc.shape[-1], rows)
     fixed = _balanced_noise(loc, count, generator)
     best = Candidates(loc, scale, _elbo(rows(_place(loc, scale, fixed))[0], scale))
     fall = 0.1

@@ -115,10 +115,12 @@ class Problem:
             unpacked: dict[str, Tensor] = map_chains(values, position, numbers=self._numbers)
         return unpacked
 
-    def pack(self, values: dict[str, Tensor]) -> Tensor:
-        """Packs one value of each latent site into ``[*batch, D]``."""
+    def pack(self, values: dict[str, Tensor], exact: dict[str, Tensor] | None = None) -> Tensor:
+        """Packs one value of each latent site into ``[*batch, D]``, where known from its u."""
+        sites = {site.name for site in self.layout.sites}
+        exact = {name: u for name, u in (exact or {}).items() if name in sites}
         with torch.no_grad():
-            return self.model.pack(values).to(self.layout.dtype)
+            return self.model.pack(values, exact).to(self.layout.dtype)
 
     def pack_chains(self, values: Mapping[str, Tensor]) -> Tensor:
         """Packs K values of each latent site, ``[K, *value_shape]``, into ``[K, *batch, D]``."""

@@ -50,6 +50,11 @@ class Rows:
         self.count = 0
         self._product: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    @property
+    def is_dear(self) -> bool:
+        """Tells whether each row costs by itself, so that few should be evaluated."""
+        return self.size <= _FEW_ROWS
+
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates log p ``[*lead, *batch]`` and its gradient at ``[*lead, *batch, D]``.
 

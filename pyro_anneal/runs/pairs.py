@@ -127,7 +127,7 @@ def simulate_pair(
         budget=shared.budget,
         grouping=shared.grouping,
     )
-    exact = frozen.problem.pack(simulation.latents)
+    exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
     run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
     count, size = frozen.num_chains, frozen.grouping.population_size
     if size > 1:

@@ -131,7 +131,7 @@ def test_the_gap_is_predicted_within_a_factor_of_two():
     )
     sandwich = ais.sandwich(torch.zeros(200, 100))
     expected, measured = sandwich.forward.pilot.expected_gap, float(sandwich.gap.mean())
-    assert expected == pytest.approx(0.9, rel=0.01)
+    assert expected == pytest.approx(0.9, rel=0.05)  # by another pilot than the one that chose
     std_error = float(sandwich.std_error["gap"])
     assert std_error < 0.15 * measured
     assert 0.5 * measured < expected < 2.0 * measured

@@ -266,7 +266,7 @@ def test_few_chains_stay_first(num_chains):
 @pytest.mark.slow
 def test_noise_that_does_not_fit_comes_in_smaller_pieces(monkeypatch):
     density, position = schools()
-    monkeypatch.setattr(chunk_program, "_NOISE_LIMIT", 7 * 9 * 12 + 5)  # 7 steps
+    monkeypatch.setattr("pyro_anneal.kernels.noise._LIMIT", 7 * 9 * 12 + 5)  # 7 steps
     tuning = lopsided_tuning(position[0], step=0.5)
     assert_both_agree(density, position, Path(Power(2.0)(130), HMC(1), tuning))
 
@@ -449,7 +449,7 @@ def test_a_kernel_that_changes_between_calls_is_found_out(monkeypatch):
         )
         example = chunk_program._arguments(
             body, args[0], *[torch.zeros_like(args[0].log_base) for _ in range(2)],
-            type(args[2])(*(column[:1] for column in args[2])), [args[1]],
+            type(args[2])(*(column[:1] for column in args[2])), args[1],
             body.layout.store_shared(args[3]),
         )  # fmt: skip
         return chunk_program._Compiled(body, run(body, example), "step", None)
@@ -457,7 +457,7 @@ def test_a_kernel_that_changes_between_calls_is_found_out(monkeypatch):
     monkeypatch.setattr(chunk_program, "_compile", interpreted)
     density, position = schools()
     state = density(position)
-    tuning = TuningTable.constant(0.5, position[0])
+    tuning = TuningTable.constant(0.2, position[0])
     for kernel, found in ((Counting(1), True), (HMC(1), False)):
         monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
         looped = LoopedDensity(density)
@@ -562,7 +562,13 @@ def test_a_step_waits_for_nothing(kernel, num_chains):
     shared = (graphs.one_chain if body.layout.last else graphs.all_chains)[1]
     weights = torch.zeros(2, num_chains, dtype=torch.float64)
     arguments = chunk_program._arguments(
-        body, state, weights[0], weights[1], table, [noise], body.layout.store_shared(shared)
+        body,
+        state,
+        weights[0],
+        weights[1],
+        table,
+        [part[None] for part in noise],
+        body.layout.store_shared(shared),
     )
     with Syncs() as syncs:
         outputs = body.graph(*arguments)
@@ -682,7 +688,7 @@ def test_an_unrolled_step_is_the_step(num_chains, lanes):
         weights = torch.linspace(-1.0, 1.0, num_chains, dtype=torch.float64)
         shared = body.layout.store_shared(graphs.one_chain[1])
         arguments = chunk_program._arguments(
-            body, state, weights, weights + 1, table, [noise] * 4, shared
+            body, state, weights, weights + 1, table, [part[None] for part in noise], shared
         )
         index, *buffers, seen = body.graph(*arguments)
         results.append((index, *body.layout.load(buffers), seen[:, 0]))
@@ -695,6 +701,42 @@ def test_an_unrolled_step_is_the_step(num_chains, lanes):
         assert bool(wide) is not unroll
     for whole, apart in zip(*results, strict=True):
         torch.testing.assert_close(apart, whole, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda g, v: torch.add(g, v, alpha=2.0),
+        lambda g, v: torch.add(v, g, alpha=2.0),
+        lambda g, v: torch.sub(g, v, alpha=2.0),
+        lambda g, v: torch.rsub(g, v, alpha=2.0),
+        lambda g, v: g + v,
+        lambda g, v: g - v,
+    ],
+)
+def test_unrolled_sums_keep_their_factors(combine):
+    """The gradient of v[0] ** 2 / 2 is zero by structure everywhere but at one place."""
+
+    def one_chain(v):
+        (grad,) = torch.autograd.grad((0.5 * v[0] ** 2), v)
+        return (combine(grad, v.detach()),)
+
+    example = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    graph = make_fx(one_chain, tracing_mode="fake")(example)
+    chains = torch.randn(3, 9, dtype=torch.float64)
+    (rows,) = over_chains_unrolled(graph, [chains], [])
+    gradient = torch.zeros_like(chains)
+    gradient[0] = chains[0]
+    torch.testing.assert_close(torch.stack(rows), combine(gradient, chains))
+
+
+def test_unrolled_products_with_factors_are_refused():
+    def one_chain(v):
+        return (torch.addmm(v, v, v, alpha=2.0, beta=3.0),)
+
+    graph = make_fx(one_chain, tracing_mode="fake")(torch.zeros(2, 2))
+    with pytest.raises(CannotUnroll, match="addmm"):
+        over_chains_unrolled(graph, [torch.zeros(2, 2, 9)], [])
 
 
 def test_unrolling_is_chosen_from_counts():

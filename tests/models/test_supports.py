@@ -153,11 +153,13 @@ def test_the_density_over_u_integrates_to_prior_and_evidence(name):
     assert float(evidence) == pytest.approx(truth, abs=6e-3)  # a jump at the cut
 
 
-@pytest.mark.parametrize("guide", ["auto", None])
-@pytest.mark.parametrize("name", ["VonMises around the cut", "shifted", "reflected", "Wishart"])
+@pytest.mark.parametrize(
+    ("name", "guide"),
+    [("VonMises around the cut", "auto"), ("reflected", None), ("Wishart", None)],
+)
 def test_annealed_evidence(name, guide):
     prior, likelihood, y, truth = CASES[name]
-    assert near(run(one_latent(prior, likelihood, y), guide), truth)
+    assert near(run(one_latent(prior, likelihood, y), guide, num_steps=50), truth)
 
 
 @pytest.mark.slow
@@ -168,22 +170,24 @@ def test_annealed_evidence_of_all(name, guide):
     assert near(run(one_latent(prior, likelihood, y), guide, num_chains=256), truth)
 
 
-@pytest.mark.parametrize("name", ["VonMises around the cut", "reflected"])
+@pytest.mark.parametrize(
+    "name", ["VonMises around the cut", pytest.param("reflected", marks=pytest.mark.slow)]
+)
 def test_both_identities(name):
     """E[e^L] = Z forward, and E[e^-U] = 1/Z backward from exact posterior draws."""
     prior, likelihood, y, truth = CASES[name]
     model = one_latent(prior, likelihood, y)
-    ais = AnnealedImportance(model, None, num_chains=2000, num_steps=4, seed=0, progress_bar=False)
+    ais = AnnealedImportance(model, None, num_chains=500, num_steps=4, seed=0, progress_bar=False)
     forward = ais.run().log_weights
     relative = (forward - truth).exp()
-    assert float(relative.mean()) == pytest.approx(1.0, abs=5 * float(relative.std()) / 2000**0.5)
+    assert float(relative.mean()) == pytest.approx(1.0, abs=5 * float(relative.std()) / 500**0.5)
     fn = prior()
     z = fn.sample((200_000,))
     weights = likelihood(z).log_prob(torch.tensor(y)).exp()
-    exact = z[torch.multinomial(weights, 2000)]  # a large pool: as good as exact
+    exact = z[torch.multinomial(weights, 500)]  # a large pool: as good as exact
     backward = ais.run_reverse({"z": exact}, exact=True).log_weights
     relative = (truth - backward).exp()
-    assert float(relative.mean()) == pytest.approx(1.0, abs=5 * float(relative.std()) / 2000**0.5)
+    assert float(relative.mean()) == pytest.approx(1.0, abs=5 * float(relative.std()) / 500**0.5)
 
 
 def test_images_know_their_members():
@@ -232,7 +236,7 @@ def test_a_density_without_draws_starts_from_a_fit():
         return math.sin(t) * constant * math.exp(z @ mean) * normal(1.0, z[0], 1.0)
 
     truth = quadrature(density, (0, PI), (-PI, PI))
-    assert near(run(model, num_chains=256), truth)
+    assert near(run(model, num_steps=50), truth)
     with pytest.raises(ValueError, match="has no draws"):
         run(model, None)
 
@@ -352,7 +356,9 @@ def test_guides_narrower_than_the_model_are_refused(name):
         run(model, lambda: pyro.sample("z", guide()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_guides_of_the_same_support_are_accepted(dtype):
     torch.set_default_dtype(dtype)
     for prior in (

@@ -374,3 +374,42 @@ def test_autoguide_with_a_moving_support_raises():
 def test_unknown_guide_raises():
     check_error("foo", "guide must be a Pyro guide, \"auto\" or None, got 'foo'")
     check_error(3, 'guide must be a Pyro guide, "auto" or None, got 3')
+
+
+# ---- guides that draw what the model enumerates
+
+
+def labelled(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(2.0 * k, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+
+def labelling(x):
+    loc = torch.tensor([0.1, 1.2])
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(torch.sigmoid(x - 1.0)))
+        pyro.sample("z", dist.Normal(loc[k.long()] + 0.2 * x, 0.8))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_guides_that_draw_enumerated_sites_are_summed_over_them(marked):
+    x = torch.tensor([0.5, 2.0, -1.0])
+    wide = (1.0 + 0.49) ** 0.5
+    truth = torch.logsumexp(
+        torch.stack(
+            [
+                math.log(0.7) + dist.Normal(0.0, wide).log_prob(x),
+                math.log(0.3) + dist.Normal(2.0, wide).log_prob(x),
+            ]
+        ),
+        0,
+    )
+    guide = pyro.infer.config_enumerate(labelling) if marked else labelling
+    for num_steps in (1, 10):
+        options = {"num_chains": 400, "num_steps": num_steps, "progress_bar": False, "seed": 1}
+        run = AnnealedImportance(labelled, guide, **options).run(x)
+        assert bool(((run.lower - truth).abs() < 5 * run.std_error + 1e-3).all())
+    sandwich = AnnealedImportance(labelled, guide, num_chains=50, num_steps=10, progress_bar=False)
+    assert bool(sandwich.sandwich(x, num_simulations=2).gap.isfinite().all())

@@ -10,6 +10,7 @@ import torch
 from scipy.integrate import quad
 
 from pyro_anneal import AnnealedImportance, AnnealingWarning
+from pyro_anneal.problems import several
 from pyro_anneal.problems.problem import prepare
 
 X = torch.tensor(9.0)
@@ -40,7 +41,20 @@ def engine(model, **options):
     return AnnealedImportance(model, "auto", **{**settings, **options})
 
 
-def test_a_fitted_start_misses_a_mode_without_knowing():
+@pytest.fixture
+def one_fit(monkeypatch):
+    """Fits one Gaussian and no more, as in many dimensions or on many data."""
+    monkeypatch.setattr(several, "_MOST_DIMENSIONS", 0)
+
+
+def test_several_fits_find_both_modes():
+    run = engine(two_modes, cross_check=False).run(X)
+    assert abs(run.lower - _truth()) < 5.0 * run.std_error + 1e-3
+    assert run.std_error < 0.05
+    assert run.ess > 50.0
+
+
+def test_a_fitted_start_misses_a_mode_without_knowing(one_fit):
     """The failure that the other tests guard against: a good effective sample size, wrong."""
     run = engine(two_modes, cross_check=False).run(X)
     assert run.ess > 60.0
@@ -48,7 +62,7 @@ def test_a_fitted_start_misses_a_mode_without_knowing():
     assert run.lower < _truth() - 0.3
 
 
-def test_the_scout_sees_the_other_mode_by_default():
+def test_the_scout_sees_the_other_mode_by_default(one_fit):
     with pytest.warns(AnnealingWarning, match="from the prior disagree with this start"):
         run = engine(two_modes).run(X)
     (found,) = run.diagnostics
@@ -60,7 +74,7 @@ def test_the_scout_passes_an_easy_posterior():
     assert engine(one_mode).run(X).diagnostics == ()
 
 
-def test_cross_check_says_that_starts_disagree():
+def test_cross_check_says_that_starts_disagree(one_fit):
     with (
         pytest.warns(AnnealingWarning, match="from the prior finds .* nats more evidence"),
         pytest.warns(AnnealingWarning, match="came down from the prior disagree"),
@@ -73,7 +87,7 @@ def test_cross_check_passes_an_easy_posterior():
     assert engine(one_mode, cross_check=True).run(X).diagnostics == ()
 
 
-def test_a_defensive_start_finds_both_modes():
+def test_a_defensive_start_finds_both_modes(one_fit):
     run = engine(two_modes, prior_weight=0.5).run(X)
     assert abs(run.lower - _truth()) < 5.0 * run.std_error
     assert run.std_error < 0.15  # half the mass of a mode is 0.3 nats and more

@@ -1,0 +1,287 @@
+"""Runs the models of Pyro's own examples and tutorials through a run and through every loss.
+
+The models are Pyro's, unmodified, at reduced size: fetch its repository and pass the folder.
+
+    git clone --depth 1 https://github.com/pyro-ppl/pyro
+    python benchmarks/gallery.py pyro
+
+Each entry runs in a process of its own. The outcome of each way is a number, a refusal (an error of
+this package or of Pyro that names what is wrong, with its words), or a crash. Writes
+``benchmarks/results/gallery.json`` and the table of ``docs/gallery.md``.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+import traceback
+import types
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from gallery_entries import ENTRIES
+from pyro import poutine
+
+import pyro_anneal
+from pyro_anneal import AnnealedImportance
+from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO, DifferentiableAIS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gallery.json"
+PAGE = ROOT / "docs" / "gallery.md"
+WAYS = {
+    "IWAE": lambda: IWAE(3),
+    "TVO": lambda: TVO(3),
+    "EUBO": lambda: EUBO(3),
+    "AIWAE": lambda: AIWAE(3, num_steps=2),
+    "DifferentiableAIS": lambda: DifferentiableAIS(2, num_steps=2),
+}
+_REFUSALS = (ValueError, NotImplementedError)  # and a line that this package, or Pyro, wrote
+
+
+class _Missing:
+    """Puts stand-ins for packages of plots and data sets that the examples import."""
+
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        wanted = ("matplotlib", "seaborn", "pandas", "visdom", "torchvision", "scanpy", "sklearn")
+        wanted += ("pytorch_lightning", "horovod", "wget", "observations", "graphviz", "scipy")
+        if top in wanted:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = mock.MagicMock(name=spec.name)
+        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+class Sources:
+    """Loads modules and notebook cells of the fetched repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def module(self, path: str):
+        """Imports ``examples/PATH``."""
+        file = self.folder / "examples" / path
+        for parent in (self.folder, self.folder / "examples", file.parent):
+            sys.path.insert(0, str(parent))
+        return importlib.import_module(
+            ".".join(file.relative_to(file.parent).with_suffix("").parts)
+        )
+
+    def cells(self, name: str, *numbers: int, **names):
+        """Executes some cells of ``tutorial/source/NAME.ipynb``; returns their namespace."""
+        book = json.loads((self.folder / "tutorial" / "source" / f"{name}.ipynb").read_text())
+        space = {
+            "torch": torch,
+            "pyro": pyro,
+            "dist": dist,
+            "np": np,
+            "poutine": poutine,
+            "__name__": "notebook",
+            "smoke_test": True,
+            "os": os,
+            **names,
+        }
+        for number in numbers:
+            text = "".join(book["cells"][number]["source"])
+            lines = [
+                line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))
+            ]
+            exec(  # noqa: S102
+                compile("\n".join(lines), f"{name}.ipynb, cell {number}", "exec"), space
+            )
+        return types.SimpleNamespace(**{k: v for k, v in space.items() if k[0] != "_"})
+
+
+def _outcome(function):
+    began = time.process_time()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = function()
+    except Exception as error:  # noqa: BLE001
+        kind = "refused" if _is_refusal(error) else "crash"
+        text = str(error).strip().splitlines()
+        found = {"outcome": kind, "error": type(error).__name__, "says": (text or [""])[0][:300]}
+        if kind == "crash":
+            found["where"] = traceback.format_exc()[-1500:]
+    found["cpu_seconds"] = round(time.process_time() - began, 1)
+    return found
+
+
+def _is_refusal(error):
+    """Tells whether an error of this package, raised on purpose, explains itself."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = "pyro_anneal" in last.filename
+    theirs = last.filename.endswith("pyro/util.py")  # the checks of shapes in Pyro's own losses
+    return (ours or theirs) and isinstance(error, _REFUSALS) and len(str(error)) > 20
+
+
+def _run(entry, guide):
+    ais = AnnealedImportance(
+        entry.model, guide, num_chains=8, num_steps=20, seed=0, progress_bar=False
+    )
+    run = ais.run(*entry.args, **entry.kwargs)
+    total = float(run.lower.double().sum())
+    error = float(run.std_error.double().square().sum().sqrt())
+    names = [finding.name for finding in run.diagnostics]
+    return {
+        "outcome": "number",
+        "value": total,
+        "std_error": error,
+        "diagnostics": names,
+        "notes": [note[:160] for note in run.notes],
+    }
+
+
+def _loss(entry, make):
+    guide = entry.guide
+    if guide is None:
+        return {"outcome": "none", "says": "the example has no guide"}
+    value = make().loss_and_grads(entry.model, guide, *entry.args, **entry.kwargs)
+    return {"outcome": "number", "value": float(value)}
+
+
+def one(folder: Path, name: str) -> dict:
+    """Runs one entry in every way."""
+    logging_off = mock.patch("logging.basicConfig")
+    torch.set_num_threads(1)
+    sys.meta_path.append(_Missing())
+    pyro.set_rng_seed(0)
+    with logging_off, contextlib.redirect_stdout(sys.stderr):
+        entry = ENTRIES[name](Sources(folder))
+        ways = {}
+        for guide in entry.guides:
+            label = "own guide" if callable(guide) else (guide or "prior")
+            random.seed(0)
+            ways[f"run, {label}"] = _outcome(lambda guide=guide: _run(entry, guide))
+        for label, make in WAYS.items():
+            ways[label] = _outcome(lambda make=make: _loss(entry, make))
+    return {"source": entry.source, "ways": ways}
+
+
+def page(results: dict) -> str:
+    """Writes the table of outcomes."""
+    entries = results["entries"]
+    counts = {"number": 0, "refused": 0, "crash": 0, "timeout": 0}
+    rows, refusals = [], []
+    for name, entry in entries.items():
+        cells = []
+        runs = {k: v for k, v in entry["ways"].items() if k.startswith("run")}
+        shown = [f"{k.removeprefix('run, ')}: {_cell(v)}" for k, v in runs.items()]
+        cells.append("; ".join(shown))
+        cells += [_cell(entry["ways"].get(way, {"outcome": "none"})) for way in WAYS]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+        for way, outcome in entry["ways"].items():
+            if outcome["outcome"] in counts:
+                counts[outcome["outcome"]] += 1
+            if outcome["outcome"] in ("refused", "crash", "timeout"):
+                says = outcome.get("says", "").replace("|", "\\|")
+                refusals.append(f"| {name} | {way} | {outcome['outcome']} | {says} |")
+    header = "| model | run (sum over data, nats) | " + " | ".join(WAYS) + " |"
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    total = sum(counts.values())
+    said = ", ".join(f"{k}: {v}" for k, v in counts.items())
+    return "\n".join(
+        [
+            "# Pyro's own gallery",
+            "",
+            "The models of Pyro's `examples/` and tutorials, unmodified and at reduced size, through",
+            "`run` (8 chains, 20 steps: a smoke test, not a tight bound) and one step of every loss",
+            "with the guide of the example. `python benchmarks/gallery.py FOLDER` makes this page from",
+            f"a checkout of Pyro; this one: {versions}.",
+            "",
+            f"Of {total} outcomes of {len(entries)} models, {said}. A number is what came out, with",
+            "its standard error; a refusal says what is wrong and what helps.",
+            "",
+            header,
+            "|" + "---|" * (2 + len(WAYS)),
+            *rows,
+            "",
+            "## What was refused, and the words",
+            "",
+            "| model | way | outcome | says |",
+            "|---|---|---|---|",
+            *refusals,
+            "",
+        ]
+    )
+
+
+def _cell(outcome):
+    if outcome["outcome"] == "number":
+        text = f"{outcome['value']:.4g}"
+        if outcome.get("std_error") is not None:
+            text += f" ± {outcome['std_error']:.2g}"
+        flagged = [d for d in outcome.get("diagnostics", []) if d]
+        return text + (f" ({', '.join(flagged)})" if flagged else "")
+    return {"none": "–"}.get(outcome["outcome"], outcome["outcome"])
+
+
+def main() -> None:
+    """Runs all entries, or those named, and writes results and page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a checkout of Pyro's repository")
+    parser.add_argument("--only", nargs="*", default=None, help="names of entries")
+    parser.add_argument("--one", default=None, help="run this entry here, and print its outcome")
+    parser.add_argument("--timeout", type=int, default=120, help="CPU seconds per entry")
+    parser.add_argument("--page", action="store_true", help="write the page from the record alone")
+    options = parser.parse_args()
+    if options.one is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (options.timeout, options.timeout))
+        print(json.dumps(one(options.folder.resolve(), options.one)))
+        return
+    kept = json.loads(RESULTS.read_text())["entries"] if RESULTS.exists() else {}
+    entries = {name: kept[name] for name in ENTRIES if name in kept}
+    for name in () if options.page else options.only or ENTRIES:
+        began = time.perf_counter()
+        command = [sys.executable, __file__, str(options.folder), "--one", name]
+        command += ["--timeout", str(options.timeout)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        text = done.stdout.strip().splitlines()
+        if done.returncode == 0 and text:
+            entries[name] = json.loads(text[-1])
+        elif done.returncode < 0:
+            says = f"not ended after {options.timeout} s of CPU time"
+            entries[name] = {"ways": {"all": {"outcome": "timeout", "says": says}}}
+        else:
+            entries[name] = {"ways": {"all": {"outcome": "crash", "says": done.stderr[-600:]}}}
+        outcomes = [way["outcome"] for way in entries[name]["ways"].values()]
+        print(f"{name}: {outcomes} ({time.perf_counter() - began:.0f} s)", flush=True)
+        _write(entries)
+    _write(entries)
+
+
+def _write(entries: dict) -> None:
+    versions = {
+        "pyro_anneal": pyro_anneal.__version__,
+        "pyro": pyro.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    ordered = {name: entries[name] for name in ENTRIES if name in entries}
+    results = {"versions": versions, "entries": ordered}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()

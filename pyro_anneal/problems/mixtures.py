@@ -1,0 +1,278 @@
+r"""Mixtures of fits: several optima, heavier tails, exchangeable elements.
+
+A Gaussian of largest evidence lower bound covers one mode and has tails that are too light. From
+several such fits, mixtures of Student-t are adapted by importance sampling: draws of the mixture
+weighted by :math:`p(x, u) / q(u)` move weights, locations and scales by one step of expectation
+maximization, which lowers the Kullback-Leibler divergence *from* the posterior and so covers it.
+The base is judged on draws that did not fit it, and chosen before any chain of a run starts.
+
+Source: Cappe, Douc, Guillin, Marin and Robert (2008), *Adaptive importance sampling in general
+mixture classes*.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .components import DenseComponent
+from .exchangeable import Symmetry
+from .gaussian import Candidates, ascend, follow_newton
+from .rows import Rows
+
+__all__ = ["Mixture", "adapt", "distinct", "mixture_of_fits"]
+
+# Least weight of a component, and degrees of freedom of one: tails that hold any second moment.
+_LEAST_WEIGHT, _DOF = 1e-3, 8.0
+# Nats below the best bound at which another optimum no longer counts.
+_LEAST_EVIDENCE = 12.0
+# Effective fraction of draws below which components are added, and how many.
+_GOOD, _EXTRA = 0.5, 6
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A mixture of Student-t or Gaussians, averaged over permutations."""
+
+    log_weights: Tensor  # [J]
+    loc: Tensor  # [J, D]
+    scale_tril: Tensor  # [J, D, D]
+    dof: float
+    symmetry: Symmetry | None
+
+    def terms(self, position: Tensor) -> Tensor:
+        """Computes log of weight times density by component at rows ``[N, D]``, ``[J, N]``."""
+        parts = [
+            DenseComponent(loc, scale, self.dof).log_density(position) + log_weight
+            for loc, scale, log_weight in zip(
+                self.loc, self.scale_tril, self.log_weights, strict=True
+            )
+        ]
+        return torch.stack(parts)
+
+    def orbit(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves rows ``[N, D]`` by all permutations: ``[P, N, D]`` and log Jacobians ``[P, N]``."""
+        if self.symmetry is None:
+            return position.unsqueeze(0), torch.zeros_like(position[:, 0]).unsqueeze(0)
+        # rows stand where a batch would
+        return self.symmetry.act(self.symmetry.elements(), position)
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q at rows ``[N, D]``."""
+        rows, log_jacobian = self.orbit(position)
+        terms = self.terms(rows.flatten(0, 1)).reshape(len(self.loc), *log_jacobian.shape)
+        total = (terms.logsumexp(0) + log_jacobian).logsumexp(0)
+        return total - math.log(len(log_jacobian))
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws rows ``[count, D]``; permutations do not matter to symmetric weights."""
+        example = self.loc
+        index = torch.multinomial(
+            self.log_weights.exp(), count, replacement=True, generator=generator
+        )
+        noise = torch.randn(
+            count,
+            example.shape[-1],
+            dtype=example.dtype,
+            device=example.device,
+            generator=generator,
+        )
+        if not math.isinf(self.dof):
+            half = torch.full_like(noise[:, :1], 0.5 * self.dof)
+            noise = (
+                noise
+                * (torch._standard_gamma(half, generator=generator) / (0.5 * self.dof)).rsqrt()
+            )
+        return self.loc[index] + (self.scale_tril[index] @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+def distinct(found: Candidates, symmetry: Symmetry | None, *, most: int = 8) -> Candidates:
+    """Keeps optima that differ, up to permutations, the best first."""
+    order = found.elbo.argsort(descending=True)
+    dim = found.loc.shape[-1]
+    near = dim + 4.0 * math.sqrt(2.0 * dim)  # squared distance that draws of one fit hardly reach
+    kept: list[int] = []
+    best = float(found.elbo[order[0]])
+    for candidate in order.tolist():
+        if not float(found.elbo[candidate]) > best - _LEAST_EVIDENCE or len(kept) == most:
+            break
+        places = found.loc[candidate].unsqueeze(0)
+        if symmetry is not None:
+            places, _ = symmetry.act(symmetry.elements(), found.loc[candidate])
+        for other in kept:
+            white = torch.linalg.solve_triangular(
+                found.scale_tril[other], (places - found.loc[other]).mT, upper=False
+            )
+            if bool((white.square().sum(0) < near).any()):
+                break
+        else:
+            kept.append(candidate)
+    return Candidates(found.loc[kept], found.scale_tril[kept], found.elbo[kept])
+
+
+def mixture_of_fits(
+    rows: Rows,
+    origins: Tensor,
+    fit: Candidates,
+    symmetry: Symmetry | None,
+    generator: torch.Generator,
+    *,
+    num_draws: int,
+) -> Mixture:
+    """Fits from further origins, and makes the base of what they found.
+
+    Args:
+        rows: Evaluates the target at positions ``[*lead, D]``.
+        origins: Further starting points ``[S, D]``.
+        fit: The fit that there is, of one candidate.
+        symmetry: Permutations to average over.
+        generator: Source of noise.
+        num_draws: Draws of one adaptation.
+
+    Returns:
+        The base of largest effective sample size on fresh draws.
+    """
+    plain = Mixture(torch.zeros_like(fit.elbo), fit.loc, fit.scale_tril, math.inf, symmetry)
+    found = follow_newton(rows, origins, generator, num_steps=30)
+    alive = found.elbo.isfinite()
+    parts = (
+        torch.cat([old, new[alive]])
+        for old, new in (
+            (fit.loc, found.loc),
+            (fit.scale_tril, found.scale_tril),
+            (fit.elbo, found.elbo),
+        )
+    )
+    several = distinct(Candidates(*parts), symmetry)
+    if len(several.loc) > 1:
+        several = distinct(ascend(rows, several, generator, num_steps=60), symmetry)
+    start = Mixture(several.elbo.log_softmax(0), several.loc, several.scale_tril, _DOF, symmetry)
+    adapted = adapt(rows, start, generator, num_draws=num_draws)
+    best, at_best = plain, _judge(rows, plain, generator, num_draws)[0]
+    if len(several.loc) > 1:
+        at_best = 0.0  # a base of one mode may look better than it is
+    for other in (adapted, Mixture(*_with_dof(adapted, math.inf))):
+        fraction, _ = _judge(rows, other, generator, num_draws)
+        if fraction > at_best:
+            best, at_best = other, fraction
+    if at_best < _GOOD:
+        wide = adapt(
+            rows,
+            _split(rows, adapted, generator, num_draws),
+            generator,
+            num_draws=num_draws,
+            num_steps=12,
+        )
+        if _judge(rows, wide, generator, num_draws)[0] > at_best:
+            best = wide
+    return best
+
+
+def _split(rows: Rows, mixture: Mixture, generator: torch.Generator, count: int) -> Mixture:
+    """Adds components at draws that carry weight, for a posterior that is no mixture so far."""
+    draws = mixture.draw(count, generator)
+    log_ratio = (rows(draws)[0] - mixture.log_density(draws)).double()
+    weights = (0.5 * log_ratio).softmax(0)  # tempered: a few draws would take all
+    index = torch.multinomial(weights, _EXTRA, replacement=False, generator=generator)
+    nearest = mixture.terms(draws[index]).argmax(0)
+    loc = torch.cat([mixture.loc, draws[index]])
+    scale = torch.cat([mixture.scale_tril, 0.7 * mixture.scale_tril[nearest]])
+    added = torch.full((_EXTRA,), -math.log(2 * _EXTRA), dtype=loc.dtype, device=loc.device)
+    log_weights = torch.cat([mixture.log_weights - math.log(2.0), added])
+    return Mixture(log_weights, loc, scale, mixture.dof, mixture.symmetry)
+
+
+def _with_dof(
+    mixture: Mixture, dof: float
+) -> tuple[Tensor, Tensor, Tensor, float, Symmetry | None]:
+    return mixture.log_weights, mixture.loc, mixture.scale_tril, dof, mixture.symmetry
+
+
+def _judge(
+    rows: Rows, mixture: Mixture, generator: torch.Generator, count: int
+) -> tuple[float, float]:
+    """Estimates the effective fraction of fresh draws, and the log evidence."""
+    draws = mixture.draw(count, generator)
+    log_ratio = rows(draws)[0] - mixture.log_density(draws)
+    weights = log_ratio.double().softmax(0)
+    evidence = float(log_ratio.double().logsumexp(0)) - math.log(count)
+    return 1.0 / float(weights.square().sum()) / count, evidence
+
+
+def adapt(
+    rows: Rows,
+    mixture: Mixture,
+    generator: torch.Generator,
+    *,
+    num_draws: int,
+    num_steps: int = 8,
+) -> Mixture:
+    """Moves a mixture toward the posterior by importance sampling.
+
+    Draws of the last three steps are used together, each weighted by the mixture that made it.
+    """
+    past: list[tuple[Tensor, Tensor]] = []
+    best, at_best = mixture, -1.0
+    for _ in range(num_steps):
+        draws = mixture.draw(num_draws, generator)
+        log_ratio = (rows(draws)[0] - mixture.log_density(draws)).double()
+        fraction = 1.0 / float(log_ratio.softmax(0).square().sum()) / num_draws
+        if fraction > at_best:
+            best, at_best = mixture, fraction
+        past = [*past[-2:], (draws, log_ratio)]
+        positions = torch.cat([place for place, _ in past])
+        log_ratios = torch.cat([ratio for _, ratio in past])
+        # a cap on the largest weights: half of the square root of their number is its own
+        ordered = log_ratios.sort(descending=True).values
+        cap = ordered[max(len(ordered) // 200, 4)]
+        mixture = _step(mixture, positions, log_ratios.clamp(max=cap).softmax(0))
+    fraction, _ = _judge(rows, mixture, generator, num_draws)
+    return mixture if fraction > at_best else best
+
+
+def _step(mixture: Mixture, positions: Tensor, weights: Tensor) -> Mixture:
+    """Makes one step of expectation maximization on weighted draws ``[N, D]``."""
+    rows, log_jacobian = mixture.orbit(positions)
+    count, dim = len(mixture.loc), positions.shape[-1]
+    flat = rows.flatten(0, 1)
+    terms = mixture.terms(flat) + log_jacobian.flatten()
+    shared = terms.reshape(count, *log_jacobian.shape)
+    shared = shared - shared.logsumexp((0, 1), keepdim=True)
+    shares = shared.exp() * weights.to(shared.dtype)  # [J, P, N]
+    shares = shares.flatten(1)
+    total = shares.sum(1)
+    new_loc, new_scale = [], []
+    for j in range(count):
+        share = shares[j]
+        effective = float(share.sum().square() / share.square().sum().clamp(min=1e-300))
+        if not effective > 1.0:
+            new_loc.append(mixture.loc[j])
+            new_scale.append(mixture.scale_tril[j])
+            continue
+        white = torch.linalg.solve_triangular(
+            mixture.scale_tril[j], (flat - mixture.loc[j]).mT, upper=False
+        )
+        if math.isinf(mixture.dof):
+            factor = torch.ones_like(share)
+        else:
+            factor = (mixture.dof + dim) / (mixture.dof + white.square().sum(0))
+        mass = share * factor
+        mean = (white * mass).sum(1) / mass.sum()
+        trust = effective / (effective + dim)
+        mean = trust * mean
+        centred = white - mean.unsqueeze(-1)
+        covariance = (centred * mass) @ centred.mT / share.sum()
+        eye = torch.eye(dim, dtype=white.dtype, device=white.device)
+        strength = effective / (effective + 2.0 * dim + 10.0)
+        covariance = strength * covariance + (1.0 - strength) * eye
+        factor_tril, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
+        if int(info) != 0:
+            factor_tril = eye
+        new_loc.append(mixture.loc[j] + mixture.scale_tril[j] @ mean)
+        new_scale.append(mixture.scale_tril[j] @ factor_tril)
+    log_weights = (total / total.sum()).clamp(min=_LEAST_WEIGHT).log().log_softmax(0)
+    loc, scale = torch.stack(new_loc), torch.stack(new_scale)
+    return Mixture(log_weights, loc, scale, mixture.dof, mixture.symmetry)

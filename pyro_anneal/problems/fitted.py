@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from ..chains.blockwise import Blockwise
 from ..graphs.captured import capture
 from ..models.coordinates import hierarchical_sites, noncentred
 from ..models.sites import Layout
+from ..persistence.fingerprints import describe
 from ..persistence.randomness import derived_seed, own_randomness, seeded_generator
 from .bases import (
     Base,
@@ -42,6 +44,11 @@ _NUM_ORIGINS = 4
 _FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
 
 
+# Fits by the content of all that they depend on.
+_FITS: OrderedDict[tuple[str, ...], dict[str, Any]] = OrderedDict()
+_CAPACITY = 16
+
+
 @dataclass(frozen=True, eq=False)
 class FittedStart:
     """A Gaussian base and the coordinates in which it was fitted."""
@@ -64,7 +71,8 @@ def fit_start(
 ) -> FittedStart:
     """Fits a Gaussian in centred and, where there is a hierarchy, in non-centred coordinates.
 
-    The coordinates whose fit has the larger evidence lower bound are kept.
+    The coordinates whose fit has the larger evidence lower bound are kept. A fit of the same
+    operations, data and parameters by the same seed is made once.
 
     Args:
         model: The model's side of the path.
@@ -90,6 +98,17 @@ def fit_start(
         return captured[sites]
 
     def compute() -> dict[str, Any]:
+        key = _content(evaluator(model), seed, max_rows)
+        if key is None:
+            return fit()
+        if key not in _FITS:
+            _FITS[key] = fit()
+            while len(_FITS) > _CAPACITY:
+                _FITS.popitem(last=False)
+        _FITS.move_to_end(key)
+        return _FITS[key]
+
+    def fit() -> dict[str, Any]:
         fits, failures, spent = [], [], 0
         for layout in _layouts(model, example):
             target = evaluator(ModelDensity(model.model, layout, model.arguments))
@@ -124,6 +143,17 @@ def fit_start(
         chosen = ModelDensity(model.model, layout, model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
     return FittedStart(chosen, base, from_prior, found["num_gradients"])
+
+
+def _content(density: Any, seed: int, max_rows: int | None) -> tuple[str, ...] | None:
+    """Describes what a fit depends on by content; None without a recorded graph."""
+    if density.code is None:
+        return None
+    example = density.example
+    tensors = [describe(constant) for constant in density.constants]
+    parts = (seed, max_rows, tuple(example.shape), example.dtype, torch.get_num_threads(), tensors)
+    device = str(example.device)
+    return density.code, device, density.mode, repr(parts)
 
 
 def _in_coordinates(model: ModelDensity, sites: Sequence[str]) -> ModelDensity:

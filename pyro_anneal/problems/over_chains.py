@@ -75,7 +75,12 @@ def _chunks(count: int, numbers: int) -> list[int]:
 
 
 def draw_chains(
-    draw: Callable[[], Tensor], count: int, *, numbers: int, device: torch.device
+    draw: Callable[[], Tensor],
+    count: int,
+    *,
+    numbers: int,
+    device: torch.device,
+    alone: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Draws independently for K chains, by as few calls as possible.
 
@@ -84,10 +89,12 @@ def draw_chains(
     the same for all chains.
 
     Args:
-        draw: Draws for one chain, with torch's global generator.
+        draw: Draws for one chain, with torch's global generator; it raises where it cannot.
         count: Number K of chains.
         numbers: Numbers that one chain's largest tensor holds; it bounds the chains at once.
         device: Where the draws live.
+        alone: Draws for one chain where chains are drawn one by one, in place of ``draw``; it may
+            deal with the failure of one chain.
 
     Returns:
         Draws ``[K, ...]``.
@@ -103,7 +110,7 @@ def draw_chains(
                 if all(part is not None for part in parts):
                     return torch.cat([part for part in parts if part is not None])
                 set_random_state(before)
-        return torch.stack([draw() for _ in range(count)])
+        return torch.stack([(alone or draw)() for _ in range(count)])
 
 
 def _draw_at_once(draw: Callable[[], Tensor], count: int, device: torch.device) -> Tensor | None:

@@ -68,12 +68,14 @@ class Problem:
         return self._draw(PriorBase(self.model), num_chains)
 
     def _draw(self, base: Base, num_chains: int) -> Tensor:
-        return draw_chains(
-            lambda: self._draw_one(base),
+        position = draw_chains(
+            base.draw,
             num_chains,
             numbers=self._numbers,
             device=self.layout.device,
-        )
+            alone=lambda: self._draw_one(base),
+        ).to(self.layout.dtype)
+        return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
 
     @property
     def _numbers(self) -> int:

@@ -22,7 +22,7 @@ from ..compiled.program import LoopedDensity
 from ..kernels import State
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
-from ..persistence.randomness import seeded_generator
+from ..persistence.randomness import derived_seed, seeded_generator
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import Problem, prepare
@@ -42,6 +42,10 @@ __all__ = [
     "reverse",
     "shared_end",
 ]
+
+
+# The fit of a problem is a function of model and data alone, so that it need not be repeated.
+_FIT_SEED = 0
 
 
 def make_problem(
@@ -67,13 +71,15 @@ def make_problem(
             num_chains=min(num_chains, size or num_chains),
             batch_plates=settings.batch_plates,
             compile=settings.compile == "density",
-            seed=seed,
+            seed=_FIT_SEED,
             prior_weight=settings.prior_weight,
             progress=bar.update,
             max_rows=size,
             once=lambda compute: journal.once(f"{prefix}fit", compute),
             gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
         )
+    # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.
+    torch.manual_seed(derived_seed(seed, "draws"))
     if journal.is_kept:
         journal.identify(f"{prefix}problem", describe_problem(problem))
     return problem

@@ -459,7 +459,7 @@ def _(s):
 def _(s):
     from torch.nn import functional
 
-    names = {n: getattr(dist, n) for n in ("Beta", "Dirichlet", "Gamma", "Poisson", "Categorical")}
+    names = {n: getattr(dist, n) for n in ("Beta", "Uniform", "Gamma", "Poisson", "Categorical")}
     names |= {"MultivariateNormal": dist.MultivariateNormal, "constraints": dist.constraints}
     names |= {"F": functional, "T": 3, "N": 4, "alpha": 0.1}
     names["mix_weights"] = lambda beta: (

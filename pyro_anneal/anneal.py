@@ -74,6 +74,10 @@ class AnnealedImportance(Settings):
         batch_plates: ``"auto"``, or names of plates to treat as batch; ``[]`` for one evidence.
         step_size: Fixed step size at all betas instead of the pilot's, with unit scales.
         pilot: Settings of the pilot.
+        resampling: Whether chains resample among each other at points of the path, as populations
+            (sequential Monte Carlo), around a path from the posterior sample on the upper side:
+            True, False, or ``"auto"`` where the pilot expects log-weights to vary by more than one
+            squared nat.
         prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
             modes that a fitted guide may miss.
         cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered

@@ -26,6 +26,7 @@ __all__ = [
     "check_dominance",
     "check_gap",
     "check_lag",
+    "check_lineages",
     "check_pilot",
     "check_weights",
     "check_zero_weights",
@@ -95,6 +96,39 @@ def check_dominance(run: AnnealedRun, *, max_weight: float = 0.5) -> Diagnostic 
             "num_steps, or start closer to the posterior (another guide)"
         ),
         value=largest,
+    )
+
+
+def check_lineages(run: AnnealedRun, *, min_fraction: float = 1 / 6) -> Diagnostic | None:
+    """Looks for resampled chains that descend from few of those at the start.
+
+    Resampling evens out the weights, so that their effective sample size says little. What it lost
+    on the way are lineages, and with them the modes that nobody descends from: estimates then vary
+    more than their standard errors admit, mostly downward.
+
+    Args:
+        run: A forward run.
+        min_fraction: Least number of lineages over K. Populations of fewer than 8 chains pass.
+
+    Returns:
+        A finding whose value is the least number of lineages, or ``None``.
+    """
+    if run.num_lineages is None or run.direction == "reverse" or run.population_size < 8:
+        return None
+    few = run.num_lineages < min_fraction * run.num_chains
+    if _share(few) <= 0.01:  # one row of hundreds is chance
+        return None
+    least = int(run.num_lineages.min())
+    return Diagnostic(
+        name="lineages",
+        severity="warning",
+        message=(
+            f"{run.num_chains} resampled chains descend from as few as {least} of those at the "
+            f"start{_of_batch(few)}: modes may have died out on the way, and the evidence is "
+            "rather too low than its standard error says; raise num_steps or num_chains, or start "
+            "closer to the posterior (another guide)"
+        ),
+        value=float(least),
     )
 
 
@@ -360,6 +394,7 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_zero_weights,
         check_weights,
         check_dominance,
+        check_lineages,
         check_acceptance,
         check_divergences,
         check_pilot,

@@ -184,7 +184,8 @@ def evaluate(
     Raises:
         ValueError: If a log density has another shape.
     """
-    with torch.enable_grad() if gradients else torch.no_grad(), as_written():
+    context: Any = getattr(function, "context", nullcontext)  # backward passes need it as well
+    with torch.enable_grad() if gradients else torch.no_grad(), as_written(), context():
         leaf = position.detach().requires_grad_(gradients)
         log_densities = _values(function, leaf)
         grads = [_gradient(value, leaf, row_weights) for value in log_densities]

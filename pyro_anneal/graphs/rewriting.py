@@ -155,6 +155,9 @@ def make_batchable(graph: fx.GraphModule, device: torch.device) -> list[Tensor]:
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node not in dependent:
             continue
+        if _is_choice(node):
+            _choose(node)
+            continue
         _refuse_dynamic_shape(node, dependent)
         if node.target in (aten.index.Tensor, aten.index_put.default):
             _masks_to_indices(node)
@@ -169,6 +172,29 @@ def make_batchable(graph: fx.GraphModule, device: torch.device) -> list[Tensor]:
         elif _NO_END in node.args:
             _close_slice(node)
     return constants
+
+
+def _is_choice(node: fx.Node) -> bool:
+    """Tells whether a node puts one number where a mask of the same shape is true."""
+    if node.target is not aten.index_put.default:
+        return False
+    source, indices, value, *accumulate = node.args
+    shapes = [getattr(x, "meta", {}).get("tensor_meta") for x in (source, indices[0], value)]  # type: ignore[index]
+    if len(indices) != 1 or any(accumulate) or not all(hasattr(x, "shape") for x in shapes):  # type: ignore[arg-type]
+        return False
+    into, mask, number = (shape for shape in shapes if shape is not None)
+    same = into.dtype == number.dtype and into.shape == mask.shape
+    return bool(same and mask.dtype is torch.bool and number.shape.numel() == 1)
+
+
+def _choose(node: fx.Node) -> None:
+    """Replaces writing one number by a mask with a choice, whatever the mask depends on."""
+    source, indices, value, *_ = node.args
+    with node.graph.inserting_before(node):
+        number = node.graph.call_function(aten.reshape.default, (value, []))
+        number.meta["tensor_meta"] = value.meta["tensor_meta"]._replace(shape=torch.Size([]))  # type: ignore[union-attr]
+        new = node.graph.call_function(aten.where.self, (indices[0], number, source))  # type: ignore[index]
+    _replace(node, new)
 
 
 def _refuse_dynamic_shape(node: fx.Node, dependent: set[fx.Node]) -> None:

@@ -366,7 +366,9 @@ def _counts_rows(call: Call, index: Any, shape: tuple[int, ...]) -> int | None:
     if value is None or value.dtype is torch.bool or value.numel() != call.size:
         return None
     long = [axis for axis, length in enumerate(value.shape) if length > 1]
-    if len(long) != 1 or not torch.equal(value.flatten().cpu(), torch.arange(call.size)):
+    if len(long) != 1 or not torch.equal(
+        value.flatten().cpu(), torch.arange(call.size, device="cpu")
+    ):
         return None
     return long[0] + len(shape) - value.dim()
 

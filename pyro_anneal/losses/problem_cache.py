@@ -247,6 +247,7 @@ class ProblemCache:
             batch_plates="auto",
             compile=compile or self.compile is True,
             seed=0,
+            widen=False,
         )
         if lattice_of(problem.layout) is not None:
             sites = problem.layout.sites

@@ -7,9 +7,10 @@ is ignored: otherwise these would have a flat, improper prior. A constant mask F
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -24,6 +25,7 @@ from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
 from .enumeration import sum_out
 from .lifting import lifted_densities
+from .precision import in_float64
 from .sites import (
     Layout,
     is_flat,
@@ -37,6 +39,7 @@ from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
 
+Result = TypeVar("Result")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _FIXED_STRUCTURE = (
@@ -153,6 +156,17 @@ class ModelEvaluation:
         return torch.stack(terms).sum(0) if terms else torch.zeros_like(self.log_joint)
 
 
+def _in_precision(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes a method of the model's side compute in the precision of its layout."""
+
+    @functools.wraps(method)
+    def run(self: ModelDensity, *args: Any, **kwargs: Any) -> Result:
+        with in_float64(self.layout.wide):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class ModelDensity:
     """The model's side: packs, unpacks and evaluates latents of one chain."""
 
@@ -172,6 +186,7 @@ class ModelDensity:
         mark_points(trace)
         return trace
 
+    @_in_precision
     def evaluate(self, position: Tensor) -> ModelEvaluation:
         """Evaluates all densities at ``u`` of shape ``[*batch, D]``.
 
@@ -279,6 +294,7 @@ class ModelDensity:
         terms += [self._sum(sites[name], scaled=scaled) for name in found.plain]
         return torch.stack(terms).sum(0)
 
+    @_in_precision
     def pack(
         self, values: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None = None
     ) -> Tensor:
@@ -309,6 +325,7 @@ class ModelDensity:
             raise ValueError(_FIXED_STRUCTURE.format(missing))
         return self.layout.join(unconstrained)
 
+    @_in_precision
     def draw_prior(self) -> Tensor:
         """Draws ``u`` of shape ``[*batch, D]`` from the model's prior."""
         names = frozenset(site.name for site in self.layout.sites)
@@ -316,6 +333,7 @@ class ModelDensity:
         self._trace(substitute, enumerate_sites=False)
         return self._join(substitute.unconstrained)
 
+    @_in_precision
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes the sites' values in the model's own space at ``u``, by site."""
         unconstrained = self.layout.split(position)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .checks import (
 )
 from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
+from .mass import check_normalized
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -268,6 +270,24 @@ def _has_bounds(site: Site) -> bool:
     return isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"
 
 
+class _Marks(Messenger):  # type: ignore[misc]
+    """Remembers the model's own marks for enumeration, in whose place replay puts the guide's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.marks[msg["name"]] = msg["infer"].get("enumerate")
+
+    def restore(self, trace: Any) -> None:
+        """Puts the marks back at the sites of the model's trace."""
+        for name, mark in self.marks.items():
+            site = trace.nodes.get(name)
+            if site is not None and site["infer"].get("enumerate") != mark:
+                site["infer"] = {**site["infer"], "enumerate": mark}
+
+
 def _trace_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None,
@@ -280,7 +300,9 @@ def _trace_pair(
         return trace, None
     guide_trace = _trace(guide, guide_args)
     try:
-        trace = _trace(poutine.replay(model, trace=guide_trace), model_args)
+        marks = _Marks()
+        trace = _trace(poutine.replay(marks(model), trace=guide_trace), model_args)
+        marks.restore(trace)
     except (RuntimeError, ValueError):  # perhaps because the guide's values do not fit the model
         check_value_shapes(_trace(model, model_args), guide_trace)
         raise
@@ -349,6 +371,9 @@ def inspect_model(
         notes += (f"discrete sites {enumerated} are summed out{rest}",)
     nodes = {site.name: trace.nodes[site.name] for site in sites}
     improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
+    for name, node in nodes.items():
+        if name not in improper:
+            check_normalized(f'latent site "{name}"', node["fn"])
     if improper:
         notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
     unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
@@ -387,6 +412,69 @@ def inspect_model(
     if is_empty:
         raise NothingToAnneal(layout)
     return layout
+
+
+def inspect_again(
+    layout: Layout,
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+) -> Layout | None:
+    """Looks at everything in a layout that depends on the values of data and parameters.
+
+    One run of the model and the guide, for data of the shapes for which the layout was made.
+
+    Args:
+        layout: From :func:`inspect_model`.
+        model: Pyro model with its observations.
+        guide: Pyro guide, or None for the prior.
+        model_args: ``(args, kwargs)`` of the model.
+        guide_args: ``(args, kwargs)`` of the guide.
+
+    Returns:
+        The layout of the new data; None where more differs than values.
+
+    Raises:
+        ValueError: If an observed value lies outside its support.
+    """
+    with torch.no_grad(), poutine.block(), validation_disabled():
+        try:
+            trace, _ = _trace_pair(model, guide, model_args, guide_args)
+            check_log_probs(trace)
+        except (ValueError, RuntimeError):  # to be explained by a full inspection
+            return None
+        check_plates(trace)
+        latents = latent_sites(trace)
+        if set(latents) != {*(site.name for site in layout.sites), *layout.enumerated}:
+            return None
+        sites = [
+            _make_site(old.name, latents[old.name], layout.batch, old.start)
+            for old in layout.sites
+        ]
+        if any(_shape(new) != _shape(old) for new, old in zip(sites, layout.sites, strict=True)):
+            return None
+        values = {
+            name: torch.as_tensor(site["value"], device=layout.device).detach()
+            for name, site in observed_sites(trace).items()
+            if not is_factor(site)
+        }
+        same = {n: v.shape for n, v in values.items()} == {
+            n: v.shape for n, v in layout.observed.items()
+        }
+        scale, notes = _find_scale(trace)
+        same &= scale == layout.scale and set(notes) <= set(layout.notes)
+        if not same or _dtype(trace, sites) != layout.dtype:
+            return None
+    _check_observed(model, model_args, trace, layout.guarded)
+    return replace(layout, sites=tuple(sites), observed=values)
+
+
+def _shape(site: Site) -> tuple[Any, ...]:
+    """Collects what a site must share with another to take its place."""
+    sizes = (site.batch_shape, site.event_shape, site.unconstrained_shape, site.batch_axes)
+    kinds = (type(site.transform), type(site.support), site.dtype)
+    return (*sizes, *kinds, site.plates, site.start, site.stop)
 
 
 def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:

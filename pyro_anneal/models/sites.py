@@ -226,6 +226,7 @@ class Layout:
     lifted: tuple[str, ...] = ()  # discrete sites whose gradient is that of exact differences
     derived: tuple[Site, ...] = ()  # latents that a guide derives from the sites, if it does
     noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
+    wide: bool = False  # whether the model is computed in float64 whatever its own precision
 
     @property
     def model_sites(self) -> tuple[Site, ...]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -31,6 +32,8 @@ from ..models.discrete import DiscreteMap, IndexByTensor, discrete_map, is_discr
 from ..models.edges import exact_log_prob, has_closed_form, same_kind
 from ..models.enumeration import sum_out
 from ..models.lifting import own_extension
+from ..models.mass import check_normalized
+from ..models.precision import in_float64
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch, unmasked
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
 from ..models.validation import validation_disabled
@@ -118,6 +121,8 @@ class GuideBase:
                     f'at site "{name}" the guide is a Delta: a point mass has no density to anneal '
                     'from; use guide="auto" or a guide with a density'
                 )
+        for name in self._direct:
+            check_normalized(f'site "{name}" of the guide', trace.nodes[name]["fn"])
         # Sites with mass at an edge, in the same coordinate as the model's
         self._exact = frozenset(
             site.name
@@ -262,6 +267,10 @@ class GuideBase:
 
     def draw(self) -> Tensor:
         """Draws from the guide."""
+        with in_float64(self.model.layout.wide):
+            return self._draw()
+
+    def _draw(self) -> Tensor:
         substitute = Substitute(record=self._exact, ignore_masks=True)
         trace = self._trace(substitute)
         if not self._direct:
@@ -410,9 +419,13 @@ class PathDensity:
         self.model = model
         self.base = base
 
+    def context(self) -> AbstractContextManager[Any]:
+        """Makes the context in which densities and their gradients are to be computed."""
+        return in_float64(self.model.layout.wide)
+
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluates ``u`` of shape ``[*batch, D]`` to two tensors of shape ``[*batch]``."""
-        with validation_disabled():
+        with validation_disabled(), self.context():
             evaluation = self.model.evaluate(position)
             log_base = self.base.log_prob(evaluation, position)
         return log_base, evaluation.log_joint + evaluation.total_log_det

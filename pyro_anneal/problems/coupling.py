@@ -137,8 +137,8 @@ def _tested(
             shape = [plate.size if i == axis else 1 for i in range(first.dim() - 1)]
             generator = torch.Generator("cpu").manual_seed(0)
             for _ in range(4):
-                order = torch.randperm(plate.size, generator=generator).to(first.device)
-                take = (order < plate.size // 2).reshape(shape)
+                order = torch.randperm(plate.size, generator=generator, device="cpu")
+                take = (order < plate.size // 2).reshape(shape).to(first.device)
                 mixed = function(torch.where(take.unsqueeze(-1), second, first))
                 if any(
                     _differ(torch.where(take, b, a), m)

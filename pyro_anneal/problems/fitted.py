@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor
 from ..chains.blockwise import Blockwise
 from ..graphs.captured import capture
 from ..models.coordinates import hierarchical_sites, noncentred
+from ..models.precision import in_float64
 from ..models.sites import Layout
-from ..persistence.fingerprints import describe
 from ..persistence.randomness import derived_seed, own_randomness, seeded_generator
 from .bases import (
     Base,
@@ -26,6 +25,7 @@ from .bases import (
     StandardNormalBase,
 )
 from .components import Component, DenseComponent, LowRankComponent
+from .content import Remembered, content_of
 from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
 from .low_rank import LowRankScale, fit_low_rank
@@ -33,7 +33,7 @@ from .several import several_fits
 
 __all__ = ["FittedStart", "Once", "fit_start"]
 
-Once = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+Once = Callable[..., dict[str, Any]]  # once(compute), or once(compute, name=...)
 
 # Starting points of the fit of one evidence; a batch of many gets the origin alone, since each
 # point costs Newton steps of all its elements.
@@ -45,8 +45,7 @@ _FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
 
 
 # Fits by the content of all that they depend on.
-_FITS: OrderedDict[tuple[str, ...], dict[str, Any]] = OrderedDict()
-_CAPACITY = 16
+_FITS: Remembered[dict[str, Any]] = Remembered()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +97,7 @@ def fit_start(
         return captured[sites]
 
     def compute() -> dict[str, Any]:
-        key = _content(evaluator(model), seed, max_rows)
-        if key is None:
-            return fit()
-        if key not in _FITS:
-            _FITS[key] = fit()
-            while len(_FITS) > _CAPACITY:
-                _FITS.popitem(last=False)
-        _FITS.move_to_end(key)
-        return _FITS[key]
+        return _FITS.get(content_of(evaluator(model), seed, max_rows), fit)
 
     def fit() -> dict[str, Any]:
         fits, failures, spent = [], [], 0
@@ -143,17 +134,6 @@ def fit_start(
         chosen = ModelDensity(model.model, layout, model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
     return FittedStart(chosen, base, from_prior, found["num_gradients"])
-
-
-def _content(density: Any, seed: int, max_rows: int | None) -> tuple[str, ...] | None:
-    """Describes what a fit depends on by content; None without a recorded graph."""
-    if density.code is None:
-        return None
-    example = density.example
-    tensors = [describe(constant) for constant in density.constants]
-    parts = (seed, max_rows, tuple(example.shape), example.dtype, torch.get_num_threads(), tensors)
-    device = str(example.device)
-    return density.code, device, density.mode, repr(parts)
 
 
 def _in_coordinates(model: ModelDensity, sites: Sequence[str]) -> ModelDensity:
@@ -193,7 +173,8 @@ def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
     layout = model.layout
     if layout.enumerated:  # parameters that depend on an enumerated site are no coordinates
         return [layout]
-    sites = hierarchical_sites(model.model, model.arguments, layout, model.unpack(example))
+    with in_float64(layout.wide):
+        sites = hierarchical_sites(model.model, model.arguments, layout, model.unpack(example))
     return [layout, noncentred(layout, sites)] if sites else [layout]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,12 +13,15 @@ from pyro import poutine
 from torch import Tensor
 
 from ..graphs.captured import capture
+from ..graphs.purity import undisturbed
+from ..graphs.recording import evaluate_or_nan
 from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
 from ..models.discrete import DiscreteMap, is_discrete
 from ..models.inspection import inspect_model
+from ..models.precision import in_float64
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
 from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
@@ -32,12 +36,14 @@ from .bases import (
     PriorBase,
     StandardNormalBase,
 )
+from .content import Remembered, content_of
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
 from .fitted import Once, fit_start
 from .over_chains import draw_chains, map_chains
+from .precision import why_float64
 
-__all__ = ["Problem", "prepare"]
+__all__ = ["Problem", "assemble", "finish", "prepare", "reason_for_float64"]
 
 Guide = Callable[..., Any] | Literal["auto"] | None
 
@@ -52,6 +58,7 @@ class Problem:
     function: PathDensity  # one chain, through Pyro
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
+    inspected: Layout  # before a fit chose coordinates
     from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
 
     def draw(self, num_chains: int) -> Tensor:
@@ -158,7 +165,8 @@ class Problem:
                 found[name] = supports[name].check(value).all()
             return found
 
-        with torch.no_grad(), validation_disabled(), poutine.block():
+        wide = in_float64(self.layout.wide)
+        with torch.no_grad(), validation_disabled(), poutine.block(), wide:
             all_inside = map_chains(inside, values, numbers=self._numbers)
         for name, flags in all_inside.items():
             if not bool(flags.all()):
@@ -210,7 +218,8 @@ class Problem:
         """Names the sites whose log density at ``position`` is not finite."""
         culprits = []
         args, kwargs = self.model.arguments
-        with torch.no_grad(), poutine.block(), validation_disabled():
+        wide = in_float64(self.layout.wide)
+        with torch.no_grad(), poutine.block(), validation_disabled(), wide:
             try:
                 values = self.unpack(position.unsqueeze(0))
                 data = {name: value[0] for name, value in values.items()}
@@ -241,8 +250,10 @@ def prepare(
     prior_weight: float = 0.0,
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
-    once: Once = lambda compute: compute(),
+    once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
+    widen: bool = True,
+    why_wide: str | None = None,
 ) -> Problem:
     """Inspects, captures and checks a model and a base.
 
@@ -260,6 +271,8 @@ def prepare(
         max_rows: Positions that the automatic fit may evaluate at once.
         once: Calls the automatic fit, or returns what it gave before.
         gradients: Whether the chains need gradients.
+        widen: Whether to go to float64 where float32 is not enough.
+        why_wide: Why the problem is computed in float64 whatever the model's own precision.
 
     Returns:
         The problem.
@@ -268,6 +281,7 @@ def prepare(
         ValueError: For everything that :func:`~pyro_anneal.models.inspection.inspect_model` and the capture
             refuse, and if rows of a requested batch plate influence each other.
     """
+    asked = (model, guide, model_args, guide_args, _options(locals()))
     if not (guide is None or guide == "auto" or callable(guide)):
         raise ValueError(f'guide must be a Pyro guide, "auto" or None, got {guide!r}')
     hand_written = None if isinstance(guide, str) else guide
@@ -292,7 +306,7 @@ def prepare(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
         )
-    problem = _assemble(model, guide, model_args, guide_args, layout)
+    problem = assemble(model, guide, model_args, guide_args, layout)
     coupling = find_coupling(
         problem.function, layout.batch, problem.probe, is_requested=batch_plates != "auto"
     )
@@ -303,20 +317,79 @@ def prepare(
         layout = replace(joint, derived=layout.derived, is_static=static)
     if coupling.notes:
         layout = replace(layout, notes=(*layout.notes, *coupling.notes))
-        problem = _assemble(model, guide, model_args, guide_args, layout)
+        problem = assemble(model, guide, model_args, guide_args, layout)
+    if why_wide is not None:
+        note = f"computed in float64: {why_wide}"
+        layout = replace(layout, dtype=torch.float64, wide=True, notes=(*layout.notes, note))
+        problem = assemble(model, guide, model_args, guide_args, layout)
+        once = functools.partial(once, name="fit in float64")
     example = problem.probe()
     if lattice_of(layout) is not None:
         layout = lift(problem.model, example)
         if guide == "auto":
             note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
             guide, layout = None, replace(layout, notes=(*layout.notes, note))
-        problem = _assemble(model, guide, model_args, guide_args, layout)
+        problem = assemble(model, guide, model_args, guide_args, layout)
+    problem = finish(
+        problem,
+        guide,
+        example,
+        num_chains=num_chains,
+        compile=compile,
+        seed=seed,
+        prior_weight=prior_weight,
+        progress=progress,
+        max_rows=max_rows,
+        once=once,
+        gradients=gradients,
+    )
+    if not widen or why_wide is not None or lattice_of(layout) is not None:
+        return problem
+    reason = reason_for_float64(problem, gradients=gradients)
+    if reason is None:
+        return problem
+    return prepare(*asked[:4], **asked[4], why_wide=reason)
+
+
+def finish(
+    problem: Problem,
+    guide: Guide,
+    example: Tensor,
+    *,
+    num_chains: int,
+    compile: bool,
+    seed: int,
+    prior_weight: float = 0.0,
+    progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute, name="": compute(),
+    gradients: bool = True,
+    made: Callable[[PathDensity], Any] | None = None,
+) -> Problem:
+    """Fits the base, where that is asked for, and captures the densities.
+
+    Args:
+        problem: From :func:`assemble`.
+        guide: As of :func:`prepare`, like the options.
+        example: A finite position, ``[*batch, D]``.
+        num_chains: Likewise.
+        compile: Likewise.
+        seed: Likewise.
+        prior_weight: Likewise.
+        progress: Likewise.
+        max_rows: Likewise.
+        once: Likewise.
+        gradients: Likewise.
+        made: Makes the density of both ends for one chain into that for all; None to capture it.
+    """
     with _hidden_sites_named(problem.model, problem.base):
         if guide == "auto":
             problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
+        if made is not None:
+            return replace(problem, density=made(problem.function))
         density = capture(
             problem.function,
             example,
@@ -325,6 +398,39 @@ def prepare(
             gradients=gradients,
         )
     return replace(problem, density=density)
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Picks the options of :func:`prepare` that a second preparation shares."""
+    positional = ("model", "guide", "model_args", "guide_args", "why_wide")
+    return {name: value for name, value in given.items() if name not in positional}
+
+
+# Decisions by the content of all that they depend on.
+_REASONS: Remembered[str | None] = Remembered(size=64)
+
+
+def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
+    """Compares a problem with itself in float64; None if float32 is enough."""
+    density, function = problem.density, problem.function
+    if problem.layout.dtype is not torch.float32:
+        return None
+    run: Callable[[Tensor], Any] = functools.partial(
+        evaluate_or_nan, function, gradients=gradients
+    )
+    if density.mode != "eager":
+        graph, inputs = density.chain_graph_and_inputs()
+
+        def run(position: Tensor) -> Any:
+            return graph(position.contiguous(), *inputs)
+
+    def decide() -> str | None:
+        with undisturbed(problem.layout.device):
+            torch.manual_seed(0)  # a function of model and data alone
+            draws = problem.draw(8)
+        return why_float64(function, run, draws, ascend=gradients)
+
+    return _REASONS.get(content_of(density, gradients), decide)
 
 
 @contextlib.contextmanager
@@ -346,13 +452,14 @@ def _hidden_sites_named(model: ModelDensity, base: Base) -> Iterator[None]:
         ) from error
 
 
-def _assemble(
+def assemble(
     model: Callable[..., Any],
     guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,
     layout: Layout,
 ) -> Problem:
+    """Puts a model and a base together; a base that is to be fitted is a standard normal yet."""
     kind = TransportDensity if isinstance(model, Transport) else ModelDensity
     model_density = kind(model, layout, model_args)
     base: Base
@@ -362,7 +469,8 @@ def _assemble(
         base = StandardNormalBase(layout)
     else:
         base = GuideBase(guide, model_density, guide_args)
-    return Problem(layout, model_density, base, PathDensity(model_density, base), None, 0)
+    function = PathDensity(model_density, base)
+    return Problem(layout, model_density, base, function, None, 0, layout)
 
 
 def _fit(

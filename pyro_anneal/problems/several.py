@@ -53,7 +53,7 @@ def several_fits(
     layout = model.layout
     size = rows_at_once(target, layout.dim)
     rows = Rows(density, size, len(layout.batch))
-    kept: dict[str, Any] = {"components": [component], "log_weights": torch.zeros(1)}
+    kept: dict[str, Any] = {"components": [component], "log_weights": torch.zeros(1, device="cpu")}
     kept |= {"groups": [], "spent": 0}
     if "scale_tril" not in component or (max_rows is not None and max_rows < size):
         return kept

@@ -19,6 +19,7 @@ from ..persistence.fingerprints import describe_arguments
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..persistence.randomness import derived_seed, random_state, set_random_state
+from ..problems.cache import Kept, KeptProblems
 from ..results.batches import EvidenceOfBatches
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
@@ -171,9 +172,7 @@ def _take_turns(
     if world.rank < len(turns):
         index = list(turns)[world.rank]
         with released(), journal.on_this_rank():
-            run = _run_batch(
-                settings, turns[index], journal, index, on_batch is not None, total.budget
-            )
+            run = _run_batch(settings, turns[index], journal, index, on_batch is not None, total)
         own = _reduce(run)
         if on_batch is not None:
             on_batch(index, run)
@@ -209,12 +208,20 @@ def _run_batch(
     journal: Journal,
     index: int,
     keep_samples: bool,
-    budget: Budget | None,
+    total: _Batches,
 ) -> AnnealedRun:
     seed, prefix, model = journal.seed + index, f"{index}/", settings.model
     torch.manual_seed(seed)
     frozen = freeze(
-        settings, model, arguments, arguments, journal, prefix, seed=seed, budget=budget
+        settings,
+        model,
+        arguments,
+        arguments,
+        journal,
+        prefix,
+        seed=seed,
+        budget=total.budget,
+        problems=total.problems,
     )
     run, _ = forward(frozen, journal, prefix, keep_samples=keep_samples)
     return replace(run, diagnostics=diagnostics.diagnose(run))
@@ -254,6 +261,7 @@ class _Batches:
     """What finished batches gave."""
 
     def __init__(self) -> None:
+        self.problems: KeptProblems[Kept] = KeptProblems()  # for batches to come
         self.budget: Budget | None = None  # with target_gap
         self.digests: list[str] = []
         self.sizes: list[int] = []

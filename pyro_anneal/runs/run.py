@@ -23,9 +23,10 @@ from ..kernels import State
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
 from ..persistence.randomness import derived_seed, seeded_generator
+from ..problems.cache import Kept, KeptProblems, prepare_kept
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
-from ..problems.problem import Problem, prepare
+from ..problems.problem import Problem
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
@@ -57,13 +58,15 @@ def make_problem(
     prefix: str,
     *,
     seed: int,
+    problems: KeptProblems[Kept] | None = None,
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
     # One increment moves no chain; with a target gap the steps are not known yet.
     moves = settings.plan.num_steps != 1 or settings.target_gap is not None
     with progress_bar("fit", 340) as bar:
-        problem = prepare(
+        problem = prepare_kept(
+            problems,
             model,
             settings.guide,
             model_args,
@@ -75,7 +78,7 @@ def make_problem(
             prior_weight=settings.prior_weight,
             progress=bar.update,
             max_rows=size,
-            once=lambda compute: journal.once(f"{prefix}fit", compute),
+            once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
             gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
         )
     # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.
@@ -124,6 +127,7 @@ def freeze(
     seed: int,
     budget: Budget | None = None,
     grouping: Grouping | None = None,
+    problems: KeptProblems[Kept] | None = None,
 ) -> Frozen:
     """Prepares the problem and runs the pilot.
 
@@ -137,9 +141,12 @@ def freeze(
         seed: Seed of the run.
         budget: What ``target_gap`` chose for another problem, to be shared; None to choose.
         grouping: How the chains of another problem are grouped, to be shared; None to choose.
+        problems: What other data sets of the call have left for this one.
     """
     began = time.perf_counter()
-    problem = make_problem(settings, model, model_args, guide_args, journal, prefix, seed=seed)
+    problem = make_problem(
+        settings, model, model_args, guide_args, journal, prefix, seed=seed, problems=problems
+    )
     setup_seconds = time.perf_counter() - began
     with progress_bar("pilot", 1.0) as bar:
         walkers = particles(

@@ -18,6 +18,7 @@ from pyro_anneal.diagnostics import (
     check_divergences,
     check_dominance,
     check_gap,
+    check_lineages,
     check_pilot,
     check_weights,
     check_zero_weights,
@@ -53,6 +54,23 @@ def test_easy_runs_stay_unflagged(problem, num_chains):
 @pytest.mark.parametrize("batch", [(), (40,), (3, 20)])
 def test_easy_sandwiches_stay_unflagged(batch):
     assert diagnose_sandwich(make_sandwich(S, batch, num_steps=200)[0]) == ()
+
+
+def test_few_lineages(run):
+    own = torch.arange(16).unsqueeze(1).expand(16, 40)
+    populations = {"population_size": 8, "num_resamplings": torch.zeros(2, 40, dtype=torch.long)}
+    even = _replaced(run, ancestors=own, **populations)
+    assert check_lineages(run) is None  # nothing is resampled
+    assert check_lineages(even) is None
+    assert torch.equal(even.num_lineages, torch.full((40,), 16))
+    descend = own.clone()
+    descend[:, 3] = 5  # all from one
+    descend[:, 4] = torch.arange(16) // 8 * 8  # one per population
+    found = check_lineages(_replaced(even, ancestors=descend))
+    assert (found.name, found.severity, found.value) == ("lineages", "warning", 1.0)
+    assert "as few as 1 of those at the start for 5% of the batch" in found.message
+    small = _replaced(even, ancestors=descend, population_size=4)
+    assert check_lineages(small) is None
 
 
 def test_collapsed_weights(problem):

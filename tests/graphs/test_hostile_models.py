@@ -150,3 +150,19 @@ def test_draws_that_reach_the_density_are_refused(where):
 
     with pytest.raises(ValueError, match="draws random numbers"):
         run(model)
+
+
+def test_a_number_written_by_a_mask_of_latents_is_a_choice():
+    x = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+
+    def model():
+        p = pyro.sample("p", dist.Dirichlet(torch.full((4,), 2.0, dtype=torch.float64)))
+        pyro.sample("x", dist.Multinomial(5, p), obs=x)
+
+    alpha = torch.full((4,), 2.0, dtype=torch.float64)
+    truth = math.lgamma(6.0) - float(torch.lgamma(x + 1).sum()) + math.lgamma(8.0)
+    truth += float((torch.lgamma(alpha + x) - torch.lgamma(alpha)).sum()) - math.lgamma(13.0)
+    assert truth == pytest.approx(-3.497, abs=1e-3)
+    result = run(model)
+    assert result.density_mode.startswith(("graph", "compiled"))
+    assert float(result.lower) == pytest.approx(truth, abs=5 * float(result.std_error))

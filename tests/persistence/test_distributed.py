@@ -123,6 +123,7 @@ def test_a_density_in_pieces_is_the_density():
     ("name", "size"),
     [
         ("run", 2),
+        pytest.param("populations", 2, marks=pytest.mark.slow),
         pytest.param("run_batches", 3, marks=pytest.mark.slow),  # as when a rank died, below
         pytest.param("sandwich", 3, marks=pytest.mark.slow),
         pytest.param("mutual_information", 2, marks=pytest.mark.slow),

@@ -88,7 +88,7 @@ def test_cross_check_passes_an_easy_posterior():
 
 
 def test_a_defensive_start_finds_both_modes(one_fit):
-    run = engine(two_modes, prior_weight=0.5).run(X)
+    run = engine(two_modes, prior_weight=0.5, num_chains=128).run(X)
     assert abs(run.lower - _truth()) < 5.0 * run.std_error
     assert run.std_error < 0.15  # half the mass of a mode is 0.3 nats and more
 

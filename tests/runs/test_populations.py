@@ -43,6 +43,7 @@ def is_one(values, num_errors=5.0):
     return error < 0.05 and abs(float(values.mean()) - 1.0) < num_errors * error
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # poor on purpose
 @pytest.mark.parametrize("chains_at_once", [None, 8])
 def test_all_bounds_of_a_sandwich_are_certified(chains_at_once):
     x = torch.zeros(3000, dtype=torch.float64)

@@ -101,22 +101,24 @@ class _Path(Protocol):
     def num_steps(self) -> int: ...
 
 
-def with_loop(density: Any, path: _Path, compile: bool | str) -> Any:
+def with_loop(density: Any, path: _Path, compile: bool | str, *, num_runs: int = 1) -> Any:
     """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
 
     Args:
         density: The captured density.
         path: The kernel and the number of steps to come.
         compile: As of :class:`~pyro_anneal.AnnealedImportance`.
+        num_runs: Runs to come of as many chains and steps, over all data sets of a call.
 
     Returns:
         The density, or a :class:`LoopedDensity` of it.
     """
     if compile in (False, "density") or path.num_steps == 1:
         return density
+    num_moves = num_runs * (path.num_steps - 1)
     if compile == "auto" and (
         density.mode in ("eager", "graph-loop")
-        or not repays_compilation(density, path.kernel, path.num_steps - 1)
+        or not repays_compilation(density, path.kernel, num_moves)
     ):
         return density
     problem = loop_problem(density, path.kernel)
@@ -125,7 +127,7 @@ def with_loop(density: Any, path: _Path, compile: bool | str) -> Any:
             density.compile()
         return LoopedDensity(density, problem)
     unroll = compile == "unrolled" or (
-        compile == "auto" and repays_unrolling(density, path.kernel, path.num_steps - 1)
+        compile == "auto" and repays_unrolling(density, path.kernel, num_moves)
     )
     return LoopedDensity(density, unroll=unroll)
 

@@ -78,6 +78,7 @@ def run_batches(
     total = _Batches() if stored is None else _Batches.from_dict(stored)
     count = total.count
     length = len(batches) if isinstance(batches, Sized) else math.inf
+    total.length = len(batches) if isinstance(batches, Sized) else 1
     turns: dict[int, Arguments] = {}
     index = -1
     with progress_bar("batches", length) as bar:
@@ -222,6 +223,7 @@ def _run_batch(
         seed=seed,
         budget=total.budget,
         problems=total.problems,
+        num_runs=total.length,
     )
     run, _ = forward(frozen, journal, prefix, keep_samples=keep_samples)
     return replace(run, diagnostics=diagnostics.diagnose(run))
@@ -262,6 +264,7 @@ class _Batches:
 
     def __init__(self) -> None:
         self.problems: KeptProblems[Kept] = KeptProblems()  # for batches to come
+        self.length = 1  # of the call, as far as it is known
         self.budget: Budget | None = None  # with target_gap
         self.digests: list[str] = []
         self.sizes: list[int] = []

@@ -99,6 +99,7 @@ def simulate_pair(
     keep_samples: bool,
     shared: Shared = _NOTHING_SHARED,
     problems: KeptProblems[Kept] | None = None,
+    num_pairs: int = 1,
 ) -> tuple[Pair, Shared]:
     """Simulates a data set, and runs chains in both directions on it.
 
@@ -112,6 +113,7 @@ def simulate_pair(
         keep_samples: Whether to keep posterior samples and data.
         shared: What was chosen on another data set.
         problems: What other data sets of the call have left for this one.
+        num_pairs: Data sets of the whole call.
 
     Returns:
         The runs, and what the next data set shares with them.
@@ -130,6 +132,7 @@ def simulate_pair(
         budget=shared.budget,
         grouping=shared.grouping,
         problems=problems,
+        num_runs=num_pairs * (3 if coupled else 2),
     )
     exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
     run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
@@ -218,6 +221,7 @@ def simulate_pairs(
                     keep_samples=keep_samples,
                     shared=shared,
                     problems=problems,
+                    num_pairs=num_simulations,
                 )
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))

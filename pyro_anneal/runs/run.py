@@ -128,6 +128,7 @@ def freeze(
     budget: Budget | None = None,
     grouping: Grouping | None = None,
     problems: KeptProblems[Kept] | None = None,
+    num_runs: int = 1,
 ) -> Frozen:
     """Prepares the problem and runs the pilot.
 
@@ -142,6 +143,7 @@ def freeze(
         budget: What ``target_gap`` chose for another problem, to be shared; None to choose.
         grouping: How the chains of another problem are grouped, to be shared; None to choose.
         problems: What other data sets of the call have left for this one.
+        num_runs: Runs of the whole call, of this and of other data sets.
     """
     began = time.perf_counter()
     problem = make_problem(
@@ -164,7 +166,9 @@ def freeze(
             kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
             plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
         path, summary, budget = tune(walkers, plan, budget=budget, once=once)
-    problem = replace(problem, density=with_loop(problem.density, path, settings.compile))
+    problem = replace(
+        problem, density=with_loop(problem.density, path, settings.compile, num_runs=num_runs)
+    )
     how = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)
     if grouping is None:

@@ -1,6 +1,7 @@
 """One run of a model draws for all chains: independently, and by the law of one chain."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -135,17 +136,16 @@ def test_chains_are_drawn_in_parts_where_they_would_not_fit():
     assert len(drawn.unique()) == 40
 
 
-class Leaky(dist.Exponential):
-    """Draws a third of its values outside its support."""
+class _Leaky:
+    """A base a third of whose draws lie outside the support, where there is no coordinate."""
 
-    def rsample(self, sample_shape=()):
-        return torch.randn(torch.Size(sample_shape) + self.batch_shape) + 0.43
+    def draw(self):
+        return (torch.randn(1) + 0.43).log()
 
 
 def test_draws_outside_the_support_are_nan_chain_by_chain():
     def model(x):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("w", Leaky(1.0))
+        z = pyro.sample("z", dist.Exponential(1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     arguments = ((torch.tensor(1.0),), {})
@@ -153,13 +153,30 @@ def test_draws_outside_the_support_are_nan_chain_by_chain():
         model, None, arguments, arguments, num_chains=4, batch_plates="auto", compile=False, seed=0
     )
     torch.manual_seed(0)
-    drawn = problem.draw(200)
-    one_by_one = torch.stack([problem._draw_one(problem.base) for _ in range(200)])
-    dead, expected = (x.isnan().all(-1).double() for x in (drawn, one_by_one))
-    assert bool((drawn.isnan().any(-1) == dead.bool()).all())
-    assert 0.2 < float(expected.mean()) < 0.9
-    error = math.sqrt(float(expected.mean() * (1 - expected.mean())) * 2 / 200)
-    assert abs(float(dead.mean() - expected.mean())) < 5 * error
+    drawn = replace(problem, base=_Leaky()).draw(COUNT)
+    share = 0.5 * (1.0 - math.erf(0.43 / math.sqrt(2.0)))
+    error = math.sqrt(share * (1.0 - share) / COUNT)
+    assert abs(float(drawn.isnan().double().mean()) - share) < 5 * error
+
+
+def test_a_draw_that_fails_is_nan_alone():
+    class Failing:
+        def draw(self):
+            matrix = torch.randn(1, 1)
+            return torch.linalg.cholesky(matrix)[0]
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    arguments = ((torch.tensor(1.0),), {})
+    problem = prepare(
+        model, None, arguments, arguments, num_chains=4, batch_plates="auto", compile=False, seed=0
+    )
+    torch.manual_seed(0)
+    drawn = replace(problem, base=Failing()).draw(1000)
+    assert abs(float(drawn.isnan().double().mean()) - 0.5) < 5 * math.sqrt(0.25 / 1000)
+    assert bool((drawn[~drawn.isnan()] > 0).all())
 
 
 def test_values_are_those_of_each_chain():

@@ -28,7 +28,10 @@ def content_of(density: Any, *options: object) -> tuple[str, ...] | None:
     if density.code is None:
         return None
     example = density.example
-    tensors = [describe(constant) for constant in density.constants]
+    tensors = [
+        f"no numbers, {list(constant.shape)}" if constant.is_meta else describe(constant)
+        for constant in density.constants
+    ]
     kind = (tuple(example.shape), example.dtype, str(example.device), density.mode)
     return density.code, repr((kind, torch.get_num_threads(), options)), repr(tensors)
 

@@ -29,7 +29,7 @@ test: lint
 slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
-# The notebooks from their text, formatted: after every edit of tutorials/*.md.
+# The notebooks from their text, formatted: after every edit of tutorials/*.md. Outputs of unchanged code stay.
 notebooks: .venv/installed
 	$(BIN)/python tutorials/build.py
 
@@ -37,13 +37,14 @@ notebooks: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
-# All tutorials in full, into tutorials/_executed, where `make docs` finds them.
+# All tutorials in full, outputs kept in the notebooks: after every edit of their code. Ten minutes and more of one processor.
 tutorials: .venv/installed-docs
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/build.py --execute
 
+# Pages show the notebooks as they are: nothing is executed, and no network is needed once things are installed.
 docs: .venv/installed-docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 clean:
-	rm -rf .venv build dist *.egg-info docs/_build docs/tutorials tutorials/_executed
+	rm -rf .venv build dist *.egg-info docs/_build docs/tutorials

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 import shutil
 import sys
@@ -30,11 +29,13 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # MathJax among the pages: mathematics needs no network
 ]
 exclude_patterns = ["_build", "figures", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"pyro_anneal {version}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -48,20 +49,14 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 # Comments that mathematics renders in tables need `\vert`; a bare `|` would end the cell.
 
-# The notebooks lie beside the package, not in its documentation. An executed one in
-# `tutorials/_executed`, made by `make tutorials`, is shown as it is; else the text runs here, small.
+# The notebooks lie beside the package, not in its documentation, and carry the outputs of a run in
+# full (`make tutorials`). Pages show these outputs: nothing is executed here.
 tutorials = HERE / "tutorials"
 shutil.rmtree(tutorials, ignore_errors=True)
 tutorials.mkdir()
-for text in sorted((ROOT / "tutorials").glob("*.md")):
-    executed = ROOT / "tutorials" / "_executed" / f"{text.stem}.ipynb"
-    chosen = executed if executed.exists() else text
-    shutil.copy(chosen, tutorials / chosen.name)
-os.environ.setdefault("PYRO_ANNEAL_TUTORIAL_SIZE", "small")
-nb_execution_mode = "cache"
-nb_execution_timeout = 600
-nb_execution_raise_on_error = True
-nb_execution_show_tb = True
+for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
+    shutil.copy(notebook, tutorials / notebook.name)
+nb_execution_mode = "off"
 nb_merge_streams = True
 
 

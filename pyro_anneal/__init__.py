@@ -3,6 +3,7 @@
 from . import datasets, eim, losses, mi, oed
 from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
+from .audits import evidence_from_samples
 from .chains.pilot import Pilot
 from .kernels import HMC, Composite, DiscreteLangevin, Kernel, RandomWalk, SingleSite
 from .results import (
@@ -11,6 +12,7 @@ from .results import (
     Comparison,
     Diagnostic,
     Estimate,
+    EvidenceFromSamples,
     EvidenceOfBatches,
     MutualInformation,
     Sandwich,
@@ -28,6 +30,7 @@ __all__ = [
     "Diagnostic",
     "DiscreteLangevin",
     "Estimate",
+    "EvidenceFromSamples",
     "EvidenceOfBatches",
     "Kernel",
     "Linear",
@@ -44,6 +47,7 @@ __all__ = [
     "compare",
     "datasets",
     "eim",
+    "evidence_from_samples",
     "log_evidence",
     "losses",
     "mi",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .arguments import as_count
+from .arguments import as_count, check_reserved
 from .diagnostics import checks as diagnostics
 from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments
@@ -480,30 +479,9 @@ def log_evidence(
         "seed": seed,
         "progress_bar": progress_bar,
     }
-    _check_reserved(model, args, options)
+    remedy = (
+        'call AnnealedImportance(model, guide="auto", num_chains=32).run(*args, **kwargs), which '
+        "hands all arguments to the model"
+    )
+    check_reserved("log_evidence", model, args, options, remedy=remedy)
     return AnnealedImportance(model, **options).run(*args, **kwargs)
-
-
-def _check_reserved(
-    model: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
-) -> None:
-    """Checks that no option of :func:`log_evidence` is meant for the model.
-
-    A parameter of that name that a positional argument fills is no matter of doubt.
-    """
-    try:
-        parameters = list(inspect.signature(model).parameters.values())
-    except (TypeError, ValueError):  # no signature: a builtin, or no function at all
-        return
-    filled = {
-        parameter.name
-        for parameter, _ in zip(parameters, args, strict=False)
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    }
-    shared = [p.name for p in parameters if p.name in options and p.name not in filled]
-    if shared:
-        raise ValueError(
-            f"log_evidence takes {shared} as its own option(s), but the model has parameter(s) of "
-            'that name: pass them by position, or call AnnealedImportance(model, guide="auto", '
-            "num_chains=32).run(*args, **kwargs), which hands all arguments to the model"
-        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,7 @@ __all__ = [
     "as_seed",
     "check_function",
     "check_kernel",
+    "check_reserved",
     "check_step_size",
 ]
 
@@ -157,3 +160,42 @@ def check_step_size(value: Any) -> None:
         fine = 0.0 < as_real("step_size", value) < math.inf
     if not fine:
         raise ValueError(f"step_size must be positive and finite, got {value}")
+
+
+def check_reserved(
+    task: str,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: Iterable[str],
+    *,
+    remedy: str,
+) -> None:
+    """Checks that no option of a function is meant for the model whose arguments it passes on.
+
+    A parameter of that name that a positional argument fills is no matter of doubt.
+
+    Args:
+        task: Name of the function.
+        model: The model.
+        args: Its positional arguments.
+        options: Names of the function's own options.
+        remedy: What to do instead of passing the argument by position.
+
+    Raises:
+        ValueError: If the model has a parameter of the name of an option.
+    """
+    try:
+        parameters = list(inspect.signature(model).parameters.values())
+    except (TypeError, ValueError):  # no signature: a builtin, or no function at all
+        return
+    filled = {
+        parameter.name
+        for parameter, _ in zip(parameters, args, strict=False)
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    }
+    shared = [p.name for p in parameters if p.name in set(options) and p.name not in filled]
+    if shared:
+        raise ValueError(
+            f"{task} takes {shared} as its own option(s), but the model has parameter(s) of that "
+            f"name: pass them by position, or {remedy}"
+        )

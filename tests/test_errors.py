@@ -124,7 +124,7 @@ def test_models_that_cannot_be_annealed(model, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (torch.tensor([0.4, torch.nan, 1.0]), r"site\(s\) .*x.*no finite value"),
+        (torch.tensor([0.4, torch.nan, 1.0]), r'site "x" 1 observed .* NaN'),
         (torch.tensor([0.4, torch.inf, 1.0]), r"site\(s\) .*x.*no finite value"),
     ],
 )

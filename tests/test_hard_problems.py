@@ -31,14 +31,17 @@ def _check(name):
         warnings.simplefilter("ignore", AnnealingWarning)
         run = engine(problem).run(*problem.args)
     flags = [found.name for found in run.diagnostics if found.severity == "warning"]
-    assert flags or abs(float(run.lower) - problem.truth()) < TOLERANCE
-    return flags
+    error = float(run.lower) - problem.truth()
+    assert flags or abs(error) < TOLERANCE
+    return flags, error
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_the_default_is_right_or_says_so(name):
-    flags = _check(name)
-    assert ("modes" in flags) == HARD_PROBLEMS[name]().multimodal
+def test_the_default_covers_a_few_modes(name):
+    """A mode of half the mass missing would be 0.69 nats; covered modes raise no alarm."""
+    flags, error = _check(name)
+    assert abs(error) < 0.1
+    assert "modes" not in flags
 
 
 @pytest.mark.slow

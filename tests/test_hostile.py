@@ -287,11 +287,11 @@ REFUSED = {
     # --- data ---
     "data with NaN": (
         lambda: run(data=X * NAN),
-        r"at site\(s\) \['x'\] .* check the data for NaN",
+        r'at site "x" 3 observed .* NaN .* check the data for NaN',
     ),
     "data with one NaN": (
         lambda: run(data=torch.tensor([0.4, NAN])),
-        r"at site\(s\) \['x'\] .* \(batch element \[1\]\)",
+        r'at site "x" 1 observed .* NaN \(the first at index \[1\]\)',
     ),
     "data infinite": (lambda: run(data=torch.tensor([0.4, INF])), r"\['x'\] .* element \[1\]"),
     "data that overflow": (

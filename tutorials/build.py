@@ -1,15 +1,18 @@
 """Keeps the notebooks in step with their text, and executes them.
 
-``python tutorials/build.py`` writes each ``NAME.ipynb`` from ``NAME.md``, formatted, without outputs.
-``python tutorials/build.py --execute [NAME ...]`` runs notebooks in full into ``_executed/``, which the
-documentation then shows.
+``python tutorials/build.py`` writes each ``NAME.ipynb`` from ``NAME.md``, formatted. Outputs are kept
+where no code has changed, and dropped otherwise: they belong to the code that made them.
+``python tutorials/build.py --execute [NAME ...]`` runs notebooks in full, and keeps their outputs,
+which the documentation shows. All eight take ten to twenty minutes of one processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,31 +37,65 @@ def notebook(text: Path) -> Any:
     return result
 
 
+def sources(cells: Any) -> list[tuple[str, str]]:
+    """Lists the kinds and the text of cells, without what came of them."""
+    return [(cell.cell_type, cell.source) for cell in cells]
+
+
+def is_in_full(committed: Any) -> bool:
+    """Tells whether a notebook holds the outputs of a run of all its code at full size."""
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    counted = [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    return counted and committed.metadata.get("pyro_anneal", {}).get("size") == "full"
+
+
+def keep_outputs(new: Any, old: Path) -> Any:
+    """Copies the outputs of a former run into a notebook with the same code."""
+    if not old.exists():
+        return new
+    former = nbformat.read(old, as_version=4)
+    code, before = ([c for c in n.cells if c.cell_type == "code"] for n in (new, former))
+    if [cell.source for cell in code] != [cell.source for cell in before]:
+        return new
+    for cell, known in zip(code, before, strict=True):
+        cell["outputs"], cell["execution_count"] = known.outputs, known.execution_count
+    if "pyro_anneal" in former.metadata:
+        new.metadata["pyro_anneal"] = former.metadata["pyro_anneal"]
+    return new
+
+
 def write(text: Path) -> None:
     """Formats the code of a tutorial, and writes text and notebook."""
     target = text.with_suffix(".ipynb")
-    nbformat.write(notebook(text), target)
-    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(target)], check=True)
-    formatted = nbformat.read(target, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / target.name
+        nbformat.write(notebook(text), draft)
+        settings = ["--config", str(HERE.parent / "pyproject.toml")]
+        command = [sys.executable, "-m", "ruff", "format", "--quiet", *settings, str(draft)]
+        subprocess.run(command, check=True)
+        formatted = nbformat.read(draft, as_version=4)
     original = jupytext.read(text)
     for cell, new in zip(original.cells, formatted.cells, strict=True):
         cell["source"] = new["source"]
     jupytext.write(original, text)
-    nbformat.write(notebook(text), target)
+    nbformat.write(keep_outputs(notebook(text), target), target)
 
 
 def execute(text: Path) -> None:
-    """Runs a tutorial in a fresh kernel and keeps it with its outputs."""
+    """Runs a tutorial in full, in a fresh kernel, and keeps its outputs in its notebook."""
     from nbclient import NotebookClient
 
-    target = HERE / "_executed" / f"{text.stem}.ipynb"
-    target.parent.mkdir(exist_ok=True)
+    os.environ.pop("PYRO_ANNEAL_TUTORIAL_SIZE", None)
+    os.environ["PYRO_ANNEAL_PROGRESS"] = "0"
+    target = text.with_suffix(".ipynb")
     began = time.perf_counter()
     result = notebook(text)
-    NotebookClient(result, timeout=3600, kernel_name="python3").execute()
+    NotebookClient(result, timeout=3600, kernel_name="python3", record_timing=False).execute()
+    seconds = round(time.perf_counter() - began)
+    result.metadata["pyro_anneal"] = {"size": "full", "seconds": seconds}
+    result.metadata.pop("language_info", None)
     nbformat.write(result, target)
-    size = target.stat().st_size / 1024
-    print(f"{text.stem}: {time.perf_counter() - began:.0f} s, {size:.0f} kB", flush=True)
+    print(f"{text.stem}: {seconds} s, {target.stat().st_size / 1024:.0f} kB", flush=True)
 
 
 def main() -> None:

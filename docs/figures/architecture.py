@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 
 QUESTIONS = {
     "demo": "a picture to start with",
+    "audits": "what do posterior\ndraws tell?",
     "oed": "which design tells most?",
     "anneal": "the front door",
     "losses": "training",

@@ -39,17 +39,26 @@ __all__ = [
 
 # Transitions over which an acceptance is averaged before it is compared with another.
 _ENOUGH_TRANSITIONS = 100
+# Kinds of findings that came with the run, since no figure of it shows them.
+_OF_THE_PROBLEM = ("unread", "saturated")
 
 
-def check_weights(run: AnnealedRun, *, min_fraction: float = 0.1) -> Diagnostic | None:
-    r"""Looks for a collapse of the effective sample size.
+def check_weights(
+    run: AnnealedRun, *, min_fraction: float = 0.1, few: float = 1 / 3, max_share: float = 0.1
+) -> Diagnostic | None:
+    r"""Looks for effective sample sizes of few chains, and for their collapse.
 
-    Fewer than 8 chains say little by their effective sample size, so for them the variance of the
-    log-weights counts as well: of log-normal weights :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`.
+    Below a third of K the bound rests on few chains and may be nats too low; beyond 64 chains, a
+    third of 64 is enough. In a batch, some elements may fall below by chance, but none below a
+    tenth. Fewer than 8 chains say little by their effective sample size, so for them the variance
+    of the log-weights counts as well: of log-normal weights
+    :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`.
 
     Args:
         run: A run of either direction.
-        min_fraction: Least effective sample size over K.
+        min_fraction: Least effective sample size over K of any batch element.
+        few: Least effective sample size over K, or over 64 where K is larger, of most.
+        max_share: Share of the batch elements that may have fewer.
 
     Returns:
         A finding whose value is the share of batch elements concerned, or ``None``.
@@ -57,6 +66,9 @@ def check_weights(run: AnnealedRun, *, min_fraction: float = 0.1) -> Diagnostic 
     collapsed = run.ess < min_fraction * run.num_chains
     if 1 < run.num_chains < 8:
         collapsed |= run.log_weights.var(dim=0) > -math.log(min_fraction)
+    rests_on_few = run.ess < few * min(run.num_chains, 64)
+    if _share(rests_on_few) > max_share:
+        collapsed |= rests_on_few
     share = _share(collapsed)
     if share == 0.0:
         return None
@@ -65,8 +77,9 @@ def check_weights(run: AnnealedRun, *, min_fraction: float = 0.1) -> Diagnostic 
         severity="warning",
         message=(
             f"the weights differ too much{_of_batch(collapsed)}: effective sample size down to "
-            f"{run.ess.min().item():.1f} of {run.num_chains}; raise num_steps, or start closer to "
-            "the posterior (another guide)"
+            f"{run.ess.min().item():.1f} of {run.num_chains}, so that few chains decide and the "
+            "bound may be nats off; raise num_steps or num_chains, or start closer to the "
+            "posterior (another guide)"
         ),
         value=share,
     )
@@ -401,7 +414,8 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_lag,
         check_certified,
     )
-    return tuple(found for check in checks if (found := check(run)) is not None)
+    known = [found for found in run.diagnostics if found.name in _OF_THE_PROBLEM]
+    return (*known, *(found for check in checks if (found := check(run)) is not None))
 
 
 def diagnose_sandwich(sandwich: Sandwich, *, tolerance: float = 1.0) -> tuple[Diagnostic, ...]:

@@ -175,7 +175,8 @@ class Annealer(PathOptions):
         )
         if grouping.resampling is not None:
             populations = _Populations(density, path, grouping.resampling, seed)
-            return populations.run(base, first, bijection.unconstrain(z), coupled_lower)
+            exact = bijection.unconstrain(z.unsqueeze(0))[0]
+            return populations.run(base, first, exact, coupled_lower)
         start = density(first)
         carry, statistics = run_chains(
             density, path, start, direction="forward", seed=seed, stream="forward"

@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .discrete import discrete_map
+from .masked import reads_nan_as_missing
 from .sites import (
     base_distribution,
     density_sites,
@@ -142,6 +143,8 @@ def outside_support(trace: Any) -> dict[str, str]:
         fn, value = site["fn"], site["value"]
         if is_factor(site) or unmasked(fn) is not fn:
             continue
+        if reads_nan_as_missing(fn):
+            value = torch.where(value.isnan(), torch.zeros_like(value), value)
         try:
             inside = fn.support.check(value)
         except (

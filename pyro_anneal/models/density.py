@@ -25,6 +25,7 @@ from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
 from .enumeration import sum_out
 from .lifting import lifted_densities
+from .masked import fill_masked
 from .precision import in_float64
 from .sites import (
     Layout,
@@ -206,6 +207,7 @@ class ModelDensity:
         absent = [n for n in unconstrained if n not in latents]
         if unknown or absent:
             raise ValueError(_FIXED_STRUCTURE.format(unknown + absent))
+        fill_masked(trace)
         trace.compute_log_prob()
         for name, log_prob in substitute.log_prob.items():
             trace.nodes[name]["unscaled_log_prob"] = log_prob

@@ -28,7 +28,10 @@ from .checks import (
 )
 from .coordinates import bijection
 from .discrete import DiscreteMap, discrete_map, is_discrete, support_edges
+from .edges import has_closed_form
+from .masked import check_masked
 from .mass import check_normalized
+from .relevance import unread_sites
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -160,6 +163,7 @@ def _make_site(
         start=start,
         stop=start + size,
         support=support,
+        is_exact=has_closed_form(fn),
     )
 
 
@@ -347,6 +351,7 @@ def inspect_model(
         enumerated = check_latents(trace, guide_trace)
         check_structure(trace, second[0])
         check_log_probs(trace)
+        check_masked(trace)
         undeclared = _undeclared(trace, enumerated)
         batch = _find_batch(trace, guide_trace, batch_plates)
         sites: list[Site] = []
@@ -408,6 +413,7 @@ def inspect_model(
             if not frame.vectorized and frame.name in trace.nodes
         },
         notes=notes,
+        unread=unread_sites(model, model_args, trace, second[0]),
     )
     if is_empty:
         raise NothingToAnneal(layout)

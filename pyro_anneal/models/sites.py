@@ -186,6 +186,7 @@ class Site:
     start: int
     stop: int
     support: Any = None  # where the prototype's density is normalized
+    is_exact: bool = False  # whether its density is known in u itself, also at edges
 
     @property
     def value_shape(self) -> torch.Size:
@@ -225,6 +226,7 @@ class Layout:
     notes: tuple[str, ...]  # what a reader of the evidence must know
     lifted: tuple[str, ...] = ()  # discrete sites whose gradient is that of exact differences
     derived: tuple[Site, ...] = ()  # latents that a guide derives from the sites, if it does
+    unread: tuple[str, ...] = ()  # latents that no observed site depends on
     noncentred: frozenset[str] = frozenset()  # sites whose location and scale are taken out of u
     wide: bool = False  # whether the model is computed in float64 whatever its own precision
 

@@ -140,6 +140,10 @@ class GuideBase:
         self._check_angles(trace)
         self._check_supports()
 
+    def is_exact(self, name: str) -> bool:
+        """Tells whether the guide's density of a site is known in u itself, also at edges."""
+        return name in self._exact
+
     def _check_angles(self, trace: Any) -> None:
         """Refuses guides on the reals for sites that live on a period, or on an image."""
         for site in self.model.layout.sites:

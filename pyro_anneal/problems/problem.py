@@ -39,13 +39,14 @@ from .bases import (
 from .content import Remembered, content_of
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
-from .fitted import Once, fit_start
+from .fitted import FittedStart, Once, fit_start
 from .over_chains import draw_chains, map_chains
 from .precision import why_float64
 
-__all__ = ["Problem", "assemble", "finish", "prepare", "reason_for_float64"]
+__all__ = ["MakeStart", "Problem", "assemble", "finish", "prepare", "reason_for_float64"]
 
 Guide = Callable[..., Any] | Literal["auto"] | None
+MakeStart = Callable[[ModelDensity, Tensor], FittedStart]  # from the model and a finite position
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +253,7 @@ def prepare(
     max_rows: int | None = None,
     once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
+    make_start: MakeStart | None = None,
     widen: bool = True,
     why_wide: str | None = None,
 ) -> Problem:
@@ -271,6 +273,7 @@ def prepare(
         max_rows: Positions that the automatic fit may evaluate at once.
         once: Calls the automatic fit, or returns what it gave before.
         gradients: Whether the chains need gradients.
+        make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
         widen: Whether to go to float64 where float32 is not enough.
         why_wide: Why the problem is computed in float64 whatever the model's own precision.
 
@@ -342,6 +345,7 @@ def prepare(
         max_rows=max_rows,
         once=once,
         gradients=gradients,
+        make_start=make_start,
     )
     if not widen or why_wide is not None or lattice_of(layout) is not None:
         return problem
@@ -364,6 +368,7 @@ def finish(
     max_rows: int | None = None,
     once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
+    make_start: MakeStart | None = None,
     made: Callable[[PathDensity], Any] | None = None,
 ) -> Problem:
     """Fits the base, where that is asked for, and captures the densities.
@@ -380,11 +385,24 @@ def finish(
         max_rows: Likewise.
         once: Likewise.
         gradients: Likewise.
+        make_start: Likewise.
         made: Makes the density of both ends for one chain into that for all; None to capture it.
     """
     with _hidden_sites_named(problem.model, problem.base):
         if guide == "auto":
-            problem = _fit(problem, example, num_chains, seed, progress, max_rows, once)
+            if make_start is None:
+                start = fit_start(
+                    problem.model,
+                    example,
+                    num_chains=num_chains,
+                    seed=seed,
+                    progress=progress,
+                    max_rows=max_rows,
+                    once=once,
+                )
+            else:
+                start = make_start(problem.model, example)
+            problem = _started(problem, start)
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
@@ -473,25 +491,8 @@ def assemble(
     return Problem(layout, model_density, base, function, None, 0, layout)
 
 
-def _fit(
-    problem: Problem,
-    example: Tensor,
-    num_chains: int,
-    seed: int,
-    progress: Callable[[int], object],
-    max_rows: int | None,
-    once: Once,
-) -> Problem:
-    """Replaces the prior by a fitted Gaussian, in the coordinates that suit it."""
-    start = fit_start(
-        problem.model,
-        example,
-        num_chains=num_chains,
-        seed=seed,
-        progress=progress,
-        max_rows=max_rows,
-        once=once,
-    )
+def _started(problem: Problem, start: FittedStart) -> Problem:
+    """Replaces the prior by a fitted base, in the coordinates that suit it."""
     return replace(
         problem,
         layout=start.model.layout,

@@ -3,6 +3,7 @@
 from .base import Result
 from .batches import EvidenceOfBatches
 from .comparison import Comparison, compare
+from .drawn import EvidenceFromSamples
 from .findings import AnnealingWarning, Diagnostic, judge
 from .mutual_information import MutualInformation
 from .provenance import Provenance
@@ -15,6 +16,7 @@ __all__ = [
     "Comparison",
     "Diagnostic",
     "Estimate",
+    "EvidenceFromSamples",
     "EvidenceOfBatches",
     "MutualInformation",
     "PilotSummary",

@@ -26,11 +26,12 @@ from ..persistence.randomness import derived_seed, seeded_generator
 from ..problems.cache import Kept, KeptProblems, prepare_kept
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
-from ..problems.problem import Problem
+from ..problems.problem import MakeStart, Problem
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
 from .continuation import Continuation
+from .findings import findings_of
 from .progress import progress_bar
 from .settings import Frozen, Settings
 
@@ -58,6 +59,7 @@ def make_problem(
     prefix: str,
     *,
     seed: int,
+    make_start: MakeStart | None = None,
     problems: KeptProblems[Kept] | None = None,
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
@@ -80,6 +82,7 @@ def make_problem(
             max_rows=size,
             once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
             gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
+            make_start=make_start,
         )
     # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.
     torch.manual_seed(derived_seed(seed, "draws"))
@@ -127,6 +130,7 @@ def freeze(
     seed: int,
     budget: Budget | None = None,
     grouping: Grouping | None = None,
+    make_start: MakeStart | None = None,
     problems: KeptProblems[Kept] | None = None,
     num_runs: int = 1,
 ) -> Frozen:
@@ -142,12 +146,21 @@ def freeze(
         seed: Seed of the run.
         budget: What ``target_gap`` chose for another problem, to be shared; None to choose.
         grouping: How the chains of another problem are grouped, to be shared; None to choose.
+        make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
         problems: What other data sets of the call have left for this one.
         num_runs: Runs of the whole call, of this and of other data sets.
     """
     began = time.perf_counter()
     problem = make_problem(
-        settings, model, model_args, guide_args, journal, prefix, seed=seed, problems=problems
+        settings,
+        model,
+        model_args,
+        guide_args,
+        journal,
+        prefix,
+        seed=seed,
+        make_start=make_start,
+        problems=problems,
     )
     setup_seconds = time.perf_counter() - began
     with progress_bar("pilot", 1.0) as bar:
@@ -464,4 +477,5 @@ def _result(
         blocks=frozen.grouping.blocks[:],
         total_blocks=frozen.grouping.total_blocks[:],
         data_digest=digest_of_data(layout.observed),
+        diagnostics=findings_of(problem, ends.position),
     )

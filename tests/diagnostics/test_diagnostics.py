@@ -101,6 +101,49 @@ def test_many_chains_can_collapse_without_one_in_front():
     assert check_weights(run, min_fraction=0.04) is None
 
 
+def _with_ess(num_chains, ess):
+    """One-datum weights of which ``ess`` are equal and the rest zero."""
+    log_weights = torch.full((num_chains,), -50.0)
+    log_weights[:ess] = 0.0
+    return make_run(simulate(S)[0], log_weights=log_weights)
+
+
+@pytest.mark.parametrize(
+    ("num_chains", "least"), [(8, 3), (16, 6), (32, 11), (64, 22), (100, 22), (1000, 100)]
+)
+def test_bounds_that_rest_on_few_chains(num_chains, least):
+    """Below a third of K, of 64 at most, or below a tenth."""
+    assert check_weights(_with_ess(num_chains, least)) is None
+    finding = check_weights(_with_ess(num_chains, least - 1))
+    assert f"down to {least - 1:.1f} of {num_chains}, so that few chains decide" in finding.message
+
+
+def test_a_few_rows_of_few_chains_pass(problem):
+    run = make_run(problem, num_chains=16, num_steps=200)
+    log_weights = torch.zeros_like(run.log_weights)
+    log_weights[4:, :4] = -50.0  # ESS 4 of 16 in a tenth of the rows
+    assert check_weights(_replaced(run, log_weights=log_weights)) is None
+    log_weights[4:, :5] = -50.0
+    assert check_weights(_replaced(run, log_weights=log_weights)).value == pytest.approx(5 / 40)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+@pytest.mark.parametrize("seed", [0, 2])
+def test_too_few_steps_from_the_prior_are_flagged(seed):
+    """Evidence -11.355; 16 chains of 10 steps end up to several nats away from it."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.2).to_event(1), obs=x)
+
+    ais = AnnealedImportance(
+        model, num_chains=16, num_steps=10, seed=seed, resampling=False, progress_bar=False
+    )
+    run = ais.run(torch.ones(8))
+    assert "ess" in {found.name for found in run.diagnostics}
+    assert abs(float(run.lower) + 11.355) > 0.5
+
+
 def test_one_chain_that_dominates(problem):
     run = make_run(problem, num_chains=16, num_steps=200)
     log_weights = run.log_weights.clone()
@@ -115,12 +158,12 @@ def test_one_chain_that_dominates(problem):
 
 
 def test_dominance_without_a_collapse():
-    # one weight of 60%, the rest equal: ESS 2.75 of 20, above a tenth
+    # one weight of 60%, the rest equal: ESS 2.75 of 20, above a tenth, below a third
     weights = torch.cat([torch.tensor([0.6]), torch.full((19,), 0.4 / 19)])
     run = make_run(simulate(S)[0], log_weights=weights.log())
     assert float(run.largest_weight) == pytest.approx(0.6)
     assert check_dominance(run).value == pytest.approx(0.6)
-    assert check_weights(run) is None
+    assert check_weights(run, few=0.1) is None
     assert check_dominance(run, max_weight=0.61) is None
 
 

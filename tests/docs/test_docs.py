@@ -22,6 +22,7 @@ PACKAGE = ROOT / "pyro_anneal"
 # Modules for users, whose every name belongs in the reference. Others are parts of these.
 PUBLIC = [
     "pyro_anneal",
+    "pyro_anneal.audits",
     "pyro_anneal.results",
     "pyro_anneal.results.arviz",
     "pyro_anneal.bounds",
@@ -55,6 +56,20 @@ def test_code_runs(page, monkeypatch):
     namespace = {"__name__": page}
     for index, block in enumerate(blocks):
         exec(compile(block, f"{page}.md, block {index}", "exec"), namespace)
+
+
+@pytest.mark.parametrize(("page", "truth"), [("mixtures", -20.0115), ("large", -148.4347)])
+def test_first_example_is_right(page, truth):
+    """Truths by quadrature over both means, and by the normal density of the regression's data."""
+    torch.set_default_dtype(torch.float32)
+    namespace = {"__name__": page}
+    exec(
+        re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)[0],
+        namespace,
+    )
+    evidence = namespace["evidence"]
+    assert abs(evidence.lower.item() - truth) < 0.01 + 5 * evidence.std_error.item()
+    assert evidence.interval(0.95)[0] < truth
 
 
 def _load(dotted):

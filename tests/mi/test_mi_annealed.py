@@ -417,6 +417,23 @@ def test_resampled_chains_of_pairs_are_certified_on_both_sides():
     assert est.lower - 5 * est.lower_std_error <= truth <= est.upper + 5 * est.upper_std_error
 
 
+def test_resampled_chains_of_pairs_with_vectors_as_latents():
+    """The same identities, where z is a vector whose elements have scales of their own."""
+    spread = torch.tensor([1.4, 0.6])
+    joint = mi.DistributionJoint(
+        dist.Normal(torch.zeros(2), spread).to_event(1),
+        lambda z: dist.Normal(z, 0.5).to_event(1),
+    )
+    x, z = joint.sample(1000)
+    ais = mi.AIS(joint, num_chains=16, num_steps=20, kernel=HMC(2), resampling=True, upper="CR")
+    weights, _ = ais._anneal(x, z)
+    exact = dist.Normal(0.0, (spread.square() + 0.25).sqrt()).log_prob(x).sum(-1)
+    for ratio in (weights.lower("IM") - exact, exact - weights.upper("CR")):
+        error = float(ratio.exp().std() / math.sqrt(1000))
+        assert error < 0.05
+        assert abs(float(ratio.exp().mean()) - 1.0) < 5.0 * error
+
+
 def test_resampling_of_ir_bounds_is_refused():
     joint = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.5))
     with pytest.raises(ValueError, match="IR bounds take one posterior sample per chain"):

@@ -1,0 +1,134 @@
+"""What a problem and the ends of its chains say beyond their weights, as diagnostics."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from ..models.discrete import DiscreteMap
+from ..models.sites import Layout, Site
+from ..models.supports import leaf_constraint
+from ..problems.bases import Base, GuideBase, PriorBase
+from ..problems.problem import Problem
+from ..results.findings import Diagnostic
+
+__all__ = ["find_saturated", "find_unread", "findings_of"]
+
+_CHAINS = 64  # to look at
+_CHAINS_THROUGH_MODEL = 16  # where supports depend on latents, so that the model runs for each
+_MAX_SHARE = 0.01  # of draws at an edge
+_UNBOUNDED = (type(constraints.real), type(constraints.real_vector))
+
+
+def findings_of(problem: Problem, position: Tensor) -> tuple[Diagnostic, ...]:
+    """Collects findings about the model, its base and the ends ``[K, *batch, D]`` of chains."""
+    found = (find_unread(problem.layout), find_saturated(problem, position))
+    return tuple(finding for finding in found if finding is not None)
+
+
+def find_unread(layout: Layout) -> Diagnostic | None:
+    """Looks for latents that no observed site depends on.
+
+    Args:
+        layout: The model's layout.
+
+    Returns:
+        A finding whose value is the number of such sites, or ``None``.
+    """
+    if not layout.unread:
+        return None
+    return Diagnostic(
+        name="unread",
+        severity="warning",
+        message=(
+            f"no observed site depends on latent site(s) {list(layout.unread)}: the data say "
+            "nothing of them, and the evidence is what it would be without them. If they were "
+            "meant to explain the data, the likelihood reads something else in their place, such "
+            "as parameters (contrib.gp's variational models do); predictions are better left out"
+        ),
+        value=float(len(layout.unread)),
+    )
+
+
+def find_saturated(problem: Problem, position: Tensor) -> Diagnostic | None:
+    """Measures the share of draws at which a value no longer moves with its coordinate.
+
+    There densities are cut off, or draws pile up in one number, while the Jacobian goes on. The
+    base's draws and the chains' ends are both looked at. Families whose density is known in the
+    unconstrained coordinate itself (Beta, Gamma, Dirichlet, ...) are exempt.
+
+    Args:
+        problem: The problem.
+        position: Ends of chains, ``[K, *batch, D]``.
+
+    Returns:
+        A finding whose value is the largest share of a site, or ``None``.
+    """
+    layout = problem.layout
+    if layout.derived:
+        return None
+    names = [site.name for site in layout.sites if _may_saturate(site, problem.base)]
+    if not names:
+        return None
+    count = _CHAINS if layout.is_static else _CHAINS_THROUGH_MODEL
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = problem.draw(count)
+    lost = float((~start.reshape(len(start), -1).isfinite().all(-1)).double().mean())
+    shares: dict[str, float] = {}
+    if isinstance(problem.base, PriorBase) and lost > _MAX_SHARE:  # the way back to u is infinite
+        shares = dict.fromkeys(names, lost)
+    for places in (start, position[:count]):
+        for name, share in _shares(problem, places, names).items():
+            shares[name] = max(share, shares.get(name, 0.0))
+    if not shares:
+        return None
+    name = max(shares, key=lambda n: shares[n])
+    dtype = str(layout.dtype).removeprefix("torch.")
+    remedy = (
+        "run in float64 (torch.set_default_dtype(torch.float64), data and parameters alike)"
+        if layout.dtype != torch.float64
+        else "write the model in an unconstrained coordinate, its logit say, with that density"
+    )
+    return Diagnostic(
+        name="saturated",
+        severity="warning",
+        message=(
+            f'{shares[name]:.0%} of the draws of site "{name}" are so near to the edge of its '
+            f"support that {dtype} rounds them to one number: mass there is lost or misplaced, "
+            f"and bounds are off by about as much; {remedy}, or use a family with a closed form "
+            "there (Beta, Kumaraswamy, Dirichlet)"
+        ),
+        value=shares[name],
+    )
+
+
+def _may_saturate(site: Site, base: Base) -> bool:
+    if isinstance(site.transform, DiscreteMap):
+        return False
+    if isinstance(leaf_constraint(site.support), _UNBOUNDED):
+        return False
+    rounded_guide = isinstance(base, GuideBase) and not base.is_exact(site.name)
+    return not site.is_exact or rounded_guide
+
+
+def _shares(problem: Problem, position: Tensor, names: list[str]) -> dict[str, float]:
+    """Measures shares of draws that stand still, by site, where they are not by chance."""
+    kept = position[position.reshape(len(position), -1).isfinite().all(-1)]
+    if not len(kept):
+        return {}
+    origin = torch.zeros_like(kept[:1])
+    at_origin, moved = problem.unpack(origin), problem.unpack(origin + 0.5)
+    here, left, right = (problem.unpack(kept + step) for step in (0.0, -0.5, 0.5))
+    found = {}
+    event_dims = {site.name: len(site.event_shape) for site in problem.layout.sites}
+    for name in names:
+        moving = at_origin[name] != moved[name]  # not the zeros of a triangle, say
+        value = here[name]
+        still = ((left[name] == value) | (right[name] == value) | ~value.isfinite()) & moving
+        still = still.reshape(*still.shape[: still.dim() - event_dims[name]], -1).any(-1)
+        share = float(still.double().mean())
+        if share > _MAX_SHARE and int(still.sum()) > 1:
+            found[name] = share
+    return found

@@ -1,0 +1,89 @@
+"""Latents that no observation depends on are named; parents, branches and missing data are not."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.contrib import gp
+
+from pyro_anneal import AnnealedImportance, AnnealingWarning
+from pyro_anneal.models.relevance import unread_sites
+
+
+def unread(model, *args):
+    def trace():
+        with torch.no_grad():
+            return poutine.trace(model).get_trace(*args)
+
+    return unread_sites(model, (args, {}), trace(), trace())
+
+
+def gaussian_process():
+    X = torch.linspace(0, 1, 6)
+    likelihood = gp.likelihoods.Gaussian(variance=torch.tensor(0.1))
+    return gp.models.VariationalGP(X, torch.sin(3 * X), gp.kernels.RBF(1), likelihood).model
+
+
+@pytest.mark.parametrize("guide", [pytest.param("auto", marks=pytest.mark.slow), None])
+def test_the_latent_function_of_a_variational_process(guide):
+    ais = AnnealedImportance(
+        gaussian_process(), guide, num_chains=16, num_steps=10, seed=0, progress_bar=False
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = ais.run()
+    assert "unread" in {found.name for found in result.diagnostics}
+    texts = [str(w.message) for w in caught if issubclass(w.category, AnnealingWarning)]
+    assert any("no observed site depends on latent site(s) ['f']" in text for text in texts)
+
+
+def test_parents_count_by_their_children_and_siblings_do_not():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        tau = pyro.sample("tau", dist.LogNormal(mu, 1.0))
+        with pyro.plate("groups", 4):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        lost = pyro.sample("lost", dist.Normal(theta[0], 1.0))
+        pyro.sample("lost child", dist.Normal(lost, 1.0))
+        pyro.sample("y", dist.Normal(theta.sum(), 1.0), obs=torch.tensor(0.3))
+
+    assert unread(model) == ("lost", "lost child")
+
+
+def test_dependence_without_a_gradient_counts():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        c = pyro.sample("c", dist.Gamma(2.0, 1.0))
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        loc = (a > 0).float() + k.float() + (1.0 if b.item() > 0 else -1.0) + float(c.numpy())
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(0.3))
+
+    assert unread(model) == ()
+
+
+def test_factors_read_and_masks_and_missing_data_do_not_alarm():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -a.square())
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            mask = torch.tensor([True, False, True])
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(3), obs_mask=mask)
+
+    assert unread(model) == ()
+
+
+def test_latents_of_simplexes_scales_and_enumerated_mixtures_are_read():
+    def model(x):
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("parts", 2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(w), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[k], 1.0), obs=x)
+
+    assert unread(model, torch.tensor([-1.0, 0.5, 2.0])) == ()

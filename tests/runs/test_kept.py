@@ -181,3 +181,88 @@ def test_observed_values_outside_their_support_are_refused_on_every_call():
         ais.run(torch.tensor(-1.0))
     with pytest.raises(ValueError, match="NaN"):
         ais.run(torch.tensor(math.nan))
+
+
+def _rows(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.StudentT(5.0, z, 0.5), obs=x)
+
+
+def _guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.8 * x, 0.7))
+
+
+@pytest.mark.parametrize("guide", [None, _guide, "auto"], ids=["prior", "guide", "auto"])
+def test_simulations_of_a_call_are_those_of_separate_calls(guide):
+    x = torch.tensor([1.0, -2.0])
+    options = {"num_steps": 6, "resampling": False}
+    together = annealed(_rows, guide, **options).sandwich(x, num_simulations=3)
+    for index in range(3):
+        alone = annealed(_rows, guide, **options, seed=index).sandwich(x)
+        for one, several in (
+            (alone.forward, together.forward),
+            (alone.reverse, together.reverse),
+        ):
+            assert torch.equal(one.log_weights, several.log_weights[:, index])
+
+
+def test_batches_of_a_call_are_those_of_separate_calls():
+    batches = list(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    together = annealed(_rows, None, num_steps=6, resampling=False).run_batches(batches)
+    for index, batch in enumerate(batches):
+        alone = annealed(_rows, None, num_steps=6, resampling=False, seed=index).run(batch)
+        assert torch.equal(alone.lower, together.lower[4 * index : 4 * index + 4])
+
+
+def test_further_simulations_and_batches_run_the_model_a_few_times():
+    calls = []
+
+    def model(x):
+        calls.append(1)
+        _rows(x)
+
+    def spent(call):
+        before = len(calls)
+        call()
+        return len(calls) - before
+
+    x = torch.tensor([1.0, -2.0])
+    ais = annealed(model, None, num_steps=3)
+    ais.run(x)
+    few, many = (spent(lambda n=n: ais.sandwich(x, num_simulations=n)) for n in (2, 6))
+    assert (many - few) / 4 <= 30
+    few, many = (spent(lambda n=n: ais.run_batches([x + i for i in range(n)])) for n in (2, 6))
+    assert (many - few) / 4 <= 20
+
+
+def test_a_batch_outside_the_support_is_refused_among_others():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Exponential(z.exp()), obs=x)
+
+    ais = annealed(model, None)
+    with pytest.raises(ValueError, match="support"):
+        ais.run_batches([torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])])
+    with pytest.raises(ValueError, match="NaN"):
+        ais.run_batches([torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.nan])])
+
+
+def test_a_branch_on_the_data_is_recorded_for_either_side():
+    def model(x):
+        sd = 0.5 if bool(x.sum() > 0) else 2.0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), dtype=x.dtype), 1.0))
+            pyro.sample("x", dist.Normal(z, sd), obs=x)
+
+    batches = [torch.tensor([1.0, 0.5]).double(), torch.tensor([-1.0, 0.5]).double()]
+    batches.append(torch.tensor([2.0, 0.1]).double())
+    found = annealed(model).run_batches(batches)
+    truth = [
+        log_normal(float(value), 1.0 + (0.25 if batch.sum() > 0 else 4.0))
+        for batch in batches
+        for value in batch
+    ]
+    assert found.lower.tolist() == pytest.approx(truth, abs=1e-5)

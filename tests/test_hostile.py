@@ -291,7 +291,7 @@ REFUSED = {
     ),
     "data with one NaN": (
         lambda: run(data=torch.tensor([0.4, NAN])),
-        r'at site "x" 1 observed .* NaN \(the first at index \[1\]\)',
+        r'at site "x" 1 observed .* NaN .* \(the first at index \[1\]\)',
     ),
     "data infinite": (lambda: run(data=torch.tensor([0.4, INF])), r"\['x'\] .* element \[1\]"),
     "data that overflow": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..graphs.captured import CapturedDensity
@@ -101,14 +102,23 @@ class _Path(Protocol):
     def num_steps(self) -> int: ...
 
 
-def with_loop(density: Any, path: _Path, compile: bool | str, *, num_runs: int = 1) -> Any:
+def with_loop(
+    density: Any,
+    path: _Path,
+    compile: bool | str,
+    *,
+    num_runs: int = 1,
+    fallback: Callable[[], object] | None = None,
+) -> Any:
     """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
 
     Args:
         density: The captured density.
         path: The kernel and the number of steps to come.
         compile: As of :class:`~pyro_anneal.AnnealedImportance`.
-        num_runs: Runs to come of as many chains and steps, over all data sets of a call.
+        num_runs: Runs of as many chains and steps that must repay the compilation: those to come,
+            over all data sets of a call, or, where nobody knows how many will, those so far.
+        fallback: As of :class:`LoopedDensity`.
 
     Returns:
         The density, or a :class:`LoopedDensity` of it.
@@ -129,7 +139,7 @@ def with_loop(density: Any, path: _Path, compile: bool | str, *, num_runs: int =
     unroll = compile == "unrolled" or (
         compile == "auto" and repays_unrolling(density, path.kernel, num_moves)
     )
-    return LoopedDensity(density, unroll=unroll)
+    return LoopedDensity(density, unroll=unroll, fallback=fallback)
 
 
 def describe_mode(density: Any) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ class _Compiled(NamedTuple):
     reason: str | None
 
 
-# Programs by what they were made for. They hold no data: these are inputs.
-_PROGRAMS: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
+# Programs by what they were made for, or why there is none. They hold no data: these are inputs.
+_PROGRAMS: OrderedDict[tuple[Any, ...], _Compiled | str] = OrderedDict()
 _CAPACITY = 32
 # Inductor's time grows with the operations of the step, and so does the C++ compiler's.
 _MAX_OPERATIONS = 12_000
@@ -58,6 +58,7 @@ class LoopedDensity:
         density: The captured density.
         problem: Why chunks must be run step by step from the start.
         unroll: Whether to compile small steps element by element: longer, for a faster loop.
+        fallback: Called once if chunks turn out not to compile; by default compiles the density.
 
     Attributes:
         loop_mode: How chunks ran so far, or None: ``"loop"``, ``"cuda-graph"``, or ``"step"``, one
@@ -66,10 +67,16 @@ class LoopedDensity:
     """
 
     def __init__(
-        self, density: CapturedDensity, problem: str | None = None, *, unroll: bool = False
+        self,
+        density: CapturedDensity,
+        problem: str | None = None,
+        *,
+        unroll: bool = False,
+        fallback: Callable[[], object] | None = None,
     ) -> None:
         self.density = density
         self.unroll = unroll
+        self.fallback = density.compile if fallback is None else fallback
         self.loop_mode: LoopMode | None = None
         self.loop_reason = problem
 
@@ -111,8 +118,10 @@ class LoopedDensity:
         except Exception as error:  # of kernels, vmap, inductor, the C++ compiler
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            self.loop_mode, self.loop_reason = None, _first_line(error)
-            self.density.compile()
+            known = isinstance(error, _NoProgram)
+            self.loop_mode = None
+            self.loop_reason = str(error) if known else _first_line(error)
+            self.fallback()
             return None
         self.density.num_evaluations += kernel.num_gradients * len(table.beta)
         return Carry(state, log_weights, integral), seen
@@ -133,18 +142,42 @@ class LoopedDensity:
         key = _key(kernel, graphs, [*state, *one], size, self.unroll)
         found = _PROGRAMS.get(key)
         if found is None:
-            step = [part[0].contiguous() for part in noise]
-            body = build_body(graphs, kernel, state, step, table, size, unroll=self.unroll)
-            shared = graphs.one_chain[1] if body.layout.last else graphs.all_chains[1]
-            found = _compile(body, state, one, table, shared)
-            _check(_Program(found, shared), kernel, self.density, state, one, table)
+            try:
+                found = self._make(graphs, kernel, state, noise, table, size)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - to be raised again, now and later
+                found = _first_line(error)
             _PROGRAMS[key] = found
             if len(_PROGRAMS) > _CAPACITY:
                 _PROGRAMS.popitem(last=False)
         _PROGRAMS.move_to_end(key)
+        if isinstance(found, str):
+            raise _NoProgram(found)
         self.loop_mode, self.loop_reason = found[2:]
         shared = graphs.one_chain[1] if found.body.layout.last else graphs.all_chains[1]
         return _Program(found, shared)
+
+    def _make(
+        self,
+        graphs: DensityGraphs,
+        kernel: Kernel,
+        state: State,
+        noise: Sequence[Tensor],
+        table: StepTable,
+        size: int,
+    ) -> _Compiled:
+        step = [part[0].contiguous() for part in noise]
+        body = build_body(graphs, kernel, state, step, table, size, unroll=self.unroll)
+        shared = graphs.one_chain[1] if body.layout.last else graphs.all_chains[1]
+        one = [part[:1] for part in noise]
+        compiled = _compile(body, state, one, table, shared)
+        _check(_Program(compiled, shared), kernel, self.density, state, one, table)
+        return compiled
+
+
+class _NoProgram(Exception):
+    """Says why there is no program for these chunks."""
 
 
 class _Program:

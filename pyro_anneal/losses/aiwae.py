@@ -14,6 +14,8 @@ from typing_extensions import Unpack
 from ..arguments import as_count, as_real
 from ..chains.loop import final_move, run_chains
 from ..chains.path import Path, TuningTable
+from ..compiled.choice import with_loop
+from ..compiled.program import LoopedDensity
 from ..kernels import HMC, State
 from ..schedules import Linear, as_betas
 from ..weights import log_mean_exp, log_normalized_weights
@@ -71,8 +73,9 @@ class AIWAE(ParticleELBO):
         target_accept: Acceptance probability that step sizes are moved toward.
         schedule: Betas from 0 to 1: a schedule or a tensor ``[num_steps + 1]``; linear if None.
         step_size: Step size to begin with, at every temperature.
-        compile: Whether to compile the captured densities; ``"auto"`` does so at the 100th step on
-            data of one shape (which takes some ten seconds, once).
+        compile: Whether to compile the chains' moves into one loop; ``"auto"`` does so once the
+            steps on data of one shape have been so many that it would have repaid itself (it takes
+            some ten seconds, once).
         **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
@@ -197,6 +200,15 @@ class AIWAE(ParticleELBO):
             torch.zeros_like(example).expand(self.num_steps, *example.shape),
         )
         path = Path(self.betas, self.kernel, table)
+        density = with_loop(
+            density,
+            path,
+            self._cache.compile,
+            num_runs=prepared.num_calls,
+            fallback=prepared.problem.density.compile,
+        )
+        if isinstance(density, LoopedDensity) and density.loop_reason is None:
+            prepared.problem.density.chain_graph_and_inputs()  # made once, for all data
         carry, statistics = run_chains(
             density, path, state, direction="forward", seed=seed, stream="AIWAE"
         )

@@ -34,7 +34,6 @@ from .traces import Arguments
 __all__ = ["FixedBatch", "Prepared", "ProblemCache", "pack_draws", "particle_values"]
 
 Fn = Callable[..., Any]
-COMPILE_AFTER = 100  # compiling takes as long as some hundred steps of a small network
 
 
 class FixedBatch(Messenger):  # type: ignore[misc]
@@ -108,8 +107,8 @@ class ProblemCache:
 
     Args:
         num_chains: Number K of chains.
-        compile: Whether to compile the captured graphs; ``"auto"`` does so at the
-            ``COMPILE_AFTER``-th call, when it is plain that many more follow.
+        compile: Whether chunks of steps are to be compiled, for
+            :func:`~pyro_anneal.compiled.choice.with_loop`; the cache itself only records.
         size: Number of problems to keep.
     """
 
@@ -139,12 +138,6 @@ class ProblemCache:
         """
         prepared, tensors = self.prepared(model, guide, arguments, subsamples, scales)
         common = scales.is_common
-        if self.compile == "auto" and prepared.num_calls == COMPILE_AFTER:
-            fresh = self._prepare(
-                model, guide, arguments, subsamples, tensors, common, compile=True
-            )
-            prepared.problem, prepared.tensors = fresh.problem, fresh.tensors
-            return prepared, prepared.problem.density
         density = prepared.problem.density
         if prepared.num_calls == 1:
             return prepared, density
@@ -202,8 +195,6 @@ class ProblemCache:
         subsamples: Any,
         tensors: dict[str, Tensor],
         common_scale: bool,
-        *,
-        compile: bool = False,
     ) -> Prepared:
         fixed = FixedBatch(subsamples, common_scale=common_scale)
         problem = prepare(
@@ -213,7 +204,7 @@ class ProblemCache:
             arguments,
             num_chains=self.num_chains,
             batch_plates="auto",
-            compile=compile or self.compile is True,
+            compile=False,
             seed=0,
             widen=False,
         )

@@ -53,7 +53,8 @@ class AIS(Bound):
         resampling: Whether chains of a pair resample among each other at points of the path: True,
             False, or ``"auto"`` where the pilot expects log-weights to vary by more than one squared
             nat. Populations then take the place of chains in all bounds but ``"IR"``.
-        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
+        compile: ``"auto"`` compiles chunks of steps when the batches to come repay it; True or
+            False decide.
 
     Raises:
         ValueError: If the full joint is not known, a number is below 1, or ``"IR"`` is asked for
@@ -146,6 +147,7 @@ class AIS(Bound):
             z,
             posterior=posterior,
             coupled_lower=self.upper_kind == "CR",
+            num_batches=self._num_batches,
         )
         log_base, log_joint = log_densities(z.unsqueeze(0))
         return weights, (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)

@@ -23,7 +23,9 @@ from ..chains.path import Carry, Path
 from ..chains.plan import PathOptions
 from ..chains.resampling import Reference, Resampling, systematic_ancestors
 from ..chains.tuning import Particles, tune
-from ..graphs.captured import capture
+from ..compiled.choice import with_loop
+from ..compiled.program import LoopedDensity
+from ..graphs.captured import CapturedDensity, capture
 from ..kernels import Density, State
 from ..models.validation import validation_disabled
 from ..persistence.randomness import seeded_generator
@@ -32,9 +34,8 @@ from .bijections import Bijection
 __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
 
 # Gradients of a run above which recording the density as a graph repays the two seconds it takes
-# (a Pyro model's gradient then costs about a third), and above which compiling repays its ten.
+# (a Pyro model's gradient then costs about a third).
 _CAPTURE_ABOVE = 1000
-_COMPILE_ABOVE = 20_000
 
 
 class PairDensity:
@@ -109,7 +110,8 @@ class Annealer(PathOptions):
     """How pairs are annealed: K chains per pair and direction.
 
     Args:
-        compile: ``"auto"`` compiles when the number of gradients repays it; True or False decide.
+        compile: ``"auto"`` compiles chunks of steps when the runs to come repay it; True or False
+            decide.
 
     Raises:
         ValueError: If a number is out of range or the schedule is unknown.
@@ -121,19 +123,18 @@ class Annealer(PathOptions):
         super().__post_init__()
         as_flag("compile", self.compile)
 
-    def _faster(self, density: PairDensity, example: Tensor) -> Density:
+    def _recorded(self, density: PairDensity, example: Tensor) -> PairDensity | CapturedDensity:
         """Records the density as a graph where that pays; keeps it where that fails."""
         gradients = self.plan.num_steps * self.plan.kernel.num_gradients
-        compiled = gradients >= _COMPILE_ABOVE if self.compile == "auto" else bool(self.compile)
-        if not compiled and gradients < _CAPTURE_ABOVE:
+        if self.compile is not True and gradients < _CAPTURE_ABOVE:
             return density
         with warnings.catch_warnings():
             # Our own evaluation runs all chains at once, so nothing is lost without a graph.
             warnings.filterwarnings("ignore", message="the density is evaluated slowly")
             captured = capture(
-                density.one_chain, example, num_chains=self.num_chains, compile=compiled
+                density.one_chain, example, num_chains=self.num_chains, compile=False
             )
-        return captured if captured.mode in ("graph", "compiled") else density
+        return captured if captured.mode == "graph" else density
 
     def run(
         self,
@@ -144,6 +145,7 @@ class Annealer(PathOptions):
         *,
         posterior: Tensor | None = None,
         coupled_lower: bool = False,
+        num_batches: int = 1,
     ) -> AnnealedWeights:
         """Runs forward and reverse chains for N pairs.
 
@@ -154,6 +156,8 @@ class Annealer(PathOptions):
             z: Starts of the reverse chains, ``[N, *z_event]``.
             posterior: Further independent posterior samples, ``[K - 1, N, *z_event]``.
             coupled_lower: Whether to run the chains of the CR lower bound.
+            num_batches: Batches of so many pairs to come, this one among them: one compiled program
+                serves all.
 
         Returns:
             The log-weights.
@@ -164,8 +168,11 @@ class Annealer(PathOptions):
             return bijection.unconstrain(draw(count))
 
         first = base(self.num_chains)
-        density = self._faster(PairDensity(log_densities, bijection), first[0])
+        density: Density = self._recorded(PairDensity(log_densities, bijection), first[0])
         path, summary, _ = tune(Particles(density, base, first[0], seed), self.plan)
+        if isinstance(density, CapturedDensity):
+            runs = 2 + coupled_lower + (posterior is not None)
+            density = with_loop(density, path, self.compile, num_runs=num_batches * runs)
         grouping = choose_grouping(
             False if posterior is not None else self.plan.resampling,
             num_chains=self.num_chains,
@@ -193,8 +200,10 @@ class Annealer(PathOptions):
         empty = carry.log_weights[:0]
         coupled = independent = empty
         if coupled_lower and self.num_chains > 1:
-            end = carry.state.position[:1].expand(self.num_chains - 1, num_pairs, -1)
-            coupled = reverse(end, "coupled reverse")
+            # A compiled program is made for K chains: one of them is then in vain.
+            count = self.num_chains - (not isinstance(density, LoopedDensity))
+            end = carry.state.position[:1].expand(count, num_pairs, -1)
+            coupled = reverse(end, "coupled reverse")[: self.num_chains - 1]
         if posterior is not None:
             independent = reverse(bijection.unconstrain(posterior), "independent reverse")
         moves = statistics.accept_prob

@@ -79,6 +79,7 @@ class Bound(nn.Module, ABC):
         self._check_knowledge(self.requires)
 
     joint: Joint | None
+    _num_batches: int = 1  # of the size of the present one, that an estimate is made of
 
     def _check_knowledge(self, needed: Knowledge) -> None:
         known: Knowledge = "joint samples" if self.joint is None else self.joint.knowledge
@@ -160,10 +161,16 @@ class Bound(nn.Module, ABC):
 
             batches = tqdm(batches, total=total, desc=type(self).__name__)
         kept: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for batch_x, batch_z in batches:
-                self._check_pairs(batch_x, batch_z)
-                kept.append(self._statistics(batch_x, batch_z, for_loss=False))
+        size = 0
+        try:
+            with torch.no_grad():
+                for batch_x, batch_z in batches:
+                    self._check_pairs(batch_x, batch_z)
+                    size = size or len(batch_x)
+                    self._num_batches = total or 1 if len(batch_x) == size else 1
+                    kept.append(self._statistics(batch_x, batch_z, for_loss=False))
+        finally:
+            self._num_batches = 1
         if not kept:
             raise ValueError("there are no pairs: the data loader is empty")
         with torch.no_grad():

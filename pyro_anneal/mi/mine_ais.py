@@ -82,7 +82,7 @@ class MINEAIS(VariationalBound):
             scaled by the guide's spread, and a common step size adapts to an acceptance of 0.65;
             it is kept in the buffer ``log_step_size``.
         pilot: Settings of the pilot.
-        compile: ``"auto"`` compiles when the gradients of a measurement repay it.
+        compile: ``"auto"`` compiles chunks of steps when the batches to come repay it.
         data_entropy: H(x) in nats, if known while roles are swapped.
 
     Raises:
@@ -216,7 +216,11 @@ class MINEAIS(VariationalBound):
         given, value = (x, z) if self.joint is not None else (z, x)
         q = self._condition(given)
         weights = self.annealer.run(
-            self._tempered(q, given), q.bijection(), lambda count: q.sample(count)[0], value
+            self._tempered(q, given),
+            q.bijection(),
+            lambda count: q.sample(count)[0],
+            value,
+            num_batches=self._num_batches,
         )
         score = self._score(x, z)
         return {

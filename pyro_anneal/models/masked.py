@@ -76,7 +76,8 @@ def _check_unmasked(name: str, site: Mapping[str, Any], mask: Tensor | None) -> 
         index = missing.nonzero()[0].tolist()
         first = f" (the first at index {index})" if index else ""
         raise ValueError(
-            f'at site "{name}" {int(missing.sum())} observed value(s) are NaN{first} and not masked: '
+            f'at site "{name}" {int(missing.sum())} observed value(s) are NaN and not masked'
+            f"{first}: "
             "check the data for NaN, leave those rows out, or mask them "
             "(poutine.mask(mask=~x.isnan()))"
         )

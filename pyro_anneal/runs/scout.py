@@ -21,11 +21,19 @@ from ..chains.pilot import Pilot, run_pilot
 from ..kernels import Density, Kernel, State
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
+from ..problems.bases import FittedBase, MixtureBase
 from ..problems.problem import Problem
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
 
 __all__ = ["Scouting", "diagnose_scouting", "scout", "scout_run"]
+
+# What helps where the message of :func:`diagnose_scouting` appears.
+_REMEDY = (
+    "Posterior modes are probably missed and the evidence is too low: start from the prior with "
+    "more steps (guide=None; populations are then resampled where the pilot calls for it), pass a "
+    "guide that covers the modes, or compare starts (cross_check=True)"
+)
 
 SETTINGS = Pilot(num_chains=64, num_moves=4, ess_fraction=0.5, max_stages=60)
 
@@ -103,11 +111,38 @@ def scout_run(
             return {}
         with torch.no_grad():
             end = density(problem.pack_chains(run.posterior))
-        found = diagnose_scouting(run, end, seen)
+        base = problem.base
+        if isinstance(base, MixtureBase) and isinstance(base.first, FittedBase):
+            found = _diagnose_defensive(run, end, seen, base.first)
+        else:
+            found = diagnose_scouting(run, end, seen)
         return {} if found is None else asdict(found)
 
     found = journal.once("scout", compute)
     return Diagnostic(**found) if found else None
+
+
+def _diagnose_defensive(
+    run: AnnealedRun, end: State, found: Scouting, fit: FittedBase, *, margin: float = 10.0
+) -> Diagnostic | None:
+    """Compares likewise where the prior is mixed into the base.
+
+    The base then has density everywhere, and what counts is the fit: mass out of its reach that
+    the run's own chains found, by their weights, is not missed.
+    """
+
+    def reach(positions: Tensor) -> Tensor:
+        return torch.stack([fit.log_density(position) for position in positions])
+
+    with torch.no_grad():
+        least = reach(torch.stack([fit.draw() for _ in range(len(found.state.position))])).amin(0)
+        inside = reach(end.position) >= least - margin
+        outside = reach(found.state.position) < least - margin
+    of_fit = torch.where(inside, end.log_target, torch.inf).amin(0)
+    dense = torch.where(inside.any(0), of_fit, end.log_target.amin(0))
+    outside &= found.state.log_target >= dense
+    weights = run.log_weights.to(end.log_target).softmax(0)
+    return _verdict(run, found, outside, (weights * ~inside).sum(0))
 
 
 def diagnose_scouting(
@@ -140,10 +175,22 @@ def diagnose_scouting(
     """
     unseen = found.state.log_base < end.log_base.amin(0) - margin
     unseen &= found.state.log_target >= end.log_target.amin(0)
+    return _verdict(run, found, unseen, torch.zeros_like(end.log_base[0]), min_mass, tolerance)
+
+
+def _verdict(
+    run: AnnealedRun,
+    found: Scouting,
+    unseen: Tensor,
+    known: Tensor,
+    min_mass: float = 0.2,
+    tolerance: float = 3.0,
+) -> Diagnostic | None:
+    """Judges the particles out of the start's reach, less the share of mass ``known`` there."""
     share = unseen.double().mean(0)
     excess = found.log_evidence - run.lower / run.scale
     errors = run.std_error.nan_to_num(0.0) / run.scale
-    missed = (share * excess.exp() >= min_mass) | (excess > tolerance + 5.0 * errors)
+    missed = (share * excess.exp() - known >= min_mass) | (excess > tolerance + 5.0 * errors)
     if not bool(missed.any()):
         return None
     of_batch = f" for {missed.double().mean().item():.0%} of the batch" if share.dim() else ""
@@ -153,7 +200,6 @@ def diagnose_scouting(
         message=f"particles that came down from the prior disagree with this start{of_batch}: up to "
         f"{share.max().item():.0%} of them ended in places as dense as the run's where the start "
         f"has no density, and they found {excess.max().item():+.2g} nats of evidence beside the "
-        "run's. Posterior modes are probably missed and the evidence is too low: compare with "
-        "guide=None, prior_weight=0.5 or cross_check=True",
+        f"run's. {_REMEDY}",
         value=share.max().item(),
     )

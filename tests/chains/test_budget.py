@@ -207,6 +207,7 @@ def test_a_cross_check_chooses_its_own_budget_with_and_without_a_checkpoint(tmp_
     assert torch.equal(alone.log_weights, again.log_weights)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # four chains
 def test_batches_share_the_budget_of_the_first(tmp_path):
     options = {"num_chains": 4, "target_gap": 1.0, "kernel": HMC(1), "seed": 0}
     batches = [torch.ones(3, 100), torch.zeros(2, 100)]

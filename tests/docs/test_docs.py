@@ -169,10 +169,14 @@ def test_table_of_diagnostics_is_complete():
         (DOCS / "errors.md").read_text().partition("## Warnings of a run")[2].partition("##")[0]
     )
     listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    source = (PACKAGE / "diagnostics" / "checks.py").read_text()
-    assert listed == set(re.findall(r'^ +name="(\w+)",$', source, re.MULTILINE))
+    sources = [PACKAGE / "diagnostics" / "checks.py", *(PACKAGE / "runs").glob("*.py")]
+    named = [re.findall(r'^ +name="(\w+)",$', path.read_text(), re.MULTILINE) for path in sources]
+    assert listed == {name for names in named for name in names}
 
 
 def test_version_is_that_of_the_citation():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {pyro_anneal.__version__}" in citation
+    released = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)[1]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {pyro_anneal.__version__} ({released})" in changes

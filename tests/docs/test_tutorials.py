@@ -97,6 +97,10 @@ def test_discrete_latents(run):
     assert (curve.diff() >= -1e-5).all()  # it rises
     assert max(found["lower"].values()) < truth
     assert found["upper"][2] < truth < found["upper"][50]  # the failure shown
+    off = found["off"]  # mean errors of 20 digits, K = 8
+    assert off["prior", 20] < off["prior", 1]
+    assert off["encoder", 20] < off["encoder", 1]
+    assert off["encoder", 20] < 0.2
 
 
 def test_mutual_information(run):

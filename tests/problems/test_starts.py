@@ -70,6 +70,20 @@ def test_the_scout_sees_the_other_mode_by_default(one_fit):
     assert 0.2 < found.value < 0.8  # about half of the mass lies in the other mode
 
 
+def test_the_scout_sees_what_a_little_prior_leaves_out(one_fit):
+    """Two chains of a hundred from the prior do not find the mode; density there proves nothing."""
+    with pytest.warns(AnnealingWarning, match="from the prior disagree with this start"):
+        run = engine(two_modes, prior_weight=0.01).run(X)
+    assert run.lower < _truth() - 0.2
+    assert "modes" in {found.name for found in run.diagnostics}
+
+
+def test_the_scout_believes_a_defensive_start_that_found_the_mode(one_fit):
+    run = engine(two_modes, prior_weight=0.5, num_chains=256).run(X)
+    assert abs(run.lower - _truth()) < 5.0 * run.std_error
+    assert "modes" not in {found.name for found in run.diagnostics}
+
+
 def test_the_scout_passes_an_easy_posterior():
     assert engine(one_mode).run(X).diagnostics == ()
 

@@ -190,7 +190,7 @@ def test_a_branch_on_the_minibatch_is_followed_at_every_call():
     for sign in (1, 1, -1, 1, -1, -1, -1):
         value = loss.loss(branching, near, sign * a)
         assert value == pytest.approx(evidence_of_rows(a, 1.0 if sign > 0 else 3.0), abs=0.2)
-    assert [len(kept) for kept in loss._cache._entries.values()] == [2]
+    assert [len(kept) for kept in loss._cache._kept._entries.values()] == [2]
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])

@@ -21,15 +21,17 @@ from .persistence.journal import Journal, keep_journal
 from .problems.problem import Guide
 from .problems.samples import pack_samples
 from .results.batches import EvidenceOfBatches
-from .results.mutual_information import MutualInformation
+from .results.mutual_information import FEW_PAIRS, MutualInformation
 from .results.provenance import Provenance
+from .results.rounds import PairRounds
 from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
-from .runs.pairs import simulate_pairs
+from .runs.pairs import PairSum, simulate_pairs
 from .runs.progress import follow_call
-from .runs.run import forward, freeze, reverse
+from .runs.rounds import Done, in_rounds, run_back, run_forward
+from .runs.run import freeze
 from .runs.scout import scout_run
 from .runs.settings import Frozen, Settings
 
@@ -52,9 +54,10 @@ class AnnealedImportance(Settings):
 
     K chains move along the geometric path ``log pi_beta = (1 - beta) log q + beta log p`` from a
     base q (the prior, the user's guide, or a fitted Gaussian) to the model's joint density, in the
-    unconstrained space of its latents. A pilot chooses betas, step sizes and scales and freezes
-    them, so that ``E[w] = p(x)`` holds exactly. Plates that enclose every site of model and guide
-    are batch dimensions, with a bound per element.
+    unconstrained space of its latents. A pilot, which is a short run before, chooses betas, step
+    sizes and scales. They are not changed afterwards, so that each chain's weight w has
+    ``E[w] = p(x)`` exactly. Plates that enclose every site of model and guide are batch
+    dimensions: each of their elements has chains, weights and a bound of its own.
 
     Source: Neal (2001), *Annealed importance sampling*; Brekelmans et al. (2022) for the
     multi-sample bounds; Grosse et al. (2015) for the sandwich.
@@ -65,20 +68,30 @@ class AnnealedImportance(Settings):
         num_chains: Number K of chains.
         num_steps: Number T of weight increments; T = 1 is importance sampling (IWAE). The default
             is 1000.
-        target_gap: Gap of a sandwich in nats per datum to aim at, instead of ``num_steps``: the
-            pilot then chooses T, and the number of leapfrogs where ``kernel`` is None.
+        target_gap: Error in nats to reach, instead of ``num_steps``. Rounds of doubled (or
+            quadrupled) T, each with the schedule, step sizes and scales that the rounds before it
+            measured, go on until the measured error is at the target and nothing says that it is
+            not to be believed: chains that lag, a low effective sample size, or two rounds that
+            differ. The error is the standard error of ``log_evidence`` (over a batch the root mean
+            square), and the gap of a sandwich, per datum. Several simulated data sets or batches
+            take the T of the first. The last round is the result, whose ``rounds`` are all of them.
+            ``interval`` takes into account that the decision to stop saw the result.
+        max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
+            first, which is 16 to 64.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
         batch_plates: ``"auto"``, or names of plates to treat as batch; ``[]`` for one evidence.
         step_size: Fixed step size at all betas instead of the pilot's, with unit scales.
         pilot: Settings of the pilot.
-        resampling: Whether chains resample among each other at points of the path, as populations
-            (sequential Monte Carlo), around a path from the posterior sample on the upper side:
-            True, False, or ``"auto"`` where the pilot expects log-weights to vary by more than one
-            squared nat.
-        prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
-            modes that a fitted guide may miss.
+        resampling: Whether chains form populations (sequential Monte Carlo), in which chains of
+            small weight give way to copies of others at points of the path that are chosen before
+            the run. For upper bounds each population holds one path from the exact posterior
+            sample. True, False, or ``"auto"``: where the pilot expects log-weights to vary by more
+            than one squared nat.
+        prior_weight: Weight of the prior in the mixture of prior and guide that chains start
+            from, in [0, 1). A share of the chains then starts from the prior and may find modes
+            that the guide misses.
         cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
             particles down from the prior where the guide was fitted, and warns if they end in
             modes that it misses; True also starts as many chains from the prior, and says so if
@@ -138,7 +151,12 @@ class AnnealedImportance(Settings):
         began = time.perf_counter()
         with self._journal("run", arguments, cross_check=self.cross_check) as journal:
             frozen = freeze(self, self.model, arguments, arguments, journal, seed=journal.seed)
-            run, _ = forward(frozen, journal)
+
+            def anneal(frozen: Frozen, suffix: str) -> Done:
+                return run_forward(frozen, journal, stream=f"forward{suffix}")
+
+            frozen, done = in_rounds(frozen, anneal, task="run")
+            run = done.runs[0]
             found = diagnostics.diagnose(run)
             if self.cross_check:
                 found = (*found, *self._scout(frozen, run, journal))
@@ -177,7 +195,13 @@ class AnnealedImportance(Settings):
         with self._journal("run_reverse", arguments, **options) as journal:
             frozen = freeze(self, self.model, arguments, arguments, journal, seed=journal.seed)
             position = pack_samples(frozen.problem, posterior_samples)
-            run = reverse(frozen, position, journal, certified=exact)
+
+            def anneal(frozen: Frozen, suffix: str) -> Done:
+                stream = f"reverse{suffix}"
+                return run_back(frozen, position, journal, stream=stream, certified=exact)
+
+            _, done = in_rounds(frozen, anneal, task="run_reverse")
+            run = done.runs[0]
         found = diagnostics.diagnose(run)
         diagnostics.warn(found)
         return replace(
@@ -217,13 +241,16 @@ class AnnealedImportance(Settings):
             ValueError: If pairs simulated from the model are not exact, or the guide's data
                 argument is ambiguous.
         """
-        return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)
+        return self._sandwich("sandwich", (args, kwargs), num_simulations, bounds, keep_samples)[0]
 
     def mutual_information(
         self,
         *args: Any,
-        num_simulations: int = 1,
+        num_simulations: int | None = None,
+        target_std_error: float | None = None,
+        max_simulations: int = 10_000,
         bounds: tuple[str, str] = ("IM lower", "CR upper"),
+        control_variates: bool = True,
         **kwargs: Any,
     ) -> MutualInformation:
         r"""Bounds the mutual information between the model's observed and latent sites.
@@ -239,20 +266,58 @@ class AnnealedImportance(Settings):
 
         Args:
             *args: Arguments of model and guide, as for :meth:`sandwich`.
-            num_simulations: Number of simulated data sets.
+            num_simulations: Number of simulated data sets. By default as many as give 20 pairs,
+                so that an interval over pairs means something; with ``target_std_error`` that of
+                the first round.
+            target_std_error: Standard error over pairs to reach on both sides, in nats: data sets
+                are then simulated in rounds, as many as the measured error asks for
+                (:class:`pyro_anneal.results.rounds.PairRounds`).
+            max_simulations: Data sets at which to give up on ``target_std_error``, with a warning.
             bounds: Bounds on log p(x) to use, as for :meth:`sandwich`.
+            control_variates: Whether log densities of sites whose entropies are known serve as
+                control variates, from 20 pairs on. Their coefficients are left-one-out, so bounds
+                stay bounds in expectation.
             **kwargs: Arguments of model and guide.
 
         Returns:
             Lower and upper bounds in nats, with standard errors over pairs.
 
         Raises:
-            ValueError: As :meth:`sandwich`.
+            ValueError: As :meth:`sandwich`; or if ``target_std_error`` is not positive.
         """
-        result = self._sandwich(
-            "mutual_information", (args, kwargs), num_simulations, bounds, keep_samples=False
+        most = as_count("max_simulations", max_simulations)
+        first = 1 if num_simulations is None else as_count("num_simulations", num_simulations)
+
+        def measure(pairs: PairSum, sandwich: Sandwich) -> MutualInformation:
+            controls = pairs.all_controls() if control_variates else None
+            notes = sandwich.forward.notes
+            return MutualInformation.from_sandwich(sandwich, notes=notes, controls=controls)
+
+        def rounds(pairs: PairSum) -> PairRounds:
+            size = max(1, pairs.log_likelihood[0].numel())
+            least = FEW_PAIRS if num_simulations is None else 1
+            return PairRounds(target_std_error, least, max(size * most, least))
+
+        def more(pairs: PairSum) -> int:
+            size = max(1, pairs.log_likelihood[0].numel())
+            return -(-rounds(pairs).after(measure(pairs, pairs.sandwich(bounds))) // size)
+
+        PairRounds(target_std_error)  # checks it
+        ask = more if num_simulations is None or target_std_error is not None else None
+        options = {"target_std_error": target_std_error, "max_simulations": most}
+        sandwich, pairs = self._sandwich(
+            "mutual_information",
+            (args, kwargs),
+            first,
+            bounds,
+            keep_samples=False,
+            more=ask,
+            options={"rounds": num_simulations is None, **options},
         )
-        return MutualInformation.from_sandwich(result, notes=result.forward.notes)
+        result = measure(pairs, sandwich)
+        missed = rounds(pairs).missed(result)
+        diagnostics.warn(missed)
+        return replace(result, diagnostics=(*result.diagnostics, *missed))
 
     def run_batches(
         self,
@@ -340,9 +405,13 @@ class AnnealedImportance(Settings):
         frozen = freeze(
             settings, self.model, arguments, arguments, journal, prefix, seed=journal.seed
         )
-        stream = "forward from the prior"
-        other, _ = forward(frozen, journal, prefix, stream=stream, keep_samples=False)
-        found = diagnostics.diagnose_starts(run, other)
+
+        def anneal(frozen: Frozen, suffix: str) -> Done:
+            stream = f"forward from the prior{suffix}"
+            return run_forward(frozen, journal, prefix, stream=stream, keep_samples=False)
+
+        _, done = in_rounds(frozen, anneal, task="run from the prior")
+        found = diagnostics.diagnose_starts(run, done.runs[0])
         return () if found is None else (found,)
 
     def _sandwich(
@@ -352,14 +421,17 @@ class AnnealedImportance(Settings):
         num_simulations: int,
         bounds: tuple[str, str],
         keep_samples: bool | None,
-    ) -> Sandwich:
+        more: Callable[[PairSum], int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Sandwich, PairSum]:
         began = time.perf_counter()
         num_simulations = as_count("num_simulations", num_simulations)
         check_names(bounds)
         coupled = "CR lower" in bounds
         keep_samples = num_simulations == 1 if keep_samples is None else keep_samples
-        options = {"num_simulations": num_simulations, "keep_samples": keep_samples}
-        with self._journal(task, arguments, **options, coupled=coupled) as journal:
+        given = {"num_simulations": num_simulations, "keep_samples": keep_samples}
+        given |= options or {}
+        with self._journal(task, arguments, **given, coupled=coupled) as journal:
             pairs = simulate_pairs(
                 self,
                 arguments,
@@ -367,12 +439,13 @@ class AnnealedImportance(Settings):
                 num_simulations=num_simulations,
                 coupled=coupled,
                 keep_samples=keep_samples,
+                more=more,
             )
         result = pairs.sandwich(bounds)
         found = diagnostics.diagnose_sandwich(result)
         diagnostics.warn(found)
         provenance = _provenance(task, began, journal, result.forward, result.reverse)
-        return replace(result, diagnostics=found, provenance=provenance)
+        return replace(result, diagnostics=found, provenance=provenance), pairs
 
     @contextlib.contextmanager
     def _journal(
@@ -419,6 +492,10 @@ def _provenance(task: str, began: float, journal: Journal, *runs: AnnealedRun) -
     if first.pilot is not None:
         gradients["pilot"] = first.pilot.num_gradients
     gradients["chains"] = sum(run.num_gradients for run in runs)
+    if first.rounds:
+        gradients["earlier rounds"] = sum(
+            run.num_gradients for each in runs for run in each.rounds[:-1]
+        )
     return Provenance(
         task=task,
         seed=first.seed,

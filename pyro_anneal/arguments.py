@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "as_flag",
     "as_real",
     "as_seed",
+    "bars_are_silenced",
     "check_function",
     "check_kernel",
     "check_reserved",
@@ -199,3 +201,9 @@ def check_reserved(
             f"{task} takes {shared} as its own option(s), but the model has parameter(s) of that "
             f"name: pass them by position, or {remedy}"
         )
+
+
+def bars_are_silenced() -> bool:
+    """Tells whether ``PYRO_ANNEAL_PROGRESS=0`` in the environment silences all progress bars."""
+    wanted = os.environ.get("PYRO_ANNEAL_PROGRESS", "1").strip().lower()
+    return wanted in ("0", "false", "off")

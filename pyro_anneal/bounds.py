@@ -42,6 +42,7 @@ __all__ = [
     "independent_reverse_lower",
     "independent_reverse_upper",
     "interval",
+    "level_of_look",
     "limit_of_blocks",
     "log_harmonic_mean",
     "population_upper",
@@ -373,6 +374,28 @@ def limit_of_blocks(lower: Tensor, level: float = 0.95, *, num_kept: int | None 
     if not 1 <= kept <= count:
         raise ValueError(f"num_kept must lie between 1 and the {count} blocks, got {num_kept}")
     return lower.sort(dim=0).values[count - kept] - block_margin(count, kept, level)
+
+
+def level_of_look(level: float, look: int) -> float:
+    r"""Computes the level of one of several results, of which a rule that saw them reports one.
+
+    .. math:: \alpha_n = 2^{-n} \alpha, \qquad \sum_{n \ge 1} \alpha_n = \alpha
+
+    Source: the union bound.
+
+    Args:
+        level: Probability of coverage of what is reported, in (0, 1).
+        look: Number n of the result among those that might have been reported; 0 if nothing was
+            chosen.
+
+    Returns:
+        Level of the n-th result by itself.
+
+    Example:
+        >>> level_of_look(0.9, 0), level_of_look(0.9, 1)
+        (0.9, 0.95)
+    """
+    return level if look == 0 else 1.0 - (1.0 - level) / 2.0**look
 
 
 def block_margin(num_blocks: int, num_kept: int, level: float = 0.95) -> float:

@@ -1,4 +1,4 @@
-r"""What a run will cost: from the pilot's path to the gap of a sandwich, and back to T.
+r"""What a run will give: from the pilot's path to the gap of a sandwich.
 
 Weight increments :math:`x_t` of chains that keep up with the path have variances
 :math:`d_t^2`, the squared thermodynamic length of a step, and a memory that decays by
@@ -38,13 +38,10 @@ __all__ = [
     "choose_blocks",
     "expected_gap",
     "mean_correlation",
-    "steps_for_gap",
     "steps_within",
     "weight_variance",
 ]
 
-# Fewer steps cannot follow a path that bends; more than these take longer than anybody waits.
-_FEWEST, _MOST = 10, 1_000_000
 # Log-weights of a run of which no pilot said anything vary like this, in squared nats.
 _UNKNOWN_VARIANCE = 1.0
 MOST_BLOCKS = 64
@@ -226,31 +223,3 @@ def _noise(num_chains: int) -> torch.Tensor:
     shape = (max(1 << 10, (1 << 16) // num_chains), num_chains)
     half = torch.randn(shape, generator=generator, dtype=torch.float64)
     return torch.cat([half, -half])
-
-
-def steps_for_gap(target: float, pieces: Pieces, shares: Sequence[float], num_chains: int) -> int:
-    """Finds the number of steps whose expected gap is the target.
-
-    Args:
-        target: Gap in nats per datum.
-        pieces: Of the path.
-        shares: Of the steps that each piece has.
-        num_chains: Number K of chains.
-
-    Returns:
-        Number T, within 10 and a million.
-
-    Example:
-        >>> steps_for_gap(0.1, Pieces((0.0, 1.0), (10.0,), (0.0,)), [1.0], num_chains=1)
-        1000
-    """
-    low, high = _FEWEST, _MOST
-    while low < high:
-        middle = (low + high) // 2
-        steps = [middle * share for share in shares]
-        variance = weight_variance(pieces.lengths, pieces.correlations, steps)
-        if expected_gap(variance, num_chains) <= target * (1.0 + 1e-12):
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -34,7 +34,14 @@ from ..weights import effective_sample_size, log_mean_exp, resample_indices
 from .fluctuations import Fluctuations, Pieces
 from .path import TuningTable
 
-__all__ = ["Pilot", "PilotOutcome", "adaptive_betas", "run_pilot"]
+__all__ = [
+    "Pilot",
+    "PilotOutcome",
+    "adaptive_betas",
+    "largest_log_step",
+    "log_scale_of",
+    "run_pilot",
+]
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
@@ -115,7 +122,7 @@ def run_pilot(
     alive = state.log_ratio() > -torch.inf
     state = _revive(state)
     beta, stage, length = 0.0, 0, 0.0
-    log_scale = _log_scale(state.position, None)
+    log_scale = log_scale_of(state.position, None)
     dim = state.position.shape[-1]
     log_step = torch.full_like(log_scale[..., 0], -0.25 * math.log(dim))
     if isinstance(kernel, SeveralStepSizes):
@@ -156,7 +163,7 @@ def run_pilot(
         log_evidence = log_evidence + _log_mean_weight(state, beta - knots[-1])
         state, ancestors = _reweight(state, beta - knots[-1], generator)
         fluctuations.resample(ancestors)
-        log_scale = _log_scale(state.position, log_scale)
+        log_scale = log_scale_of(state.position, log_scale)
     tuning = TuningTable(tuple(knots), _smooth(torch.stack(steps)), _smooth(torch.stack(scales)))
     return PilotOutcome(
         tuning=tuning,
@@ -283,7 +290,7 @@ def _tune_and_move(
         ``[N + 1, M, *batch]``.
     """
     log_step, log_scale = log_tuning
-    target, largest = _target_accept(kernel, log_step), _largest_log_step(kernel, log_step)
+    target, largest = _target_accept(kernel, log_step), largest_log_step(kernel, log_step)
     scale = log_scale.exp()
     on_device = torch.full_like(log_step.reshape(-1)[0], beta)
     late, late_accept = torch.zeros_like(log_step), torch.zeros_like(log_step)
@@ -313,7 +320,7 @@ def _target_accept(kernel: Kernel, like: Tensor) -> Tensor | None:
     return torch.tensor(found, dtype=like.dtype, device=like.device)
 
 
-def _largest_log_step(kernel: Kernel, like: Tensor) -> Tensor:
+def largest_log_step(kernel: Kernel, like: Tensor) -> Tensor:
     """Collects the step sizes beyond which nothing changes, one per step size; infinite for most.
 
     Where proposals are always accepted, steps would lengthen for ever and not come back in time.
@@ -322,7 +329,7 @@ def _largest_log_step(kernel: Kernel, like: Tensor) -> Tensor:
     return torch.as_tensor(largest, dtype=like.dtype, device=like.device).log()
 
 
-def _log_scale(position: Tensor, previous: Tensor | None) -> Tensor:
+def log_scale_of(position: Tensor, previous: Tensor | None) -> Tensor:
     """Estimates the log standard deviation per coordinate, robustly, and shrinks it.
 
     The variance of M particles is noisy and, after resampling, correlated: it is averaged with

@@ -15,9 +15,8 @@ from .pilot import Pilot
 
 __all__ = ["PathOptions", "Plan"]
 
-# What an annealing run takes where nobody says otherwise, and the leapfrogs that a target tries.
+# What an annealing run takes where nobody says otherwise.
 _NUM_STEPS = 1000
-_LEAPFROGS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,11 +26,12 @@ class Plan:
     Args:
         num_chains: Number K of chains of the run.
         num_steps: Number T of weight increments.
-        kernels: The kernel of the run; or several, among which ``target_gap`` decides.
+        kernels: The kernel of the run; or several, among which pilots decide.
         betas: Betas from 0 to 1, ``[T + 1]``; None for those of the pilot.
         step_size: Fixed step size at all betas; None for those of the pilot.
         pilot: Settings of the pilot.
-        target_gap: Gap in nats per datum that decides the number of steps; None for ``num_steps``.
+        target_gap: Error in nats per datum that rounds go on to reach; None for ``num_steps``.
+        max_rounds: Largest number of rounds.
         resampling: Whether chains resample among each other; ``"auto"`` leaves it to the pilot.
     """
 
@@ -42,6 +42,7 @@ class Plan:
     step_size: float | Tensor | None
     pilot: Pilot
     target_gap: float | None
+    max_rounds: int = 8
     resampling: bool | str = False
 
     @property
@@ -49,9 +50,9 @@ class Plan:
         """The kernel, or the first that is tried."""
         return self.kernels[0]
 
-    def with_budget(self, kernel: Kernel, num_steps: int) -> Plan:
-        """Returns the plan once the kernel and the number of steps are decided."""
-        return replace(self, kernels=(kernel,), num_steps=num_steps, target_gap=None)
+    def with_steps(self, num_steps: int) -> Plan:
+        """Returns the plan once the number of steps is decided."""
+        return replace(self, num_steps=num_steps, target_gap=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -61,10 +62,12 @@ class PathOptions:
     Args:
         num_chains: Number K of chains.
         num_steps: Number T of weight increments; 1000 if None.
-        target_gap: Gap in nats per datum to aim at instead of ``num_steps``.
+        target_gap: Error in nats per datum that rounds of doubled T go on to reach, instead of
+            ``num_steps``.
+        max_rounds: Largest number of rounds.
         schedule: ``"adaptive"`` from the pilot, a schedule, or betas from 0 to 1 of shape
             ``[T + 1]``, which then decide T.
-        kernel: Transition kernel; HMC if None, whose number of leapfrogs ``target_gap`` may choose.
+        kernel: Transition kernel; HMC if None.
         step_size: Fixed step size at all betas in place of the pilot's, with unit scales.
         pilot: Settings of the pilot; its defaults if None.
         resampling: Whether chains resample among each other at points of the path: True, False, or
@@ -77,6 +80,7 @@ class PathOptions:
     num_chains: int = 16
     num_steps: int | None = None
     target_gap: float | None = None
+    max_rounds: int = 8
     schedule: str | Schedule | Tensor = "adaptive"
     kernel: Kernel | None = None
     step_size: float | Tensor | None = None
@@ -92,6 +96,7 @@ class PathOptions:
                 )
             if self.num_steps is not None or not isinstance(self.schedule, str):
                 raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
+        as_count("max_rounds", self.max_rounds)
         if self.num_steps is not None:
             as_count("num_steps (T)", self.num_steps)
         if self.kernel is not None:
@@ -118,16 +123,14 @@ class PathOptions:
             num_steps = len(betas) - 1
         elif num_steps == 1 and self.target_gap is None:
             betas = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
-        kernels: tuple[Kernel, ...] = (HMC() if self.kernel is None else self.kernel,)
-        if self.kernel is None and self.target_gap is not None:
-            kernels = tuple(HMC(num_leapfrog=count) for count in _LEAPFROGS)
         return Plan(
             num_chains=as_count("num_chains (K)", self.num_chains),
             num_steps=num_steps,
-            kernels=kernels,
+            kernels=(HMC() if self.kernel is None else self.kernel,),
             betas=betas,
             step_size=self.step_size,
             pilot=Pilot() if self.pilot is None else self.pilot,
             target_gap=self.target_gap,
+            max_rounds=self.max_rounds,
             resampling=self.resampling,
         )

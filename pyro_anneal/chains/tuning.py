@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import HMC, Density, Kernel, State
+from ..kernels import Density, Kernel, State
 from ..persistence.randomness import seeded_generator
 from ..results.run import PilotSummary
 from .budget import (
     expected_gap,
     mean_correlation,
-    steps_for_gap,
     steps_within,
     weight_variance,
 )
@@ -29,8 +28,9 @@ from .fluctuations import Pieces
 from .path import Path, TuningTable
 from .pilot import Pilot, PilotOutcome, adaptive_betas, run_pilot
 from .plan import Plan
+from .rounds import first_steps
 
-__all__ = ["Budget", "Once", "Particles", "Tuned", "choose_budget", "choose_kernel", "tune"]
+__all__ = ["Found", "Once", "Particles", "Tuned", "choose_kernel", "lay_path", "tune"]
 
 Stage = dict[str, Any]  # tensors and plain values, so that it can be kept
 # Computes a stage of this name, or returns what it gave before.
@@ -41,25 +41,20 @@ def _computed(name: str, compute: Callable[[], Stage]) -> Stage:
     return compute()
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The fewest gradients whose expected gap is the target, as pilots have found them."""
-
-    num_steps: int
-    num_leapfrog: int | None  # of HMC where it was free
-    num_gradients: int  # spent by the pilots, per chain
-
-    def kernel(self, kernel: Kernel) -> Kernel:
-        """Returns the kernel with the chosen number of leapfrogs."""
-        return kernel if self.num_leapfrog is None else HMC(num_leapfrog=self.num_leapfrog)
-
-
 class Tuned(NamedTuple):
     """What the tuner decided."""
 
     path: Path
     summary: PilotSummary | None  # None where nothing was left to tune
-    budget: Budget | None  # None without a target
+    found: Found | None  # likewise
+
+
+class Found(NamedTuple):
+    """What a pilot found, for rounds to improve on."""
+
+    outcome: PilotOutcome
+    seconds: float
+    plan: Plan  # with the kernel that was chosen, and with the target of rounds still to come
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,36 +109,46 @@ def tune(
     particles: Particles,
     plan: Plan,
     *,
-    budget: Budget | None = None,
+    num_steps: int | None = None,
     once: Once = _computed,
 ) -> Tuned:
     """Chooses the path of a run and freezes it, by a pilot where anything is left open.
 
     Args:
         particles: What the pilot walks with.
-        plan: What was asked for.
-        budget: What another problem has chosen for this one; None to choose.
-        once: Keeps the stages ``"budget"`` and ``"pilot"``, so that another process need not
-            compute them again.
+        plan: What was asked for. With a target the path is that of the first round.
+        num_steps: Number of steps that another problem's rounds have reached for this one.
+        once: Keeps the stage ``"pilot"``, so that another process need not compute it again.
 
     Returns:
-        The path, what the pilot found and what it cost, and the budget.
+        The path, what the pilot found and what it cost.
     """
     example = particles.example
-    spent = 0
-    if plan.target_gap is not None:
-        if budget is None:
-            budget = Budget(**once("budget", lambda: asdict(choose_budget(particles, plan))))
-            spent = budget.num_gradients
-        plan = plan.with_budget(budget.kernel(plan.kernel), budget.num_steps)
-    fixed = None
-    if plan.step_size is not None:
-        fixed = TuningTable.constant(plan.step_size, example, plan.kernel)
+    if num_steps is not None:
+        plan = plan.with_steps(num_steps)
+    fixed = _fixed_table(plan, example)
     if plan.betas is not None and (fixed is not None or len(plan.betas) == 2):
         fixed = fixed or TuningTable.constant(1.0, example, plan.kernel)
-        return Tuned(Path(plan.betas, plan.kernel, fixed), None, budget)
+        return Tuned(Path(plan.betas, plan.kernel, fixed), None, None)
     kept = once("pilot", lambda: particles.walk(plan.kernel, plan.pilot, plan.num_chains))
-    outcome = _outcome(kept, example, spent)
+    found = Found(_outcome(kept, example), kept["seconds"], plan)
+    if plan.target_gap is not None:
+        plan = plan.with_steps(first_steps(sum(found.outcome.pieces.lengths)))
+    return lay_path(found, plan, example)
+
+
+def lay_path(found: Found, plan: Plan, example: Tensor) -> Tuned:
+    """Lays a path of the plan's number of steps through what a pilot found.
+
+    Args:
+        found: Of a pilot, or of rounds after it.
+        plan: Its number of steps, betas and step size count.
+        example: Position of one chain, ``[*batch, D]``.
+
+    Returns:
+        The path, and what to expect of it.
+    """
+    outcome = found.outcome
     if plan.betas is None:
         shares = _shares(outcome.pieces, outcome.tuning.betas, outcome.lengths)
         steps = [plan.num_steps * share for share in shares]
@@ -151,8 +156,14 @@ def tune(
     else:
         betas = plan.betas
         steps = steps_within(outcome.pieces.betas, betas.tolist(), range(len(betas)))
-    path = Path(betas, plan.kernel, fixed or outcome.tuning)
-    return Tuned(path, _summarize(outcome, kept["seconds"], steps, plan.num_chains), budget)
+    path = Path(betas, plan.kernel, _fixed_table(plan, example) or outcome.tuning)
+    return Tuned(path, _summarize(outcome, found.seconds, steps, plan.num_chains), found)
+
+
+def _fixed_table(plan: Plan, example: Tensor) -> TuningTable | None:
+    if plan.step_size is None:
+        return None
+    return TuningTable.constant(plan.step_size, example, plan.kernel)
 
 
 def choose_kernel(particles: Particles, plan: Plan, *, once: Once = _computed) -> Plan:
@@ -182,34 +193,7 @@ def choose_kernel(particles: Particles, plan: Plan, *, once: Once = _computed) -
     return replace(plan, kernels=(plan.kernels[once("kernel", compare)["index"]],))
 
 
-def choose_budget(particles: Particles, plan: Plan) -> Budget:
-    """Chooses the fewest gradients, T times L, whose expected gap is the target.
-
-    Args:
-        particles: What the pilots walk with, one pilot for each kernel of the plan.
-        plan: Its ``target_gap`` in nats per datum.
-
-    Returns:
-        Number of steps, and of leapfrogs where the plan has several kernels.
-
-    Raises:
-        ValueError: If the plan has no target.
-    """
-    if plan.target_gap is None:
-        raise ValueError("a plan without target_gap has a number of steps: there is no choice")
-    options, spent = [], 0
-    for kernel in plan.kernels:
-        found = particles.walk(kernel, plan.pilot, plan.num_chains)
-        spent += found["num_gradients"]
-        pieces = Pieces(*found["pieces"])
-        shares = _shares(pieces, found["betas"], found["lengths"])
-        steps = steps_for_gap(plan.target_gap, pieces, shares, plan.num_chains)
-        options.append((steps * kernel.num_gradients, steps, kernel.num_gradients))
-    _, steps, leapfrogs = min(options)
-    return Budget(steps, leapfrogs if len(options) > 1 else None, spent)
-
-
-def _outcome(kept: Mapping[str, Any], example: Tensor, spent: int) -> PilotOutcome:
+def _outcome(kept: Mapping[str, Any], example: Tensor) -> PilotOutcome:
     """Restores what a pilot found, on the device of the chains."""
     tables = {key: kept[key].to(example) for key in ("log_step_size", "log_scale")}
     return PilotOutcome(
@@ -217,7 +201,7 @@ def _outcome(kept: Mapping[str, Any], example: Tensor, spent: int) -> PilotOutco
         lengths=kept["lengths"],
         accept_prob=kept["accept_prob"],
         ess_fraction=kept["ess_fraction"],
-        num_gradients=kept["num_gradients"] + spent,
+        num_gradients=kept["num_gradients"],
         num_chains=kept["num_chains"],
         position=example[None, ..., :0],
         pieces=Pieces(*kept["pieces"]),

@@ -28,6 +28,7 @@ __all__ = [
     "check_lag",
     "check_lineages",
     "check_pilot",
+    "check_target",
     "check_weights",
     "check_zero_weights",
     "diagnose",
@@ -115,9 +116,10 @@ def check_dominance(run: AnnealedRun, *, max_weight: float = 0.5) -> Diagnostic 
 def check_lineages(run: AnnealedRun, *, min_fraction: float = 1 / 6) -> Diagnostic | None:
     """Looks for resampled chains that descend from few of those at the start.
 
-    Resampling evens out the weights, so that their effective sample size says little. What it lost
-    on the way are lineages, and with them the modes that nobody descends from: estimates then vary
-    more than their standard errors admit, mostly downward.
+    Resampling evens out the weights, so that their effective sample size says little. What can be
+    lost are lineages: first chains without descendants, and with them the modes that only those
+    chains would have reached. Estimates then vary more than their standard errors tell, and are
+    mostly too low.
 
     Args:
         run: A forward run.
@@ -307,7 +309,11 @@ def _smoothed(accept_prob: Tensor, count: int, *, share: float = 0.0) -> Tensor:
 def check_lag(
     run: AnnealedRun, *, min_variance: float = 0.5, factor: float = 4.0
 ) -> Diagnostic | None:
-    r"""Compares the variance of weights with what chains that keep up with the path would have.
+    r"""Compares the variance of log-weights with that of chains that keep up with the path.
+
+    Chains that are always close to the density of their beta have log-weights whose variance the
+    pilot can predict. A variance several times as large says that the chains lag behind: the
+    density moves on faster than they follow.
 
     Args:
         run: A forward run.
@@ -335,8 +341,30 @@ def check_lag(
     )
 
 
+def check_target(run: AnnealedRun) -> Diagnostic | None:
+    """Says what rounds have reached where it is not the target.
+
+    Args:
+        run: The last of several rounds.
+
+    Returns:
+        A remark whose value is the measured error in nats, or ``None``.
+    """
+    target, error = run.target_gap, run.measured_gap
+    if target is None or error is None or error <= target:
+        return None
+    return Diagnostic(
+        name="target",
+        severity="info",
+        message=f"after {len(run.rounds)} rounds, the last of {run.num_steps} steps, the error is "
+        f"{error:.2g} nats and not yet {target:g}: raise max_rounds or num_chains, or start closer "
+        "to the posterior (another guide)",
+        value=error,
+    )
+
+
 def check_certified(run: AnnealedRun) -> Diagnostic | None:
-    """Looks for a run whose posterior samples are approximate, so that its bound is none."""
+    """Looks for a reverse run from approximate posterior samples, which gives no bound."""
     if run.certified:
         return None
     return Diagnostic(
@@ -412,6 +440,7 @@ def diagnose(run: AnnealedRun) -> tuple[Diagnostic, ...]:
         check_divergences,
         check_pilot,
         check_lag,
+        check_target,
         check_certified,
     )
     known = [found for found in run.diagnostics if found.name in _OF_THE_PROBLEM]

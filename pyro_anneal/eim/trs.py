@@ -35,7 +35,8 @@ class TRS(PoolSampler):
     .. math::
         \sum_{t=0}^{N} \frac{e_t(1 - a_1, \dots, 1 - a_N)}{\binom{N}{t}}
         = (N + 1) \int_0^1 \prod_{j=1}^N (1 - v a_j)\, dv = S,
-        \qquad
+
+    .. math::
         L = \log \pi(x) + \log\Bigl[a(x) S + (1 - a(x)) \prod_j (1 - a_j)\Bigr],
 
     with :math:`e_t` the elementary symmetric polynomials. Gauss-Legendre quadrature in

@@ -64,7 +64,7 @@ class AIS(Bound):
         >>> from pyro_anneal import mi
         >>> model = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.5))
         >>> est = mi.AIS(model, num_chains=4, num_steps=50).estimate(num_pairs=200)
-        >>> low, high = est.interval(0.999)
+        >>> low, high = est.normal_interval(0.999)
         >>> low < 0.5 * torch.tensor(5.0).log() < high
         tensor(True)
     """

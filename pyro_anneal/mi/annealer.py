@@ -215,6 +215,43 @@ class Annealer(PathOptions):
             moves.mean() if len(moves) else moves.new_full((), torch.nan),
         )
 
+    def sample(
+        self,
+        log_densities: Callable[[Tensor], tuple[Tensor, Tensor]],
+        bijection: Bijection,
+        draw: Callable[[int], Tensor],
+        num_samples: int,
+    ) -> Tensor:
+        """Draws from the target, by forward chains that are resampled by their weights.
+
+        Args:
+            log_densities: As in :meth:`run`.
+            bijection: Likewise.
+            draw: Likewise.
+            num_samples: Number S of draws per pair.
+
+        Returns:
+            Draws ``[S, N, *z_event]``.
+        """
+        seed = int(torch.randint(2**62, ()))
+
+        def base(count: int) -> Tensor:
+            return bijection.unconstrain(draw(count))
+
+        first = base(max(num_samples, self.num_chains))
+        density = PairDensity(log_densities, bijection)
+        path, _, _ = tune(Particles(density, base, first[0], seed), self.plan)
+        carry, _ = run_chains(
+            density, path, density(first), direction="forward", seed=seed, stream="forward"
+        )
+        generator = seeded_generator(first.device, seed, "posterior samples")
+        ancestors = systematic_ancestors(carry.log_weights, generator)
+        shuffled = torch.rand(ancestors.shape, generator=generator, device=first.device).argsort(0)
+        chosen = ancestors.gather(0, shuffled)[:num_samples]
+        position = carry.state.position
+        index = chosen.unsqueeze(-1).expand(num_samples, *position.shape[1:])
+        return bijection.constrain(position.gather(0, index))[0]
+
 
 @dataclass(frozen=True)
 class _Populations:

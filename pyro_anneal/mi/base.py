@@ -6,16 +6,23 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from ..arguments import as_count, check_function
-from ..results.mutual_information import MutualInformation
+from ..arguments import as_count, as_seed, check_function
+from ..persistence.randomness import seeded_if
+from ..results.findings import warn
+from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
+from ..results.rounds import PairRounds
+from .fitting import Fit, FitOptions, as_values, fit_bound
 from .guides import Conditional, Prior, condition_on
 from .joints import Joint, Knowledge
+from .progress import progress_over
 from .pyro_joint import as_joint
 
 __all__ = ["Bound", "Values", "flatten"]
@@ -26,6 +33,7 @@ _LEVELS: dict[Knowledge, int] = {
     "marginal p(z)": 1,
     "full joint p(x, z)": 2,
 }
+_FIRST_ROUND = 100  # pairs, where the standard error decides on their number
 _MAX_PARTICLES = 2**16  # rows (particles times pairs) of one batch of an estimate
 
 
@@ -49,6 +57,7 @@ class Bound(nn.Module, ABC):
     are modules. Parameters of Pyro guides live in Pyro's parameter store as always.
 
     Attributes:
+        history: How :meth:`fit` went, or None.
         requires: The least that must be known of p(x, z).
         directions: Which way it points in expectation; empty for a plug-in estimate.
         breaks: What breaks the directions.
@@ -75,6 +84,7 @@ class Bound(nn.Module, ABC):
         self.model = model  # registers the parameters of a module, which the joint would hide
         self.guide = guide
         self.critic = critic
+        self.history: Fit | None = None
         self.__dict__["joint"] = as_joint(model)
         self._check_knowledge(self.requires)
 
@@ -115,7 +125,7 @@ class Bound(nn.Module, ABC):
         Raises:
             ValueError: If the bound has nothing to learn.
         """
-        self._check_pairs(x, z)
+        x, z = self._checked_pairs(x, z)
         values = self._assemble(self._statistics(x, z, for_loss=True))
         objective = values.lower if values.plug_in is None else values.plug_in
         assert objective is not None
@@ -127,13 +137,97 @@ class Bound(nn.Module, ABC):
             )
         return loss
 
+    def held_out_values(self, x: Tensor, z: Tensor) -> Values:
+        """Computes what :meth:`fit` compares on held-out pairs: the objective of the loss."""
+        return self._assemble(self._statistics(x, z, for_loss=True))
+
+    def fit(
+        self,
+        x: Any = None,
+        z: Any = None,
+        *,
+        num_pairs: int | None = None,
+        max_epochs: int = 200,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        patience: int = 20,
+        validation: float = 0.2,
+        seed: int | None = None,
+        progress_bar: bool = True,
+    ) -> Self:
+        """Trains critic and guide on pairs, and keeps the weights that were best on held-out ones.
+
+        Adam on minibatches of :meth:`loss`. A part of the pairs is held out, and measured after
+        each epoch with the same random numbers; training stops when it has not improved for
+        ``patience`` epochs. Estimate on fresh pairs: the held-out ones chose the weights.
+
+        Args:
+            x: Data, ``[N, *x_event]``: a tensor or a numpy array.
+            z: The z of each row, ``[N, *z_event]``; integers and booleans are labels, which
+                critics of this package cast, or encode one-hot where they were made for that many
+                classes.
+            num_pairs: Number of pairs to simulate from the model, in place of ``x`` and ``z``.
+            max_epochs: Passes over the training pairs at most.
+            batch_size: Pairs per step. It bounds the contrastive term where pairs are each other's
+                negatives.
+            lr: Learning rate at the start, halved where the held-out value stops rising.
+            patience: Epochs without a better held-out value before training stops.
+            validation: Fraction of pairs that is held out, in (0, 1).
+            seed: Seed of the split, batches and particles, which then leaves the global generator
+                as it was.
+            progress_bar: Whether to show one, over epochs; ``PYRO_ANNEAL_PROGRESS=0`` in the
+                environment silences all.
+
+        Returns:
+            The bound itself. Its ``history`` holds the curves and findings (overfitted, unfinished,
+            at the ceiling), which ``estimate`` repeats.
+
+        Raises:
+            ValueError: If the bound has nothing to learn, a number is out of range, or there are
+                too few pairs to split.
+
+        Example:
+            >>> from pyro_anneal import mi
+            >>> z = torch.randn(200)
+            >>> bound = mi.InfoNCE(mi.ConcatCritic(1, 1, hidden=[8]))
+            >>> bound = bound.fit(z + 0.5, z, max_epochs=3, seed=0, progress_bar=False)
+            >>> len(bound.history.held_out)
+            3
+        """
+        options = FitOptions(
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            patience=patience,
+            validation=validation,
+        )
+        seed = as_seed(seed)
+        if num_pairs is not None:
+            if x is not None or z is not None or self.joint is None:
+                raise ValueError(
+                    "num_pairs simulates pairs from a model: give it without x and z, to a bound "
+                    "that has a model"
+                )
+            with seeded_if(seed):
+                x, z = self.joint.sample(as_count("num_pairs", num_pairs))
+        elif x is None or z is None:
+            raise ValueError("fit takes x and z, or num_pairs= where there is a model")
+        x, z = self._checked_pairs(x, z)
+        given = None if seed is None else seed + 1  # not the numbers that pairs were made of
+        self.history = fit_bound(self, x, z, options, seed=given, progress_bar=progress_bar)
+        return self
+
     def estimate(
         self,
         x: Tensor | Iterable[tuple[Tensor, Tensor]] | None = None,
         z: Tensor | None = None,
         *,
         num_pairs: int | None = None,
+        target_std_error: float | None = None,
+        max_pairs: int = 100_000,
         batch_size: int | None = None,
+        seed: int | None = None,
+        control_variates: bool = True,
         progress_bar: bool = False,
     ) -> MutualInformation:
         """Measures the bound on pairs: given, from a data loader, or simulated from the model.
@@ -145,8 +239,18 @@ class Bound(nn.Module, ABC):
                 must be random where pairs serve as each other's negatives.
             z: The z that belongs to each row, shape ``[N, *z_event]``.
             num_pairs: Number of pairs to simulate from the model, in place of ``x`` and ``z``.
+            target_std_error: Standard error over pairs to reach, in nats, by simulating pairs in
+                rounds, as many as the measured error asks for
+                (:class:`pyro_anneal.results.rounds.PairRounds`). ``num_pairs`` is then that of the
+                first round, 100 by default.
+            max_pairs: Pairs at which to give up on ``target_std_error``, with a warning.
             batch_size: Pairs per batch; by default as many as keep particles times pairs
                 below 65536, and all of them where pairs are each other's negatives.
+            seed: Seed of simulated pairs, particles and chains, which then leaves the global
+                generator as it was; None draws from that.
+            control_variates: Whether log densities of simulated pairs whose entropies are known
+                serve as control variates, from 20 pairs on, with coefficients that leave bounds
+                what they are. Given pairs are taken as they come: they need not follow the model.
             progress_bar: Whether to show one, over batches.
 
         Returns:
@@ -155,27 +259,54 @@ class Bound(nn.Module, ABC):
         Raises:
             ValueError: If pairs are neither given nor can be simulated, or shapes disagree.
         """
-        batches, total = self._batches(x, z, num_pairs, batch_size)
-        if progress_bar:
-            from tqdm.auto import tqdm
-
-            batches = tqdm(batches, total=total, desc=type(self).__name__)
+        rounds = PairRounds(target_std_error, most=as_count("max_pairs", max_pairs))
+        if target_std_error is not None:
+            if x is not None or z is not None:
+                raise ValueError(
+                    "target_std_error chooses the number of simulated pairs: pass no x and z"
+                )
+            num_pairs = _FIRST_ROUND if num_pairs is None else num_pairs
+        if x is not None or self.joint is None:
+            control_variates = False
         kept: list[dict[str, Tensor]] = []
+        controls: list[Tensor] = []
+        wanted, count = num_pairs, 0
+        with seeded_if(as_seed(seed)), torch.no_grad():
+            while True:
+                batches, total = self._batches(x, z, wanted, batch_size)
+                shown = progress_over(type(self).__name__, batches, progress_bar, total)
+                for pair, statistics in self._measured(shown, total):
+                    kept.append(statistics)
+                    count += len(pair[0])
+                    if control_variates:
+                        assert self.joint is not None
+                        controls.append(self.joint.controls(*pair))
+                if not kept:
+                    raise ValueError("there are no pairs: the data loader is empty")
+                values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
+                result = self._report(values, torch.cat(controls, 1) if controls else None)
+                more = rounds.after(result) if target_std_error is not None else count
+                if more <= count:
+                    break
+                wanted = more - count
+        self._warn_of_ceiling(values, result)
+        missed = rounds.missed(result)
+        warn(missed)
+        return replace(result, diagnostics=(*result.diagnostics, *missed))
+
+    def _measured(
+        self, batches: Iterator[tuple[Tensor, Tensor]], total: int | None
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], dict[str, Tensor]]]:
+        """Yields pairs and their statistics, batch by batch."""
         size = 0
         try:
-            with torch.no_grad():
-                for batch_x, batch_z in batches:
-                    self._check_pairs(batch_x, batch_z)
-                    size = size or len(batch_x)
-                    self._num_batches = total or 1 if len(batch_x) == size else 1
-                    kept.append(self._statistics(batch_x, batch_z, for_loss=False))
+            for pair in batches:
+                x, z = self._checked_pairs(*pair)
+                size = size or len(x)
+                self._num_batches = total or 1 if len(x) == size else 1
+                yield (x, z), self._statistics(x, z, for_loss=False)
         finally:
             self._num_batches = 1
-        if not kept:
-            raise ValueError("there are no pairs: the data loader is empty")
-        with torch.no_grad():
-            values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
-        return self._report(values)
 
     def _batches(
         self,
@@ -198,22 +329,17 @@ class Bound(nn.Module, ABC):
             sizes = [min(size, num_pairs - i) for i in range(0, num_pairs, size)]
             return (self.joint.sample(n) for n in sizes), len(sizes)
         if x is not None and z is not None:
-            self._check_pairs(x, z)
-            assert isinstance(x, Tensor)
+            x, z = self._checked_pairs(x, z)
             size = size or x.shape[0]
             return zip(x.split(size), z.split(size), strict=True), math.ceil(x.shape[0] / size)
-        if x is not None and z is None and not isinstance(x, Tensor):
+        if x is not None and z is None and not isinstance(x, Tensor | np.ndarray):
             return ((batch[0], batch[1]) for batch in x), getattr(x, "__len__", lambda: None)()
         raise ValueError("pass x and z, an iterable of (x, z) batches, or num_pairs=")
 
     @staticmethod
-    def _check_pairs(x: Any, z: Any) -> None:
+    def _checked_pairs(x: Any, z: Any) -> tuple[Tensor, Tensor]:
+        x, z = as_values("x", x), as_values("z", z)
         for name, value in (("x", x), ("z", z)):
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{name} must be a tensor with pairs along dimension 0, got "
-                    f"{type(value).__name__}; torch.as_tensor makes one of an array"
-                )
             if bool(value.isnan().any()):
                 raise ValueError(f"{name} holds {int(value.isnan().sum())} NaN")
         if x.dim() == 0 or z.dim() == 0 or x.shape[0] != z.shape[0] or x.shape[0] == 0:
@@ -221,31 +347,44 @@ class Bound(nn.Module, ABC):
                 "x and z must hold the same number N >= 1 of pairs along dimension 0, got shapes "
                 f"{list(x.shape)} and {list(z.shape)}"
             )
+        return x, z
 
-    def _report(self, values: Values) -> MutualInformation:
+    def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
         terms = {name: term.mean() for name, term in values.terms.items()}
-        ceiling = values.ceiling
-        saturated = ceiling is not None and bool(terms["contrastive"] >= 0.9 * ceiling > 0.0)
-        if saturated:
-            kind = "estimate" if values.plug_in is not None else "bound"
-            warnings.warn(
-                f"the contrastive term of this {type(self).__name__} {kind}, "
-                f"{terms['contrastive'].item():.3g} nats, sits at its ceiling of {ceiling:.3g} "
-                f"nats: {self._advice(values)}",
-                stacklevel=3,
-            )
+        measurements = dict(values.measurements)
+        lower, upper, ceiling = values.lower, values.upper, values.ceiling
+        if controls is not None:
+            adjusted = control_pairs(lower, upper, controls)
+            lower, upper = adjusted.lower, adjusted.upper
+            terms |= adjusted.terms
+            measurements |= adjusted.measurements
+        per_pair = next(v for v in (lower, upper, values.plug_in) if v is not None)
         return MutualInformation(
             method=type(self).__name__,
-            pair_lower=values.lower,
-            pair_upper=values.upper,
+            pair_lower=lower,
+            pair_upper=upper,
             pair_plug_in=values.plug_in,
             terms=terms,
             ceiling=ceiling,
-            saturated=saturated,
+            saturated=ceiling is not None and bool(terms["contrastive"] >= 0.9 * ceiling > 0.0),
             missing=self._missing(),
             notes=values.notes,
-            measurements=values.measurements,
+            measurements=measurements,
+            diagnostics=(
+                *few_pairs(len(per_pair)),
+                *(() if self.history is None else self.history.diagnostics),
+            ),
         )
+
+    def _warn_of_ceiling(self, values: Values, result: MutualInformation) -> None:
+        if result.saturated:
+            kind = "estimate" if values.plug_in is not None else "bound"
+            warnings.warn(
+                f"the contrastive term of this {type(self).__name__} {kind}, "
+                f"{result.terms['contrastive'].item():.3g} nats, sits at its ceiling of "
+                f"{result.ceiling:.3g} nats: {self._advice(values)}",
+                stacklevel=3,
+            )
 
     def _missing(self) -> str | None:
         return None

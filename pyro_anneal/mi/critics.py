@@ -33,6 +33,20 @@ def _apply(network: nn.Module, value: Tensor) -> Tensor:
     return network(value if weight is None else value.to(weight.dtype))  # type: ignore[no-any-return]
 
 
+def _encode(value: Tensor, width: int) -> Tensor:
+    """Encodes integer labels one-hot where a network was made for that many classes."""
+    is_label = not value.is_floating_point() and value.shape[-1] == 1 and width > 1
+    if not is_label:
+        return value
+    labels = value.squeeze(-1).long()
+    if bool((labels < 0).any()) or bool((labels >= width).any()):
+        raise ValueError(
+            f"labels of {width} classes must lie in 0..{width - 1}, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+    return nn.functional.one_hot(labels, width)
+
+
 class Critic(Protocol):
     """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``, in nats."""
 
@@ -90,6 +104,7 @@ class ConcatCritic(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
+        x, z = _encode(x, self.first_x.in_features), _encode(z, self.first_z.in_features)
         _check_width("x", x, self.first_x.in_features)
         _check_width("z", z, self.first_z.in_features)
         return self.rest(_apply(self.first_x, x) + _apply(self.first_z, z)).squeeze(-1)  # type: ignore[no-any-return]
@@ -129,18 +144,23 @@ class SeparableCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
+        self.x_dim, self.z_dim = x_dim, z_dim
         self.x_net = _mlp([x_dim, *hidden, num_features + 1], activation)
         self.z_net = _mlp([z_dim, *hidden, num_features + 1], activation)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores pairs: ``x [*batch, Dx]``, ``z [*batch, Dz]`` to ``[*batch]``."""
-        f, g = _apply(self.x_net, x), _apply(self.z_net, z)
+        f, g = self._features(x, z)
         inner = (f[..., :-1] * g[..., :-1]).sum(dim=-1)
         return inner + f[..., -1] + g[..., -1]
 
+    def _features(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        x, z = _encode(x, self.x_dim), _encode(z, self.z_dim)
+        return _apply(self.x_net, x), _apply(self.z_net, z)
+
     def pairwise(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores all pairs in N + M passes: ``[N, Dx]``, ``[M, Dz]`` to ``[N, M]``."""
-        f, g = _apply(self.x_net, x), _apply(self.z_net, z)
+        f, g = self._features(x, z)
         return f[:, :-1] @ g[:, :-1].mT + f[:, -1:] + g[:, -1]
 
 

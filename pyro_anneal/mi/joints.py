@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..models.entropies import excess
 from .bijections import Bijection
 
 __all__ = ["DistributionJoint", "Joint", "Knowledge"]
@@ -53,6 +54,18 @@ class Joint(ABC):
     @abstractmethod
     def bijection(self, x: Tensor) -> Bijection:
         """Maps the support of z to unconstrained vectors."""
+
+    def controls(self, x: Tensor, z: Tensor) -> Tensor:
+        """Computes quantities of mean zero over pairs that were simulated from this joint.
+
+        Args:
+            x: Simulated data, ``[N, *x_event]``.
+            z: The z of each, ``[N, *z_event]``.
+
+        Returns:
+            Control variates in nats, shape ``[C, N]``; none (C = 0) unless a joint knows better.
+        """
+        return torch.zeros((0, x.shape[0]))
 
 
 class DistributionJoint(Joint):
@@ -135,3 +148,11 @@ class DistributionJoint(Joint):
 
     def bijection(self, x: Tensor) -> Bijection:  # noqa: D102
         return Bijection([(self.prior.support, self.prior.event_shape)])
+
+    def controls(self, x: Tensor, z: Tensor) -> Tensor:
+        """Computes ``log p(z) + H(z)`` and ``log p(x|z) + H(x|z)`` where the entropies are known."""
+        terms = [excess(self.prior, z)]
+        if self.likelihood is not None:
+            terms.append(excess(self.likelihood(z), x))
+        known = [term for term in terms if term is not None]
+        return torch.stack(known) if known else super().controls(x, z)

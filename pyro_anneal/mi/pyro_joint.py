@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..models.entropies import excess
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
 from .packing import Layout, sample_sites, site_bijection
@@ -154,6 +155,19 @@ class PyroJoint(Joint):
         _, z_layout = self.layouts(x)
         trace = self._trace(x.shape[0], x)
         return site_bijection(trace, z_layout)
+
+    def controls(self, x: Tensor, z: Tensor) -> Tensor:
+        """Sums ``log p + H`` over latent and over observed sites whose entropies are known."""
+        x_layout, z_layout = self.layouts(x)
+        trace = self._trace(x.shape[0], x, data=z_layout.unpack(z) | x_layout.unpack(x))
+        sums = []
+        for layout in (z_layout, x_layout):
+            sites = [trace.nodes[name] for name in layout.names]
+            terms = [excess(site["fn"], site["value"]) for site in sites]
+            known = [t.reshape((x.shape[0], -1)).sum(-1) for t in terms if t is not None]
+            if known:
+                sums.append(torch.stack(known).sum(0))
+        return torch.stack(sums) if sums else super().controls(x, z)
 
     def _template(self, num_pairs: int) -> Tensor | None:
         if not self.takes_data:

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..arguments import as_count
-from .base import Bound, Direction, Values
+from ..arguments import as_count, as_seed
+from ..persistence.randomness import seeded_if
+from .base import Bound, Direction, Values, flatten
 from .contrastive import contrastive_term
+from .fitting import as_values
 from .joints import Knowledge
 
 __all__ = ["GIWAE", "BarberAgakov"]
@@ -54,6 +56,27 @@ class VariationalBound(Bound):
         if self.joint is not None:
             return self.joint.log_prior(z, x)
         return torch.full((x.shape[0],), -(self.data_entropy or 0.0), dtype=x.dtype).to(x.device)
+
+    def _contrast(self, x: Tensor, z: Tensor, num_particles: int) -> dict[str, Tensor]:
+        """Computes the terms of GIWAE: the positive among draws of the guide."""
+        given, value = (x, z) if self.joint is not None else (z, x)
+        q = self._condition(given)
+        variational = q.log_prob(value) - self._log_marginal(x, z)
+        positive = self._score(x, z)
+        negatives = positive.new_zeros((0, x.shape[0]))
+        if num_particles > 1:
+            negatives = self._score_draws(given, q.sample(num_particles - 1)[0])
+        return {
+            "variational": variational,
+            "contrastive": contrastive_term(positive, negatives),
+        }
+
+    def _score_draws(self, given: Tensor, draws: Tensor) -> Tensor:
+        """Scores draws ``[K, N, *event]`` of the guide with what it was given, ``[K, N]``."""
+        if self.joint is not None:
+            return self._score(given, draws, 2)
+        assert self.critic is not None
+        return self.critic(flatten(draws, 2), flatten(given, 1))
 
 
 class BarberAgakov(VariationalBound):
@@ -180,23 +203,43 @@ class GIWAE(VariationalBound):
         return self.num_particles
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
-        swapped = self.joint is None
-        given, value = (z, x) if swapped else (x, z)
-        q = self._condition(given)
-        variational = q.log_prob(value) - self._log_marginal(x, z)
-        positive = self._score(x, z)
-        negatives = positive.new_zeros((0, x.shape[0]))
-        if self.num_particles > 1:
-            draws, _ = q.sample(self.num_particles - 1)
-            negatives = self._score_swapped(draws, z) if swapped else self._score(x, draws, 2)
-        return {
-            "variational": variational,
-            "contrastive": contrastive_term(positive, negatives),
-        }
+        return self._contrast(x, z, self.num_particles)
 
-    def _score_swapped(self, draws: Tensor, z: Tensor) -> Tensor:
-        assert self.critic is not None
-        return self.critic(draws.reshape((*draws.shape[:2], -1)), z.reshape(z.shape[0], -1))
+    def sample_posterior(self, x: Tensor, num_samples: int, *, seed: int | None = None) -> Tensor:
+        r"""Draws from the normalized posterior that GIWAE stands for.
+
+        K values are drawn from q(z|x), and one of them is chosen with probability proportional to
+        :math:`e^{T(x, z)}`. GIWAE is a bound by this distribution, which has a normalized density
+        and tends to :math:`q(z|x) e^{T(x, z)} / Z(x)` as K grows.
+
+        Source: Brekelmans et al. (2022), the probabilistic interpretation of GIWAE (App. L);
+        Lawson et al. (2019) for the distribution.
+
+        Args:
+            x: Data, ``[N, *x_event]``; with roles swapped z, of which x are drawn.
+            num_samples: Draws S per row, each from K values of its own.
+            seed: Seed; None draws from the global generator.
+
+        Returns:
+            Draws ``[S, N, *event]``.
+
+        Example:
+            >>> guide, critic = lambda x: dist.Normal(x, 1.0), lambda x, z: 9.0 * z.sum(-1)
+            >>> bound = GIWAE(dist.Normal(0.0, 1.0), guide, critic, num_particles=50)
+            >>> bool((bound.sample_posterior(torch.zeros(3), 20, seed=0) > 0.5).all())
+            True
+        """
+        num_samples = as_count("num_samples", num_samples)
+        with torch.no_grad(), seeded_if(as_seed(seed)):
+            given = as_values("x", x)
+            q = self._condition(given)
+            drawn = []
+            for _ in range(num_samples):
+                draws, _ = q.sample(self.num_particles)
+                scores = self._score_draws(given, draws)
+                chosen = torch.distributions.Categorical(logits=scores.mT).sample()
+                drawn.append(draws[chosen, torch.arange(len(given), device=chosen.device)])
+            return torch.stack(drawn)
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:
         ceiling = math.log(self.num_particles) if self.num_particles > 1 else None

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..arguments import as_seed
+from ..models.entropies import excess
 from ..models.simulation import Simulation, simulate
 from ..models.sites import is_deterministic
 from ..models.validation import validation_disabled
@@ -165,6 +166,24 @@ class Experiment:
                 return None
             found = log_prob
         return found
+
+    def controls(self) -> Tensor:
+        """Computes control variates of all pairs, of mean zero, ``[C, N, *designs]``.
+
+        Sums of log density plus entropy, where that is known, over the latents and over the
+        observations: I = H(y) - H(y | theta), and the second entropy need not be sampled.
+        """
+        with torch.no_grad(), validation_disabled(), poutine.block():
+            model = poutine.condition(self.model, data=self.values)
+            trace = poutine.trace(model).get_trace(self.design)
+        sums = []
+        for names in (self.latents, self.labels.observations):
+            sites = [trace.nodes[name] for name in names]
+            terms = [excess(site["fn"], site["value"]) for site in sites]
+            known = [term for term in terms if term is not None]
+            if known:
+                sums.append(torch.stack(known).sum(0))
+        return torch.stack(sums) if sums else torch.zeros((0, len(self.design)))
 
     def gradient(self, gain: Tensor) -> Tensor:
         """Computes the score gradient of the mean of ``gain``, ``[N, *designs]``, over pairs."""

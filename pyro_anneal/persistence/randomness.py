@@ -15,6 +15,7 @@ __all__ = [
     "own_randomness",
     "random_state",
     "seeded_generator",
+    "seeded_if",
     "set_random_state",
 ]
 
@@ -45,6 +46,13 @@ def own_randomness(seed: int) -> Iterator[None]:
     # gradients inside torch.inference_mode() would fail
     with torch.random.fork_rng(devices=_cuda_devices()), torch.inference_mode(False):
         torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def seeded_if(seed: int | None) -> Iterator[None]:
+    """Seeds torch inside as :func:`own_randomness` does; None leaves all as it is."""
+    with contextlib.nullcontext() if seed is None else own_randomness(seed):
         yield
 
 

@@ -31,7 +31,14 @@ from ..kernels import Density
 from ..persistence.randomness import seeded_generator
 from .rows import Rows, rows_at_once
 
-__all__ = ["Candidates", "GaussianFit", "ascend", "fit_gaussian", "follow_newton"]
+__all__ = [
+    "Candidates",
+    "GaussianFit",
+    "ascend",
+    "fit_gaussian",
+    "follow_newton",
+    "quadratic_models",
+]
 
 # Damping of one Newton step, relative to that of the last: tried all at once, the best is taken.
 _DAMPINGS = (1.0 / 25.0, 1.0, 25.0)
@@ -189,13 +196,7 @@ def follow_newton(
     for _ in range(num_steps):
         if bool(success.any()):
             hessian = _hessian(rows, point).nan_to_num()
-        eigenvalues, vectors = torch.linalg.eigh(hessian)
-        curvature = eigenvalues.abs()
-        floor = 1e-8 * curvature.amax(-1, keepdim=True).clamp(min=1e-12)
-        curvature = curvature.clamp(min=floor)
-        proposal = vectors * curvature.rsqrt().unsqueeze(-2)
-        upper = torch.linalg.qr(proposal.mT).R  # proposal @ proposal.mT = upper.mT @ upper
-        candidate = upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        curvature, vectors, candidate = _of_curvature(hessian)
         along = (vectors.mT @ grad.unsqueeze(-1)).squeeze(-1)
         median = curvature.median(-1, keepdim=True).values
         trials = []
@@ -224,6 +225,33 @@ def follow_newton(
             or not bool(success.any() | (damping < 1e12).any())
         ):
             break
+    return Candidates(loc, scale, elbo)
+
+
+def _of_curvature(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the sizes of curvature, their vectors, and the factor of the inverse."""
+    eigenvalues, vectors = torch.linalg.eigh(hessian)
+    curvature = eigenvalues.abs()
+    floor = 1e-8 * curvature.amax(-1, keepdim=True).clamp(min=1e-12)
+    curvature = curvature.clamp(min=floor)
+    proposal = vectors * curvature.rsqrt().unsqueeze(-2)
+    upper = torch.linalg.qr(proposal.mT).R  # proposal @ proposal.mT = upper.mT @ upper
+    factor = upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return curvature, vectors, factor
+
+
+def quadratic_models(rows: Rows, points: Tensor, generator: torch.Generator) -> Candidates:
+    """Makes the Gaussian of the target's own quadratic model at each of ``[S, *batch, D]``.
+
+    Its centre is where a full Newton step from the point leads, so a broad Gaussian is found from
+    its flanks although something narrow stands at its centre.
+    """
+    _, grad = (part[0] for part in rows(points.unsqueeze(0)))
+    curvature, vectors, scale = _of_curvature(_hessian(rows, points).nan_to_num())
+    along = (vectors.mT @ grad.unsqueeze(-1)).squeeze(-1)
+    loc = points + (vectors @ (along / curvature).unsqueeze(-1)).squeeze(-1)
+    noise = _balanced_noise(loc, _num_draws(loc.shape[-1], rows), generator)
+    elbo = _elbo(rows(_place(loc, scale, noise))[0], scale)
     return Candidates(loc, scale, elbo)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .components import DenseComponent
 from .exchangeable import Symmetry
-from .gaussian import Candidates, ascend, follow_newton
+from .gaussian import Candidates, ascend, follow_newton, quadratic_models
 from .rows import Rows
 
 __all__ = ["Mixture", "adapt", "distinct", "mixture_of_fits"]
@@ -29,6 +29,11 @@ __all__ = ["Mixture", "adapt", "distinct", "mixture_of_fits"]
 _LEAST_WEIGHT, _DOF = 1e-3, 8.0
 # Nats below the best bound at which another optimum no longer counts.
 _LEAST_EVIDENCE = 12.0
+# Nats below it at which one of another width does not either, and the Bhattacharyya distance from
+# which widths count as different.
+_LEAST_EVIDENCE_INSIDE, _WIDTH = 5.0, 2.0
+# Nats of evidence by which a mixture exceeds a base that misses something.
+_MISSED = 0.05
 # Effective fraction of draws below which components are added, and how many.
 _GOOD, _EXTRA = 0.5, 6
 
@@ -89,28 +94,51 @@ class Mixture:
         return self.loc[index] + (self.scale_tril[index] @ noise.unsqueeze(-1)).squeeze(-1)
 
 
-def distinct(found: Candidates, symmetry: Symmetry | None, *, most: int = 8) -> Candidates:
-    """Keeps optima that differ, up to permutations, the best first."""
+def distinct(
+    found: Candidates, symmetry: Symmetry | None, *, most: int = 8, widths: bool = False
+) -> Candidates:
+    """Keeps optima that differ, up to permutations, the best first.
+
+    Args:
+        found: Gaussians.
+        symmetry: Permutations that make two of them one.
+        most: Largest number kept.
+        widths: Whether Gaussians at one place count as two where one is much wider.
+    """
     order = found.elbo.argsort(descending=True)
-    dim = found.loc.shape[-1]
-    near = dim + 4.0 * math.sqrt(2.0 * dim)  # squared distance that draws of one fit hardly reach
     kept: list[int] = []
     best = float(found.elbo[order[0]])
     for candidate in order.tolist():
-        if not float(found.elbo[candidate]) > best - _LEAST_EVIDENCE or len(kept) == most:
+        elbo = float(found.elbo[candidate])
+        if not elbo > best - _LEAST_EVIDENCE or len(kept) == most:
             break
         places = found.loc[candidate].unsqueeze(0)
         if symmetry is not None:
             places, _ = symmetry.act(symmetry.elements(), found.loc[candidate])
-        for other in kept:
-            white = torch.linalg.solve_triangular(
-                found.scale_tril[other], (places - found.loc[other]).mT, upper=False
-            )
-            if bool((white.square().sum(0) < near).any()):
-                break
-        else:
+        by_width = widths and elbo > best - _LEAST_EVIDENCE_INSIDE
+        if not any(_is_near(found, places, candidate, other, by_width) for other in kept):
             kept.append(candidate)
     return Candidates(found.loc[kept], found.scale_tril[kept], found.elbo[kept])
+
+
+def _is_near(
+    found: Candidates, places: Tensor, candidate: int, other: int, by_width: bool
+) -> bool:
+    """Tells whether a Gaussian is another one, at any of its permuted ``places`` ``[P, D]``."""
+    dim = found.loc.shape[-1]
+    scale, near = found.scale_tril[other], dim + 4.0 * math.sqrt(2.0 * dim)
+    white = torch.linalg.solve_triangular(scale, (places - found.loc[other]).mT, upper=False)
+    # a squared distance that draws of one fit hardly reach
+    if not bool((white.square().sum(0) < near).any()):
+        return False
+    if not by_width:
+        return True
+    ratio = torch.linalg.solve_triangular(scale, found.scale_tril[candidate], upper=False)
+    variances = torch.linalg.svdvals(ratio).square()
+    if len(places) > 1:  # all that permutations leave as it is: the volume
+        variances = variances.log().mean().exp().expand_as(variances)
+    bhattacharyya = 0.5 * (0.5 * (1.0 + variances)).log() - 0.25 * variances.log()
+    return float(bhattacharyya.sum()) < _WIDTH
 
 
 def mixture_of_fits(
@@ -137,23 +165,20 @@ def mixture_of_fits(
     """
     plain = Mixture(torch.zeros_like(fit.elbo), fit.loc, fit.scale_tril, math.inf, symmetry)
     found = follow_newton(rows, origins, generator, num_steps=30)
-    alive = found.elbo.isfinite()
-    parts = (
-        torch.cat([old, new[alive]])
-        for old, new in (
-            (fit.loc, found.loc),
-            (fit.scale_tril, found.scale_tril),
-            (fit.elbo, found.elbo),
-        )
-    )
-    several = distinct(Candidates(*parts), symmetry)
+    flanks = quadratic_models(rows, torch.cat([origins, _around(fit, generator)]), generator)
+    everything = _joined(fit, found, flanks)
+    several = distinct(everything, symmetry, widths=True)
     if len(several.loc) > 1:
-        several = distinct(ascend(rows, several, generator, num_steps=60), symmetry)
+        several = distinct(ascend(rows, several, generator, num_steps=60), symmetry, widths=True)
     start = Mixture(several.elbo.log_softmax(0), several.loc, several.scale_tril, _DOF, symmetry)
     adapted = adapt(rows, start, generator, num_draws=num_draws)
-    best, at_best = plain, _judge(rows, plain, generator, num_draws)[0]
-    if len(several.loc) > 1:
-        at_best = 0.0  # a base of one mode may look better than it is
+    best = plain
+    at_best, evidence = _judge(rows, plain, generator, num_draws)
+    if len(several.loc) > 1:  # a base of one mode, or of one phase, may look better than it is
+        apart = len(distinct(several, symmetry).loc) > 1
+        more = _judge(rows, adapted, generator, num_draws)[1] - evidence
+        if apart or more > _MISSED:
+            at_best = 0.0
     for other in (adapted, Mixture(*_with_dof(adapted, math.inf))):
         fraction, _ = _judge(rows, other, generator, num_draws)
         if fraction > at_best:
@@ -169,6 +194,24 @@ def mixture_of_fits(
         if _judge(rows, wide, generator, num_draws)[0] > at_best:
             best = wide
     return best
+
+
+def _around(fit: Candidates, generator: torch.Generator, *, count: int = 4) -> Tensor:
+    """Draws points on a fit's flanks and far from it, ``[2 * count, D]``."""
+    loc, scale = fit.loc[0], fit.scale_tril[0]
+    shape = (2 * count, len(loc))
+    noise = torch.randn(shape, dtype=loc.dtype, device=loc.device, generator=generator)
+    noise = torch.cat([3.0 * noise[:count], 10.0 * noise[count:]])
+    return loc + noise @ scale.mT
+
+
+def _joined(*several: Candidates) -> Candidates:
+    """Joins Gaussians of finite bound."""
+    elbo = torch.cat([found.elbo for found in several])
+    alive = elbo.isfinite()
+    loc = torch.cat([found.loc for found in several])
+    scale = torch.cat([found.scale_tril for found in several])
+    return Candidates(loc[alive], scale[alive], elbo[alive])
 
 
 def _split(rows: Rows, mixture: Mixture, generator: torch.Generator, count: int) -> Mixture:

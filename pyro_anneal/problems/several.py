@@ -16,6 +16,7 @@ from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
 from .mixtures import Mixture, mixture_of_fits
 from .over_chains import draw_chains
+from .phases import likelihood_optima
 from .rows import Rows, rows_at_once
 
 __all__ = ["several_fits"]
@@ -63,9 +64,13 @@ def several_fits(
     if not layout.batch and layout.dim <= _MOST_DIMENSIONS and size in _NUM_DRAWS:
         scale = component["scale_tril"].unsqueeze(0)
         bound = torch.full_like(scale[:, 0, 0], elbo)
+        further = _around(origins, component["loc"], generator)
+        if not layout.improper:
+            optima = likelihood_optima(rows, component["loc"], generator)
+            further = torch.cat([further, optima])
         mixture = mixture_of_fits(
             rows,
-            _around(origins, component["loc"], generator),
+            further,
             Candidates(component["loc"].unsqueeze(0), scale, bound),
             symmetry,
             generator,

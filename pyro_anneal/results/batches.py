@@ -50,7 +50,7 @@ class EvidenceOfBatches(Result):
 
     @property
     def directions(self) -> dict[str, AnnealedRun]:
-        """None: of the runs of batches a few numbers per datum are kept."""
+        """Empty: the runs of batches are not kept, only a few numbers per datum."""
         return {}
 
     @property

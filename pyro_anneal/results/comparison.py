@@ -37,10 +37,11 @@ class Comparison(Result):
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
     provenance: Provenance | None = None  # None: each model's run has its own
+    looks: tuple[int, ...] = ()  # of each model's rounds (AnnealedRun.num_looks); empty: none
 
     @property
     def directions(self) -> dict[str, AnnealedRun]:
-        """None: of each model's runs the evidence is kept."""
+        """Empty: of each model's runs only the evidence is kept."""
         return {}
 
     @property
@@ -94,8 +95,8 @@ class Comparison(Result):
 
         .. math:: \bigl[L_i - U_j - 2 m,\; U_i - L_j + 2 m\bigr], \qquad m = \log(4 / \alpha)
 
-        Each of the four bounds misses by m with probability at most ``alpha / 4`` (Markov). Ends
-        are infinite for models without an upper bound.
+        Each of the four bounds misses by m with probability at most ``alpha / 4`` (Markov); for a
+        model whose rounds were looked at n times m is larger by n log 2 (``looks``). Ends are infinite for models without an upper bound.
 
         Args:
             level: Probability of coverage, in (0, 1), for each pair of models.
@@ -107,8 +108,9 @@ class Comparison(Result):
             ValueError: If ``level`` is not in (0, 1).
         """
         _check_level(level)
-        margin = 2.0 * math.log(4.0 / (1.0 - level))
-        low = self.lower.unsqueeze(1) - self.upper.unsqueeze(0) - margin
+        looks = torch.tensor(self.looks or (0,) * len(self.names), dtype=self.lower.dtype)
+        margins = math.log(4.0 / (1.0 - level)) + math.log(2.0) * looks
+        low = (self.lower - margins).unsqueeze(1) - (self.upper + margins).unsqueeze(0)
         low = low.masked_fill(torch.eye(len(self.names), dtype=torch.bool, device=low.device), 0.0)
         return low, -low.T
 
@@ -208,7 +210,7 @@ def compare(
     """
     entries = _named(evidence)
     weights = _prior_weights(prior_odds, list(entries))
-    lower, upper, std_error, notes, found = [], [], [], [], []
+    lower, upper, std_error, looks, notes, found = [], [], [], [], [], []
     for name, entry in entries.items():
         forward, reverse = _forward_and_reverse(name, entry)
         lower.append(forward.lower.sum().double().cpu())
@@ -221,6 +223,8 @@ def compare(
                 f"{name}: its reverse run is not certified (its posterior samples are not known to "
                 "be exact), so it gives no upper bound here"
             )
+        both = (run for run in (forward, reverse) if isinstance(run, AnnealedRun))
+        looks.append(max((run.num_looks for run in both), default=0))
         if isinstance(forward, AnnealedRun) and not forward.certified:
             notes.append(f"{name}: its forward run is not certified: an estimate, not a bound")
         notes += [f"{name}: {note}" for note in forward.notes]
@@ -243,6 +247,7 @@ def compare(
         notes=tuple(notes),
         diagnostics=tuple(found),
         data_digest=digest,
+        looks=tuple(looks[i] for i in order.tolist()),
     )
 
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .base import Columns, Result
+from .controls import leave_one_out_control
 from .findings import Diagnostic
 from .provenance import Provenance
+from .quantiles import student_quantile
 from .run import AnnealedRun, std_error_over_pairs
 from .sandwich import Sandwich
 from .tables import Table, format_value
 
 __all__ = ["MutualInformation"]
+
+# Below this many pairs an interval rests on what the pairs seen happen to show; a note says so.
+FEW_PAIRS = 20
+_NO_INTERVAL = (
+    "MutualInformation has no interval(): an interval by that name is guaranteed in finite samples "
+    "here, and the mean over pairs is not. normal_interval(level) is asymptotic over pairs, with "
+    "quantiles of Student's t; gap is what the method leaves open"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -29,7 +38,8 @@ class MutualInformation(Result):
     their spread gives the standard error without pretending that the terms are independent.
 
     A sandwich can be tight pair by pair and yet off by the sampling of the pairs: ``gap`` speaks of
-    the method, ``lower_std_error`` and ``interval`` of the data.
+    the method, ``lower_std_error`` and ``normal_interval`` of the data. There is no ``interval``:
+    nothing is guaranteed of a mean over finitely many pairs of unknown distribution.
 
     Attributes:
         method: Name of the bound.
@@ -37,7 +47,8 @@ class MutualInformation(Result):
         pair_upper: Per-pair values of the upper bound, shape ``[N]``, or None.
         pair_plug_in: Per-pair values of an estimate without direction, shape ``[N]``, or None.
         terms: Means of the parts that add up to the lower bound (or the plug-in estimate), scalars
-            in nats: the ``variational`` (Barber-Agakov) and the ``contrastive`` term.
+            in nats: the ``variational`` (Barber-Agakov) and the ``contrastive`` term, and minus the
+            ``control`` variates where they were used, whose expectation is zero.
         ceiling: Largest value that the contrastive term can take (``log K``), or for a plug-in
             estimate can be trusted at (``log N``); None where there is no such limit.
         saturated: Whether the contrastive term comes within 10% of the ceiling.
@@ -71,7 +82,11 @@ class MutualInformation(Result):
 
     @classmethod
     def from_sandwich(
-        cls, sandwich: Sandwich, *, notes: tuple[str, ...] = ()
+        cls,
+        sandwich: Sandwich,
+        *,
+        notes: tuple[str, ...] = (),
+        controls: Tensor | None = None,
     ) -> MutualInformation:
         r"""Computes bounds on I from bounds on the log evidence of simulated pairs.
 
@@ -86,6 +101,7 @@ class MutualInformation(Result):
         Args:
             sandwich: Bounds on simulated data that kept their pairs' log likelihood.
             notes: Remarks to keep, such as which latents were summed out.
+            controls: Control variates of the pairs, of mean zero, shape ``[C, *pairs]``.
 
         Returns:
             The bounds on mutual information.
@@ -97,16 +113,34 @@ class MutualInformation(Result):
         if log_likelihood is None:
             raise ValueError("the sandwich has no true_log_likelihood of its pairs")
         pair_lower = (log_likelihood - sandwich.upper).flatten()
+        pair_upper = (log_likelihood - sandwich.lower).flatten()
         variational = log_likelihood.mean() - sandwich.reverse.mean_log_ratio[-1]
+        terms = {"variational": variational, "contrastive": pair_lower.mean() - variational}
+        measurements: dict[str, Tensor] = {}
+        if controls is not None:
+            flat = controls.reshape(len(controls), -1)
+            sides = control_pairs(pair_lower, pair_upper, flat)
+            terms |= sides.terms
+            measurements |= sides.measurements
+        else:
+            sides = ControlledPairs(lower=pair_lower, upper=pair_upper)
         return cls(
             method="AIS",
-            pair_lower=pair_lower,
-            pair_upper=(log_likelihood - sandwich.lower).flatten(),
-            terms={"variational": variational, "contrastive": pair_lower.mean() - variational},
+            pair_lower=sides.lower,
+            pair_upper=sides.upper,
+            terms=terms,
             notes=(*sandwich.notes, *notes),
-            diagnostics=sandwich.diagnostics,
+            measurements=measurements,
+            diagnostics=(*sandwich.diagnostics, *few_pairs(len(pair_lower))),
             provenance=sandwich.provenance,
         )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Explains why a name is missing."""
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(_NO_INTERVAL if name == "interval" else message)
 
     @property
     def directions(self) -> dict[str, AnnealedRun]:
@@ -164,17 +198,20 @@ class MutualInformation(Result):
                 return values.shape[0]
         return 0
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        r"""Computes an interval for the mutual information from the bounds and their errors.
+    def normal_interval(self, level: float = 0.95) -> tuple[float, float]:
+        r"""Computes an asymptotic interval for I from the bounds and their errors over pairs.
 
-        .. math:: [L - z\, \mathrm{se}(L),\; U + z\, \mathrm{se}(U)], \qquad
-            z = \Phi^{-1}\bigl(\tfrac{1 + level}{2}\bigr)
+        .. math:: [L - t\, \mathrm{se}(L),\; U + t\, \mathrm{se}(U)], \qquad
+            t = t_{N - 1}\bigl(\tfrac{1 + level}{2}\bigr)
 
-        It rests on the central limit theorem over pairs. The side of a bound that does not exist
-        is infinite; a plug-in estimate has no interval for I, and both sides are infinite.
+        with the quantile of Student's t for N pairs. It rests on the central limit theorem: the
+        values of pairs are not normal, and a kind of pair too rare to be among those drawn is
+        missed by any number of standard errors. A single pair tells nothing of its spread, and both
+        ends are infinite. So is the side of a bound that does not exist; a plug-in estimate has no
+        interval for I.
 
         Args:
-            level: Probability of coverage, in (0, 1).
+            level: Probability of coverage for many pairs, in (0, 1).
 
         Returns:
             Ends of the interval in nats.
@@ -183,9 +220,10 @@ class MutualInformation(Result):
             ValueError: If ``level`` is not in (0, 1).
 
         Example:
-            >>> values = torch.tensor([1.0, 3.0])
-            >>> MutualInformation(method="IWAE", pair_upper=values).interval(0.6827)
-            (-inf, 3.0...)
+            >>> values = torch.tensor([1.0, 3.0])  # the quantile for two pairs is 1 at level 1/2
+            >>> low, high = MutualInformation(method="IWAE", pair_upper=values).normal_interval(0.5)
+            >>> low, round(high, 5)
+            (-inf, 3.0)
         """
         low, high = self.lower_interval(level), self.upper_interval(level)
         return (
@@ -200,12 +238,12 @@ class MutualInformation(Result):
             level: Coverage for many pairs, in (0, 1).
 
         Returns:
-            Both ends in nats, or None without a lower bound.
+            Both ends in nats, infinite for a single pair, or None without a lower bound.
 
         Raises:
             ValueError: If ``level`` is not in (0, 1).
         """
-        return _normal_interval(self.pair_lower, level)
+        return _student_interval(self.pair_lower, level)
 
     def upper_interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """Computes an asymptotic interval of the expected upper bound, over pairs.
@@ -214,12 +252,12 @@ class MutualInformation(Result):
             level: Coverage for many pairs, in (0, 1).
 
         Returns:
-            Both ends in nats, or None without an upper bound.
+            Both ends in nats, infinite for a single pair, or None without an upper bound.
 
         Raises:
             ValueError: If ``level`` is not in (0, 1).
         """
-        return _normal_interval(self.pair_upper, level)
+        return _student_interval(self.pair_upper, level)
 
     def _columns(self) -> tuple[Columns, Columns]:
         columns = {"lower": self.pair_lower, "upper": self.pair_upper}
@@ -242,7 +280,7 @@ class MutualInformation(Result):
                 label = "plug-in (no direction)" if name == "plug_in" else f"{name} bound"
                 fields.append((label, format_value(float(value), float(error))))
         if self.pair_lower is not None or self.pair_upper is not None:
-            low, high = self.interval(0.95)
+            low, high = self.normal_interval(0.95)
             fields.append(("95% interval (asymptotic over pairs)", f"[{low:.3f}, {high:.3f}]"))
         fields += [
             (name.replace("_", " ") + " term", f"{float(v):.3f}") for name, v in self.terms.items()
@@ -257,10 +295,75 @@ class MutualInformation(Result):
         return Table(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])
 
 
-def _normal_interval(values: Tensor | None, level: float) -> tuple[float, float] | None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlledPairs:
+    """Values of pairs after their control variates, and what these did."""
+
+    lower: Tensor | None
+    upper: Tensor | None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    measurements: dict[str, Tensor] = field(default_factory=dict)
+
+
+def control_pairs(lower: Tensor | None, upper: Tensor | None, controls: Tensor) -> ControlledPairs:
+    """Subtracts control variates from both sides, with one set of coefficients for the two.
+
+    So the gap of each pair stays what it was.
+
+    Args:
+        lower: Values of the lower bound, ``[N]`` in nats, or None.
+        upper: Values of the upper bound, or None.
+        controls: Quantities of mean zero, ``[C, N]``.
+
+    Returns:
+        The controlled values; ``measurements`` has ``variance_ratio``, the variance that is left of
+        what was there, where anything was done.
+    """
+    sides = [side for side in (lower, upper) if side is not None]
+    unchanged = ControlledPairs(lower=lower, upper=upper)
+    if not sides:
+        return unchanged
+    middle = torch.stack(sides).mean(0)
+    control = leave_one_out_control(middle, controls.to(middle))
+    if not bool(control.any()):
+        return unchanged
+    return ControlledPairs(
+        lower=None if lower is None else lower - control,
+        upper=None if upper is None else upper - control,
+        terms={} if lower is None else {"control": -control.mean()},
+        measurements={"variance_ratio": (middle - control).var() / middle.var()},
+    )
+
+
+def few_pairs(num_pairs: int) -> tuple[Diagnostic, ...]:
+    """Notes that an average rests on few pairs; empty from 20 pairs on.
+
+    Example:
+        >>> [found.name for found in few_pairs(1)], few_pairs(20)
+        (['few_pairs'], ())
+    """
+    if num_pairs >= FEW_PAIRS:
+        return ()
+    if num_pairs < 2:
+        what = "a single pair says nothing of the spread over pairs, so the interval is infinite"
+    else:
+        what = (
+            f"{num_pairs} pairs: the interval has wide quantiles (Student's t), but holds only "
+            "if no rare kind of pair is missing among them"
+        )
+    message = f"{what}; simulate at least {FEW_PAIRS}, or give target_std_error"
+    return (
+        Diagnostic(name="few_pairs", severity="info", message=message, value=float(num_pairs)),
+    )
+
+
+def _student_interval(values: Tensor | None, level: float) -> tuple[float, float] | None:
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
     if values is None:
         return None
-    margin = NormalDist().inv_cdf(0.5 + 0.5 * level) * float(std_error_over_pairs(values))
+    if len(values) < 2 or not bool(values.isfinite().all()):
+        return -math.inf, math.inf
+    quantile = student_quantile(len(values) - 1, 0.5 + 0.5 * level)
+    margin = quantile * float(std_error_over_pairs(values))
     return float(values.mean()) - margin, float(values.mean()) + margin

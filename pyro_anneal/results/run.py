@@ -115,6 +115,12 @@ class AnnealedRun(Result):
     # of the batch, and for their sum. Chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)
     total_blocks: tuple[int, int] = (1, 1)
+    # Of a call with a target: all rounds without samples, the last of which is this run; which of the
+    # rounds that might have been reported it is; the target, and the error measured, in nats.
+    rounds: tuple[AnnealedRun, ...] = ()
+    num_looks: int = 0
+    target_gap: float | None = None
+    measured_gap: float | None = None
     continuation: Continues | None = field(default=None, metadata={"saved": False})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,15 +156,16 @@ class AnnealedRun(Result):
 
     @property
     def num_populations(self) -> int:
-        """Number R of populations: that of the chains, where none is resampled."""
+        """Number R of populations; without resampling each chain is a population of its own."""
         return self.num_chains // self.population_size
 
     @property
     def population_estimates(self) -> Tensor:
         """Estimate ``log Z_hat`` of each population in nats, ``[R, *batch]``.
 
-        They are the log-weights where no chain is resampled. Independent forward, with
-        ``E[Z_hat] = Z``; around paths from one posterior sample ``E[1 / Z_hat] = 1 / Z``.
+        Without resampling these are the log-weights. Estimates of forward populations are
+        independent, with ``E[Z_hat] = Z``. Those of populations that hold a path from an exact
+        posterior sample have ``E[1 / Z_hat] = 1 / Z``.
         """
         if self.population_size == 1:
             return self.log_weights
@@ -166,9 +173,10 @@ class AnnealedRun(Result):
 
     @property
     def num_lineages(self) -> Tensor | None:
-        """Number of first ancestors that the chains descend from, ``batch``; None if all are.
+        """Number of first chains that have descendants, ``batch``; None without resampling.
 
-        Few lineages at the end say that few modes were there to choose from.
+        Few lineages at the end mean that few of the modes that chains started towards are still
+        represented.
         """
         if self.ancestors is None:
             return None
@@ -197,10 +205,11 @@ class AnnealedRun(Result):
     def upper(self) -> Tensor:
         """Upper bound ``-log mean_k 1 / w_k`` (CR, or IR for independent starts), shape ``batch``.
 
-        Over populations in place of chains where these are resampled
-        (:func:`pyro_anneal.bounds.population_upper`). It bounds only if the posterior samples were exact (``certified``). Else it is an estimate,
-        of which :attr:`kind` says so: reverse chains repair the draws that they start from, so
-        that its agreement with a lower bound proves nothing about the sampler.
+        Where chains are resampled, the mean is over populations instead of chains; see
+        :func:`pyro_anneal.bounds.population_upper`. The number is a bound only if the posterior
+        samples were exact (``certified``). Otherwise it is an estimate, and :attr:`kind` says so.
+        Reverse chains repair the draws that they start from, so its agreement with a lower bound
+        proves nothing about the sampler.
 
         Raises:
             ValueError: If the chains ran forward.
@@ -219,9 +228,11 @@ class AnnealedRun(Result):
 
     @property
     def single(self) -> Tensor:
-        """Single-sample bound, the mean log-weight: lower forward, upper in reverse.
+        """Single-sample bound: the mean log-weight, nats, shape ``batch``.
 
-        Of populations, the mean of their estimates.
+        It is a lower bound of forward chains and an upper bound of reverse chains, and looser than
+        the bound of several chains. Where chains were resampled, it is the mean of ``log Z_hat``
+        over populations.
         """
         return self.scale * bounds.single_sample(self.population_estimates)
 
@@ -234,7 +245,8 @@ class AnnealedRun(Result):
     def ess(self) -> Tensor:
         """Effective sample size of the weights (of ``1 / w`` in reverse), in [1, K].
 
-        Of resampled chains it is that of the last stage: :attr:`num_lineages` tells the rest.
+        Where chains were resampled, this is the effective sample size since the last resampling;
+        what was lost before shows in :attr:`num_lineages`.
         """
         return effective_sample_size(self._signed_weights)
 
@@ -276,8 +288,9 @@ class AnnealedRun(Result):
     def thermodynamic_integration(self) -> Estimate:
         """Estimate of the log evidence by integrating ``log p/q`` over beta, shape ``batch``.
 
-        Not a bound: it carries the trapezoid's error and that of chains which lag behind. The mean
-        over resampled chains is right as well; its standard error is not known, NaN.
+        This is no bound: the trapezoid rule has an error, and so have chains that lag behind the
+        path. The mean over resampled chains is right as well, but its standard error is not known
+        and therefore NaN.
         """
         value = self.scale * self.log_evidence_ti.mean(dim=0)
         if self.population_size > 1:
@@ -299,6 +312,11 @@ class AnnealedRun(Result):
         :func:`pyro_anneal.bounds.limit_of_blocks`. It holds at any K and T. Forward chains alone
         cannot exclude evidence that none of them found, so the upper end is infinite; a reverse run
         has the mirrored interval, of one block where its chains share a posterior sample.
+
+        Where rounds stopped at a target, the n-th round that might have been reported
+        (``num_looks``) has the share :math:`2^{-n} \alpha`, so that the interval reported fails
+        with probability :math:`\alpha` at most, whatever the decision to stop looked at. One look
+        costs :math:`\log 2 / R` nats. Each of ``rounds`` has an interval of its own level.
 
         Args:
             level: Probability of coverage, in (0, 1).
@@ -330,7 +348,9 @@ class AnnealedRun(Result):
         limit = (
             self.scale
             * self._sign
-            * bounds.limit_of_blocks(self._sign * means, level, num_kept=kept)
+            * bounds.limit_of_blocks(
+                self._sign * means, bounds.level_of_look(level, self.num_looks), num_kept=kept
+            )
         )
         infinite = torch.full_like(limit, torch.inf)
         return (limit, infinite) if self.direction == "forward" else (-infinite, limit)
@@ -514,12 +534,18 @@ class AnnealedRun(Result):
             fields.append(("populations", f"{self.num_populations} of {self.population_size}"))
             fields.append(("resamplings", counts))
             fields.append(("lineages", lineages))
+        if self.rounds:
+            steps = ", ".join(str(run.num_steps) for run in self.rounds)
+            fields.append((f"rounds (target {self.target_gap:g})", f"T = {steps}"))
         if self.num_steps > 1:
             fields.append(("acceptance", _range(self.accept_prob)))
             fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
         fields.append(("verdict", self.verdict))
         cost = f"{self.num_gradients} gradients per chain"
         extra = []
+        if len(self.rounds) > 1:
+            spent = sum(run.num_gradients for run in self.rounds[:-1])
+            extra.append(f"earlier rounds: {spent}")
         if self.pilot is not None:
             extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
             if not math.isnan(self.pilot.expected_gap):

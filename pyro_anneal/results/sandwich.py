@@ -175,7 +175,8 @@ class Sandwich(Result):
             ValueError: If ``level`` is not in (0, 1).
         """
         lower, upper = (b.sum() if total else b for b in (self.lower, self.upper))
-        low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, level)
+        spent = bounds.level_of_look(level, self.forward.num_looks)
+        low, high = bounds.interval(lower / self.forward.scale, upper / self.forward.scale, spent)
         low, high = self.forward.scale * low, self.forward.scale * high
         if self.lower_bound == "IM lower":
             low = self.forward.interval(0.5 + 0.5 * level, total=total)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import bounds
 from ..chains.budget import MOST_BLOCKS, choose_blocks
-from ..chains.tuning import Budget, choose_budget
 from ..diagnostics import checks as diagnostics
 from ..models.simulation import Arguments
 from ..persistence.fingerprints import describe_arguments
@@ -25,8 +24,9 @@ from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
 from .progress import progress_bar
-from .run import forward, freeze, make_problem, particles
-from .settings import Settings
+from .rounds import Done, in_rounds, run_forward
+from .run import forward, freeze, make_problem
+from .settings import Frozen, Settings
 
 __all__ = ["as_arguments", "run_batches"]
 
@@ -168,8 +168,8 @@ def _take_turns(
                 f"ranks {rank} and {world.rank} see different batches: pass the same loader to "
                 "every rank (no DistributedSampler); ranks take turns by themselves"
             )
-    if settings.plan.target_gap is not None and total.budget is None:
-        total.budget = _budget(settings, turns, journal)
+    if settings.plan.target_gap is not None and total.num_steps is None:
+        total.num_steps = _steps_reached(settings, turns, journal)
     if world.rank < len(turns):
         index = list(turns)[world.rank]
         with released(), journal.on_this_rank():
@@ -186,21 +186,28 @@ def _take_turns(
     journal.put("batches", total.to_dict)
 
 
-def _budget(settings: Settings, turns: Mapping[int, Arguments], journal: Journal) -> Budget:
-    """Finds the budget of all batches, which the first one chooses."""
+def _steps_reached(settings: Settings, turns: Mapping[int, Arguments], journal: Journal) -> int:
+    """Runs the rounds of the first batch, whose number of steps all batches then take.
+
+    The first batch runs again like the others: no decision hangs on the numbers that are reported.
+    """
 
     def compute() -> dict[str, Any]:
         index, arguments = next(iter(turns.items()))
-        seed, model = journal.seed + index, settings.model
+        seed, model, prefix = journal.seed + index, settings.model, f"{index}/"
         torch.manual_seed(seed)
-        with journal.on_this_rank():
-            problem = make_problem(
-                settings, model, arguments, arguments, journal, f"{index}/", seed=seed
-            )
-        walkers = particles(problem, seed, max_rows=settings.chain_batch_size)
-        return asdict(choose_budget(walkers, settings.plan))
+        with released(), journal.on_this_rank():
+            frozen = freeze(settings, model, arguments, arguments, journal, prefix, seed=seed)
 
-    return Budget(**journal.once("budget", compute))
+            def anneal(frozen: Frozen, suffix: str) -> Done:
+                stream = f"forward{suffix}"
+                return run_forward(frozen, journal, prefix, stream=stream, keep_samples=False)
+
+            frozen, _ = in_rounds(frozen, anneal, task="batches")
+        return {"num_steps": frozen.path.num_steps}
+
+    reached: int = journal.once("steps", compute)["num_steps"]
+    return reached
 
 
 def _run_batch(
@@ -221,7 +228,7 @@ def _run_batch(
         journal,
         prefix,
         seed=seed,
-        budget=total.budget,
+        num_steps=total.num_steps,
         problems=total.problems,
         num_runs=total.length,
     )
@@ -265,7 +272,7 @@ class _Batches:
     def __init__(self) -> None:
         self.problems: KeptProblems[Kept] = KeptProblems()  # for batches to come
         self.length = 1  # of the call, as far as it is known
-        self.budget: Budget | None = None  # with target_gap
+        self.num_steps: int | None = None  # that rounds have reached
         self.digests: list[str] = []
         self.sizes: list[int] = []
         self.per_datum: dict[str, list[Tensor]] = {name: [] for name in _PER_DATUM}

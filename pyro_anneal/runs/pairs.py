@@ -8,8 +8,7 @@ of latents and data times the number of simulations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..chains.grouping import Grouping
-from ..chains.tuning import Budget
 from ..models.autoguides import sees_arguments
+from ..models.entropies import pair_controls
 from ..models.simulation import (
     Arguments,
     Conditioned,
@@ -32,11 +31,13 @@ from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..problems.cache import Kept, KeptProblems
 from ..results.digest import add_digests
+from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun, PilotSummary
 from ..results.sandwich import Sandwich
-from .progress import progress_bar
-from .run import around_paths, forward, freeze, make_problem, reverse, shared_end
-from .settings import Settings
+from .progress import Stage, progress_bar
+from .rounds import Done, in_rounds, run_both
+from .run import around_paths, freeze, make_problem, reverse, shared_end
+from .settings import Frozen, Settings
 
 __all__ = ["Pair", "PairSum", "RunSum", "simulate_pair", "simulate_pairs"]
 
@@ -59,29 +60,26 @@ class Pair(NamedTuple):
     coupled_reverse: Tensor | None  # log-weights from the end of forward chain 0
     observed: dict[str, Tensor]  # empty if samples are not kept
     log_likelihood: Tensor  # log p(x | z), [*batch]
+    controls: Tensor  # of mean zero over pairs, [C, *batch]
 
 
 class Shared(NamedTuple):
     """What the first data set chooses for all, so that their runs can be merged."""
 
-    budget: Budget | None = None  # of target_gap
+    num_steps: int | None = None  # that rounds have reached
     grouping: Grouping | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Describes it by plain values."""
-        budget = None if self.budget is None else asdict(self.budget)
-        return {
-            "budget": budget,
-            "grouping": None if self.grouping is None else self.grouping.to_dict(),
-        }
+        grouping = None if self.grouping is None else self.grouping.to_dict()
+        return {"num_steps": self.num_steps, "grouping": grouping}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Shared:
         """Undoes :meth:`to_dict`."""
-        budget, grouping = content["budget"], content["grouping"]
+        grouping = content["grouping"]
         return cls(
-            None if budget is None else Budget(**budget),
-            None if grouping is None else Grouping.from_dict(grouping),
+            content["num_steps"], None if grouping is None else Grouping.from_dict(grouping)
         )
 
 
@@ -129,19 +127,20 @@ def simulate_pair(
         journal,
         prefix,
         seed=seed,
-        budget=shared.budget,
+        num_steps=shared.num_steps,
         grouping=shared.grouping,
         problems=problems,
         num_runs=num_pairs * (3 if coupled else 2),
     )
     exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
-    run, ends = forward(frozen, journal, prefix, keep_samples=keep_samples)
+
+    def anneal(frozen: Frozen, suffix: str) -> Done:
+        return run_both(frozen, exact, journal, prefix, suffix, keep_samples=keep_samples)
+
+    frozen, done = in_rounds(frozen, anneal, task="sandwich")
+    (run, back), ends = done.runs, done.ends
+    assert ends is not None
     count, size = frozen.num_chains, frozen.grouping.population_size
-    if size > 1:
-        back = around_paths(frozen, exact, journal, prefix)
-    else:
-        starts = exact.expand(count, *exact.shape)
-        back = reverse(frozen, starts, journal, prefix, keep_samples=keep_samples)
     extra = None
     if coupled and count > size:
         end = shared_end(ends, frozen.grouping.resampling, seed)
@@ -155,8 +154,11 @@ def simulate_pair(
             extra = again.log_weights
     log_likelihood = frozen.problem.log_likelihood(exact)
     observed = simulation.observed if keep_samples else {}
-    pair = Pair(run, back, extra, observed, log_likelihood)
-    return pair, Shared(frozen.budget, frozen.grouping)
+    controls = pair_controls(
+        conditioned, arguments, simulation.latents, simulation.observed, frozen.problem.layout
+    )
+    pair = Pair(run, back, extra, observed, log_likelihood, controls)
+    return pair, Shared(frozen.path.num_steps, frozen.grouping)
 
 
 def _simulated(
@@ -182,10 +184,11 @@ def simulate_pairs(
     num_simulations: int,
     coupled: bool,
     keep_samples: bool,
+    more: Callable[[PairSum], int] | None = None,
 ) -> PairSum:
     """Simulates data sets one after another, and goes on where a journal ends.
 
-    The first data set chooses the budget (``target_gap``) and the grouping of all, whose curves
+    The rounds of the first data set (``target_gap``) choose the steps and the grouping of all, whose curves
     and populations can then be merged.
 
     Args:
@@ -195,6 +198,8 @@ def simulate_pairs(
         num_simulations: Number of data sets.
         coupled: As in :func:`simulate_pair`.
         keep_samples: Likewise.
+        more: Asked after that number, and after each that it names, for the number of data sets
+            there should be; no more than there are ends the simulations.
     """
     stored, seed = journal.get("pairs"), journal.seed
     total, shared = PairSum(), Shared()
@@ -204,19 +209,27 @@ def simulate_pairs(
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
         shared = Shared.from_dict(stored["shared"])
-    several = progress_bar("simulations", num_simulations) if num_simulations > 1 else None
-    with several or contextlib.nullcontext() as bar:
-        if bar is not None:
-            bar.update(total.count)
-        for index in range(total.count, num_simulations):
-            prefix = f"{index}/"
+    wanted = num_simulations
+    with contextlib.ExitStack() as stack:
+        bar: Stage | None = None
+        while True:
+            if total.count >= wanted:
+                wanted = wanted if more is None else more(total)
+                if total.count >= wanted:
+                    break
+            if bar is None and wanted > 1:  # a single data set shows its own stages
+                bar = stack.enter_context(progress_bar("simulations", wanted))
+                bar.update(total.count)
+            if bar is not None:
+                bar.total = wanted
+            prefix = f"{total.count}/"
             with released():
                 pair, shared = simulate_pair(
                     settings,
                     arguments,
                     journal,
                     prefix,
-                    seed=seed + index,
+                    seed=seed + total.count,
                     coupled=coupled,
                     keep_samples=keep_samples,
                     shared=shared,
@@ -248,7 +261,7 @@ class RunSum:
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run)) | {"continuation": None}
+        fields = dict(vars(run)) | {"continuation": None, "diagnostics": ()}
         resampled = [name for name in _PER_PAIR_IF_ANY if fields[name] is not None]
         for name in (*_PER_PAIR, *resampled):
             self.per_pair.setdefault(name, []).append(fields.pop(name))
@@ -284,10 +297,9 @@ class RunSum:
 
     def to_dict(self) -> dict[str, Any]:
         """Describes the runs by tensors and plain values."""
-        pilot = self.shared["pilot"]
         return {
             "count": self.count,
-            "shared": self.shared | {"pilot": None if pilot is None else vars(pilot)},
+            "shared": _plain(self.shared),
             "per_pair": {name: torch.stack(values) for name, values in self.per_pair.items()},
             "by_site": {name: _stack(values, 0) for name, values in self.by_site.items()},
             "sums": self.sums,
@@ -299,13 +311,31 @@ class RunSum:
         """Undoes :meth:`to_dict`."""
         total = cls()
         total.count, total.sums = content["count"], dict(content["sums"])
-        total.shared, total.digests = dict(content["shared"]), list(content["digests"])
-        if total.shared["pilot"] is not None:
-            total.shared["pilot"] = PilotSummary(**total.shared["pilot"])
+        total.shared, total.digests = _unplain(content["shared"]), list(content["digests"])
         total.per_pair = {name: list(values) for name, values in content["per_pair"].items()}
         for name, values in content["by_site"].items():
             total.by_site[name] = _unstack(values, total.count)
         return total
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Describes fields of a run, its rounds included, by tensors and plain values."""
+    pilot = fields["pilot"]
+    return fields | {
+        "pilot": None if pilot is None else vars(pilot),
+        "diagnostics": [vars(found) for found in fields["diagnostics"]],
+        "rounds": [_plain(dict(vars(run))) for run in fields["rounds"]],
+    }
+
+
+def _unplain(content: dict[str, Any]) -> dict[str, Any]:
+    """Undoes :func:`_plain`."""
+    pilot = content["pilot"]
+    return content | {
+        "pilot": None if pilot is None else PilotSummary(**pilot),
+        "diagnostics": tuple(Diagnostic(**found) for found in content["diagnostics"]),
+        "rounds": tuple(AnnealedRun(**_unplain(run)) for run in content["rounds"]),
+    }
 
 
 class PairSum:
@@ -316,6 +346,7 @@ class PairSum:
         self.coupled: list[Tensor] = []
         self.observed: list[dict[str, Tensor]] = []
         self.log_likelihood: list[Tensor] = []
+        self.controls: list[Tensor] = []
 
     @property
     def count(self) -> int:
@@ -330,6 +361,7 @@ class PairSum:
             self.coupled.append(pair.coupled_reverse)
         self.observed.append(pair.observed)
         self.log_likelihood.append(pair.log_likelihood)
+        self.controls.append(pair.controls)
 
     def sandwich(self, bounds: tuple[str, str]) -> Sandwich:
         """Builds the sandwich; one data set keeps its batch, several get a leading plate."""
@@ -347,6 +379,12 @@ class PairSum:
             upper_bound=bounds[1],
         )
 
+    def all_controls(self) -> Tensor | None:
+        """Joins the control variates of all pairs, ``[C, (S,) *batch]``, or None without any."""
+        if len({controls.shape for controls in self.controls}) != 1 or not len(self.controls[0]):
+            return None
+        return self.controls[0] if self.count == 1 else torch.stack(self.controls, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Describes the pairs by tensors and plain values."""
         return {
@@ -355,6 +393,7 @@ class PairSum:
             "coupled": torch.stack(self.coupled) if self.coupled else None,
             "observed": _stack(self.observed, 0),
             "log_likelihood": torch.stack(self.log_likelihood),
+            "controls": list(self.controls),
         }
 
     @classmethod
@@ -367,6 +406,7 @@ class PairSum:
         total.coupled = [] if content["coupled"] is None else list(content["coupled"])
         total.observed = _unstack(content["observed"], total.count)
         total.log_likelihood = list(content["log_likelihood"])
+        total.controls = list(content["controls"])
         return total
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from tqdm.std import TqdmWarning
+
+from ..arguments import bars_are_silenced
 
 with warnings.catch_warnings():  # notebooks without ipywidgets get bars of text, without advice
     warnings.simplefilter("ignore", TqdmWarning)
@@ -112,8 +113,7 @@ def follow_call(
     task: str, stages: Mapping[str, float], visible: bool, seconds: dict[str, float]
 ) -> Iterator[CallProgress]:
     """Shows one bar for all stages inside; see :class:`CallProgress`."""
-    wanted = os.environ.get("PYRO_ANNEAL_PROGRESS", "1").strip().lower()
-    call = CallProgress(task, stages, visible and wanted not in ("0", "false", "off"), seconds)
+    call = CallProgress(task, stages, visible and not bars_are_silenced(), seconds)
     token = _CURRENT.set(call)
     try:
         yield call

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..chains.blockwise import Blockwise
 from ..chains.budget import choose_blocks
 from ..chains.grouping import Grouping, choose_grouping
-from ..chains.path import Direction, StepStatistics
+from ..chains.path import Direction, Path, StepStatistics
+from ..chains.plan import Plan
 from ..chains.resampling import Reference, Resampling, systematic_ancestors
-from ..chains.tuning import Budget, Particles, choose_kernel, tune
+from ..chains.tuning import Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import State
@@ -39,6 +40,8 @@ __all__ = [
     "around_paths",
     "forward",
     "freeze",
+    "group",
+    "loop_for",
     "make_problem",
     "particles",
     "reverse",
@@ -64,7 +67,7 @@ def make_problem(
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
-    # One increment moves no chain; with a target gap the steps are not known yet.
+    # One increment moves no chain; with a target the steps are not known yet.
     moves = settings.plan.num_steps != 1 or settings.target_gap is not None
     with progress_bar("fit", 340) as bar:
         problem = prepare_kept(
@@ -128,7 +131,7 @@ def freeze(
     prefix: str = "",
     *,
     seed: int,
-    budget: Budget | None = None,
+    num_steps: int | None = None,
     grouping: Grouping | None = None,
     make_start: MakeStart | None = None,
     problems: KeptProblems[Kept] | None = None,
@@ -144,7 +147,8 @@ def freeze(
         journal: Where stages are kept.
         prefix: Distinguishes the stages of this run from those of others.
         seed: Seed of the run.
-        budget: What ``target_gap`` chose for another problem, to be shared; None to choose.
+        num_steps: What the rounds of another problem reached, to be shared; None for what was
+            asked for: with a target the path is then that of a first round.
         grouping: How the chains of another problem are grouped, to be shared; None to choose.
         make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
         problems: What other data sets of the call have left for this one.
@@ -178,34 +182,62 @@ def freeze(
         if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
             kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
             plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
-        path, summary, budget = tune(walkers, plan, budget=budget, once=once)
-    problem = replace(
-        problem, density=with_loop(problem.density, path, settings.compile, num_runs=num_runs)
-    )
+        path, summary, found = tune(walkers, plan, num_steps=num_steps, once=once)
+    density = loop_for(problem.density, path, settings.compile, num_runs=num_runs)
+    problem = replace(problem, density=density)
     how = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)
     if grouping is None:
-        grouping = choose_grouping(
-            settings.plan.resampling,
-            num_chains=settings.plan.num_chains,
-            num_steps=path.num_steps,
-            batch_size=math.prod(problem.layout.batch_shape),
-            chains_at_once=settings.chain_batch_size or DEFAULT_SIZE,
+        grouping = group(
+            settings.plan,
+            path.num_steps,
+            problem,
+            settings.chain_batch_size,
             length=math.nan if summary is None else summary.length,
             variance=math.nan if summary is None else summary.expected_variance,
         )
-    journal.identify(f"{prefix}mode", how)
+    has_rounds = found is not None and found.plan.target_gap is not None
+    journal.identify(f"{prefix}mode of rounds" if has_rounds else f"{prefix}mode", how)
     return Frozen(
         problem=problem,
         path=path,
         pilot=summary,
-        budget=budget,
+        found=found,
+        compile=settings.compile,
         grouping=grouping,
         num_chains=settings.plan.num_chains,
         chain_batch_size=settings.chain_batch_size,
         seed=seed,
         setup_seconds=setup_seconds,
     )
+
+
+def group(
+    plan: Plan,
+    num_steps: int,
+    problem: Problem,
+    chain_batch_size: int | None,
+    *,
+    length: float,
+    variance: float,
+) -> Grouping:
+    """Groups the chains of a run; see :func:`~pyro_anneal.chains.grouping.choose_grouping`."""
+    return choose_grouping(
+        plan.resampling,
+        num_chains=plan.num_chains,
+        num_steps=num_steps,
+        batch_size=math.prod(problem.layout.batch_shape),
+        chains_at_once=chain_batch_size or DEFAULT_SIZE,
+        length=length,
+        variance=variance,
+    )
+
+
+def loop_for(density: Any, path: Path, compile: bool | str, *, num_runs: int = 1) -> Any:
+    """Compiles a density's loop where that repays itself; an earlier round may have done so."""
+    if isinstance(density, LoopedDensity):
+        return density
+    return with_loop(density, path, compile, num_runs=num_runs)
 
 
 def _steps_run_by(density: Any) -> str:
@@ -359,7 +391,7 @@ def reverse(
     blocks = split(len(position), frozen.chain_batch_size)
     ends = _back(frozen, position, journal, prefix, blocks, stream)
     run = _result(frozen, ends, "reverse", keep_samples)
-    starts = stream == "reverse" and not bool((position == position[:1]).all())
+    starts = stream.split(",")[0] == "reverse" and not bool((position == position[:1]).all())
     variance = math.nan if frozen.pilot is None else frozen.pilot.expected_variance
     count, num_data = len(position), math.prod(run.batch_shape)
     return replace(

@@ -11,7 +11,7 @@ from ..arguments import as_count, as_flag, as_real, as_seed, check_function
 from ..chains.grouping import Grouping
 from ..chains.path import Path
 from ..chains.plan import PathOptions
-from ..chains.tuning import Budget
+from ..chains.tuning import Found
 from ..models.simulation import MakeArgs
 from ..persistence.fingerprints import (
     Fingerprint,
@@ -110,7 +110,8 @@ class Frozen:
     problem: Problem
     path: Path
     pilot: PilotSummary | None
-    budget: Budget | None  # chosen for this problem, with target_gap
+    found: Found | None  # what the pilot found, for rounds to improve on
+    compile: bool | str
     grouping: Grouping
     num_chains: int
     chain_batch_size: int | None

@@ -1,4 +1,4 @@
-"""The budget: thermodynamic length, the variance of weights, the gap, and the choice of T."""
+"""The budget: thermodynamic length, the variance of weights, the gap, and blocks."""
 
 import math
 
@@ -10,19 +10,17 @@ import torch
 from scipy import integrate, stats
 from test_gap_law import WEIGHTS, simulate
 
-from pyro_anneal import HMC, AnnealedImportance, Linear, bounds
+from pyro_anneal import HMC, AnnealedImportance, bounds
 from pyro_anneal.chains.budget import (
     Blocks,
     choose_blocks,
     expected_gap,
     mean_correlation,
-    steps_for_gap,
     steps_within,
     weight_variance,
 )
 from pyro_anneal.chains.fluctuations import Pieces
 from pyro_anneal.chains.pilot import Pilot, run_pilot
-from pyro_anneal.diagnostics import checks as diagnostics
 from pyro_anneal.persistence.randomness import seeded_generator
 
 
@@ -94,19 +92,6 @@ def test_the_gap_of_many_chains_is_that_of_the_delta_method():
     assert expected_gap(0.1, 64) == pytest.approx(math.expm1(0.1) / 64, rel=0.03)
 
 
-@pytest.mark.parametrize("num_chains", [1, 16])
-def test_the_number_of_steps_is_the_smallest(num_chains):
-    pieces, shares = Pieces((0.0, 0.1, 1.0), (4.0, 2.0), (0.7, 0.5)), (0.5, 0.5)
-    steps = steps_for_gap(0.05, pieces, shares, num_chains)
-    gaps = [
-        expected_gap(
-            weight_variance(pieces.lengths, pieces.correlations, [0.5 * count] * 2), num_chains
-        )
-        for count in (steps, steps - 1)
-    ]
-    assert gaps[0] <= 0.05 < gaps[1]
-
-
 def test_the_pilot_measures_the_length():
     r"""From the prior, mean Var_beta[log p/q] = sum_j s^2(1+s^2)/(1+bs^2)^3 + s^4/2(1+bs^2)^2."""
     squares = np.linalg.svd(WEIGHTS.numpy(), compute_uv=False) ** 2
@@ -127,113 +112,14 @@ def test_the_pilot_measures_the_length():
 
 def test_the_gap_is_predicted_within_a_factor_of_two():
     ais = AnnealedImportance(
-        linear_vae, num_chains=1, target_gap=0.9, kernel=HMC(2), seed=0, progress_bar=False
+        linear_vae, num_chains=1, num_steps=400, kernel=HMC(2), seed=0, progress_bar=False
     )
     sandwich = ais.sandwich(torch.zeros(200, 100))
     expected, measured = sandwich.forward.pilot.expected_gap, float(sandwich.gap.mean())
-    assert expected == pytest.approx(0.9, rel=0.05)  # by another pilot than the one that chose
     std_error = float(sandwich.std_error["gap"])
     assert std_error < 0.15 * measured
     assert 0.5 * measured < expected < 2.0 * measured
     assert "expected gap per datum" in repr(sandwich.forward)
-
-
-@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
-def test_a_wider_target_takes_fewer_steps_and_the_kernel_is_free():
-    settings = {"num_chains": 4, "seed": 0, "progress_bar": False}
-    steps = [
-        AnnealedImportance(linear_vae, target_gap=target, **settings).run(torch.ones(3, 100))
-        for target in (8.0, 4.0)
-    ]
-    assert steps[0].num_steps < steps[1].num_steps < 300
-    assert steps[0].pilot.num_gradients > 2 * 60  # pilots of three kernels are counted
-
-
-@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
-def test_simulations_share_their_steps():
-    ais = AnnealedImportance(
-        linear_vae, num_chains=2, target_gap=0.9, kernel=HMC(1), seed=0, progress_bar=False
-    )
-    sandwich = ais.sandwich(torch.zeros(2, 100), num_simulations=2)
-    assert sandwich.lower.shape == (2, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_gap": 0.0}, "target_gap must be positive"),
-        ({"target_gap": 0.1, "num_steps": 10}, "either target_gap or num_steps"),
-        ({"target_gap": 0.1, "schedule": Linear()}, "either target_gap or num_steps"),
-    ],
-)
-def test_a_budget_is_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        AnnealedImportance(linear_vae, **options)
-
-
-def far_from_the_prior(x):
-    z = pyro.sample("z", dist.Normal(torch.zeros(3), 5.0).to_event(1))
-    pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
-
-
-def near_the_posterior(x):
-    pyro.sample("z", dist.Normal(0.9 * x, 0.6).to_event(1))
-
-
-def test_a_cross_check_chooses_its_own_budget_with_and_without_a_checkpoint(tmp_path, monkeypatch):
-    others, compare = [], diagnostics.diagnose_starts
-    monkeypatch.setattr(
-        diagnostics,
-        "diagnose_starts",
-        lambda run, other: others.append(other) or compare(run, other),
-    )
-    for checkpoint in (None, tmp_path / "x.ckpt", tmp_path / "x.ckpt"):
-        ais = AnnealedImportance(
-            far_from_the_prior,
-            near_the_posterior,
-            target_gap=0.02,
-            cross_check=True,
-            compile=False,
-            seed=0,
-            progress_bar=False,
-            checkpoint=checkpoint,
-        )
-        run = ais.run(torch.tensor([1.0, -2.0, 3.0]))
-        assert run.num_steps < 50  # the guide is nearly exact
-    alone, kept, again = others
-    assert alone.num_steps > 10 * run.num_steps  # the prior is not
-    assert kept.num_steps == again.num_steps == alone.num_steps
-    assert torch.equal(alone.log_weights, kept.log_weights)
-    assert torch.equal(alone.log_weights, again.log_weights)
-
-
-@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # four chains
-def test_batches_share_the_budget_of_the_first(tmp_path):
-    options = {"num_chains": 4, "target_gap": 1.0, "kernel": HMC(1), "seed": 0}
-    batches = [torch.ones(3, 100), torch.zeros(2, 100)]
-    results = [
-        AnnealedImportance(
-            linear_vae, progress_bar=False, checkpoint=checkpoint, **options
-        ).run_batches(batches)
-        for checkpoint in (None, tmp_path / "x.ckpt", tmp_path / "x.ckpt")
-    ]
-    assert 10 < results[0].num_steps < 500
-    assert results[0].num_gradients == results[0].num_steps  # 1 + L (T - 1), L = 1
-    for other in results[1:]:
-        assert other.num_steps == results[0].num_steps
-        assert torch.equal(other.lower, results[0].lower)
-
-
-@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
-def test_an_object_keeps_nothing_of_a_call():
-    ais = AnnealedImportance(
-        far_from_the_prior, target_gap=0.5, compile=False, seed=0, progress_bar=False
-    )
-    told = dict(vars(ais))
-    small = ais.run(torch.tensor([0.1, 0.1, 0.1]))
-    large = ais.run(torch.tensor([30.0, -20.0, 30.0]))
-    assert small.num_steps < large.num_steps
-    assert vars(ais) == told
 
 
 def median_limit(blocks, log_weights):

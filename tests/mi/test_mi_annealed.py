@@ -161,7 +161,7 @@ def test_the_one_liner_on_a_pyro_model():
     assert abs(est.terms["variational"] - variational) < 5 * est.lower_std_error
     from_prior = AnnealedImportance(model, **options).mutual_information(x)
     assert abs(from_prior.terms["variational"]) < 1e-9
-    low, high = from_prior.interval(0.9999)
+    low, high = from_prior.normal_interval(0.9999)
     assert low < truth < high
 
 

@@ -41,7 +41,7 @@ def test_bound_is_on_its_side(name, bound_name):
     if "upper" in bound.directions:
         assert est.upper >= problem.truth - 5 * est.upper_std_error
         assert est.lower <= est.upper + 5 * (est.lower_std_error + est.upper_std_error)
-    low, high = est.interval(0.9999)
+    low, high = est.normal_interval(0.9999)
     assert low < problem.truth < high
 
 
@@ -106,7 +106,7 @@ def test_plug_in_mine_dv_overshoots_and_declares_no_direction():
             est = bound.estimate(x, z)
         assert est.lower is None
         assert est.upper is None
-        assert est.interval() == (-math.inf, math.inf)
+        assert est.normal_interval() == (-math.inf, math.inf)
         assert est.ceiling == pytest.approx(math.log(num_pairs))
         assert "no direction" in repr(est)
         values.append(est.plug_in)

@@ -457,7 +457,7 @@ def test_first_example_of_the_guide_runs():
     code = page.split("```python\n")[1].split("```")[0]
     scope: dict = {}
     exec(code, scope)  # the page's own words
-    low, high = scope["est"].interval(0.9999)
+    low, high = scope["est"].normal_interval(0.9999)
     weights = scope["W"]
     truth = 0.5 * torch.logdet(torch.eye(10) + weights.T @ weights)
     assert low < truth < high

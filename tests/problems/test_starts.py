@@ -135,3 +135,26 @@ def test_cross_check_is_checked():
 def test_the_weight_is_checked(weight):
     with pytest.raises(ValueError, match=r"prior_weight must lie in \[0, 1\)"):
         engine(one_mode, prior_weight=weight)
+
+
+def spike_and_slab(width, share, dim):
+    """A normalized mixture of two phases around one point, the narrow one with ``share``."""
+    centre = torch.ones(dim)
+    x = pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+    phases = []
+    for scale, weight in ((0.5, 1.0 - share), (width, share)):
+        evidence = dist.Normal(torch.zeros(dim), math.hypot(1.0, scale)).log_prob(centre).sum()
+        likelihood = dist.Normal(centre, scale).log_prob(x).sum()
+        phases.append(likelihood - evidence + math.log(weight))
+    pyro.factor("phases", torch.logaddexp(*phases))
+
+
+@pytest.mark.parametrize(
+    ("width", "share", "dim"), [(0.01, 0.9, 10), (0.1, 0.9, 10), (0.05, 0.3, 5)]
+)
+def test_both_phases_are_in_the_fit(width, share, dim):
+    """Their evidence is 1 by construction; one phase alone gives log of its share."""
+    run = engine(spike_and_slab, num_steps=100).run(width, share, dim)
+    assert abs(float(run.lower)) < 0.02 + 5.0 * float(run.std_error)
+    assert float(run.std_error) < 0.03
+    assert run.diagnostics == ()

@@ -62,7 +62,7 @@ def test_an_interrupted_call_says_where_it_saves(kept, capsys, tmp_path, monkeyp
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_anneal.anneal.forward", interrupted)
+    monkeypatch.setattr("pyro_anneal.anneal.run_forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ais.run(X)
     shown = capsys.readouterr().err

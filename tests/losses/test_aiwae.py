@@ -222,7 +222,7 @@ def test_a_common_scale_that_changes_multiplies_the_bound(make, kind):
         state["s"] = s
         value = loss.loss(scaled_model, scaled_guide, x)
         assert value == pytest.approx(s * evidence_of_rows(x, 1.0), abs=0.15 * s)
-    assert len(loss._cache._entries) == 1
+    assert len(loss._cache._kept._entries) == 1
 
 
 def test_a_scale_of_one_site_that_changes_is_followed():

@@ -251,7 +251,7 @@ class RunSum:
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
-        fields = dict(vars(run)) | {"continuation": None, "diagnostics": ()}
+        fields = dict(vars(run)) | {"continuation": None}
         resampled = [name for name in _PER_PAIR_IF_ANY if fields[name] is not None]
         for name in (*_PER_PAIR, *resampled):
             self.per_pair.setdefault(name, []).append(fields.pop(name))

@@ -3,7 +3,7 @@
 from . import datasets, eim, losses, mi, oed
 from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
-from .audits import evidence_from_samples
+from .audits import check_inference, evidence_from_samples
 from .chains.pilot import Pilot
 from .kernels import HMC, Composite, DiscreteLangevin, Kernel, RandomWalk, SingleSite
 from .results import (
@@ -14,6 +14,8 @@ from .results import (
     Estimate,
     EvidenceFromSamples,
     EvidenceOfBatches,
+    InferenceCheck,
+    Jeffreys,
     MutualInformation,
     Sandwich,
     compare,
@@ -32,6 +34,8 @@ __all__ = [
     "Estimate",
     "EvidenceFromSamples",
     "EvidenceOfBatches",
+    "InferenceCheck",
+    "Jeffreys",
     "Kernel",
     "Linear",
     "LogUniform",
@@ -44,6 +48,7 @@ __all__ = [
     "Sigmoid",
     "SingleSite",
     "__version__",
+    "check_inference",
     "compare",
     "datasets",
     "eim",

@@ -198,7 +198,9 @@ def _evidence(
     proposals = _evaluate(problem, problem.draw(halves.count))[1]
     scale = problem.layout.scale
     value, error = bridge(proposals, log_ratio, independent=exact)
-    harmonic = _harmonic_mean(problem, halves, draws, log_joint, exact)
+    before = {name: value.flatten(0, 1) for name, value in halves.first.items()}
+    earlier = pack_draws(problem.model, before)
+    harmonic = _harmonic_mean(earlier.double(), draws, log_joint, exact)
     run, _ = forward(frozen, journal)
     back = None
     if exact:
@@ -214,7 +216,7 @@ def _evidence(
         harmonic_mean=scale * harmonic.value,
         harmonic_mean_std_error=scale * harmonic.std_error,
         pareto_k=torch.stack([pareto_k(proposals), pareto_k(-log_ratio.flatten(0, 1))]),
-        r_hat=_r_hat(series, exact),
+        r_hat=_r_hat(torch.cat([earlier.unflatten(0, (chains, -1)), draws], 1).double(), exact),
         num_effective=series_ess(series, independent=exact).amin(-1),
         num_draws=2 * halves.count,
         base=halves.kind,
@@ -240,12 +242,8 @@ def _evaluate(problem: Problem, positions: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(alive, found[0], -torch.inf), torch.where(alive, found[1], -torch.inf)
 
 
-def _harmonic_mean(
-    problem: Problem, halves: _Halves, draws: Tensor, log_joint: Tensor, exact: bool
-) -> Estimate:
+def _harmonic_mean(rows: Tensor, draws: Tensor, log_joint: Tensor, exact: bool) -> Estimate:
     """Computes the truncated harmonic mean of the second half, in moments of the first."""
-    flat = {name: value.flatten(0, 1) for name, value in halves.first.items()}
-    rows = pack_draws(problem.model, flat).double()
     dim = rows.shape[-1]
     nothing = torch.full(rows.shape[1:-1], torch.nan, dtype=torch.float64, device=rows.device)
     if len(rows) < 2 * dim:

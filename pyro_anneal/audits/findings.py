@@ -1,24 +1,33 @@
-"""Findings about evidence from draws."""
+"""Findings about evidence from draws, and about an audited inference."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..diagnostics.checks import diagnose
 from ..results.drawn import EvidenceFromSamples
 from ..results.findings import Diagnostic
+from ..results.inference import InferenceCheck, labels
 from ..results.run import Estimate
 
-__all__ = ["diagnose_evidence"]
+__all__ = ["diagnose_evidence", "diagnose_inference"]
 
 # Split R-hat above which chains count as unmixed, effective draws that a half should have, the
 # tail index beyond which a mean of weights is unreliable (Vehtari et al. 2024), and nats.
 _R_HAT, _LEAST_EFFECTIVE, _PARETO_K, _TOLERANCE, _STD_ERROR = 1.05, 100.0, 0.7, 0.05, 0.025
 # Standard errors that make a contradiction.
 _SIGMAS = 5.0
+# Adjusted p-values below which ranks are suspicious, or wrong; nats, likewise for a guide; and the
+# standard errors by which a divergence is lowered first, by the side that it comes from.
+_SUSPICIOUS_P, _FAILED_P = 0.03, 0.005
+_SUSPICIOUS_NATS, _FAILED_NATS = 0.02, 0.1
+_LOWER_SIGMAS, _UPPER_SIGMAS = 2.33, 4.0
+# Least number of draws that ranks want.
+_LEAST_RANKED = 10
 
 
 def diagnose_evidence(result: EvidenceFromSamples) -> tuple[Diagnostic, ...]:
@@ -140,3 +149,53 @@ def _distance(first: Estimate, second: Estimate) -> float:
 def _excess(first: Estimate, second: Estimate) -> float:
     """Computes by how much two estimates differ beyond their errors; NaN if one is undefined."""
     return ((first.value - second.value).abs() - _margin(first, second)).max().item()
+
+
+def diagnose_inference(result: InferenceCheck) -> tuple[Diagnostic, ...]:
+    """Collects all findings about an audited inference."""
+    found = []
+    adjusted = {name: p.reshape(-1) for name, p in result.adjusted_p_values.items()}
+    names = [label for name, p in result.p_values.items() for label in labels(name, p)]
+    values = torch.cat(list(adjusted.values()))
+    least = values.min().item()
+    if least < _SUSPICIOUS_P:
+        which = [name for name, p in zip(names, values.tolist(), strict=True) if p < _SUSPICIOUS_P]
+        text = (
+            f"exact posterior samples do not rank uniformly among the draws, at {which[:5]} "
+            f"(least p = {least:.2g}, corrected for {len(names)} quantities)"
+        )
+        if least < _FAILED_P:
+            text += ": the inference does not draw from the posterior; plot() shows how"
+            found.append(_finding("wrong_ranks", text, least))
+        else:
+            text += ": repeat with more simulations and another seed"
+            found.append(_finding("ranks", text, least))
+    if result.is_guide:
+        found += _divergence(result)
+    fewest = int(result.num_ranked.min())
+    if fewest < _LEAST_RANKED:
+        text = (
+            f"some data sets left only {fewest} nearly independent draws to rank: a coarse test; "
+            "draw more"
+        )
+        found.append(_finding("few_draws", text, float(fewest)))
+    return tuple(found)
+
+
+def _divergence(result: InferenceCheck) -> list[Diagnostic]:
+    bounds = result.jeffreys
+    limits = (
+        bounds.lower - _LOWER_SIGMAS * bounds.lower_std_error,
+        bounds.upper - _UPPER_SIGMAS * bounds.upper_std_error,
+    )
+    limit = max(value.nan_to_num(nan=-math.inf).item() for value in limits)
+    limit = math.inf if bounds.upper.item() == math.inf else limit
+    if limit <= _SUSPICIOUS_NATS:
+        return []
+    text = (
+        "the Jeffreys divergence of guide and posterior is more than "
+        f"{limit:.2g} nats on average, beyond chance"
+    )
+    if limit > _FAILED_NATS:
+        return [_finding("wrong_guide", text + ": a richer guide, or longer training", limit)]
+    return [_finding("divergence", text, limit)]

@@ -22,7 +22,7 @@ from .bases import FittedBase
 from .components import Component, DenseComponent, LowRankComponent
 from .low_rank import LowRankScale
 
-__all__ = ["DrawnBase", "drawn_base", "pack_draws"]
+__all__ = ["DrawnBase", "drawn_base", "fit_base", "pack_draws"]
 
 # Covariances are shrunk towards their diagonal by these shares; degrees of freedom of Student-t.
 _SHRINKAGE, _DOF = (0.0, 0.03, 0.1, 0.5), (4.0, 8.0)
@@ -100,7 +100,9 @@ def drawn_base(model: ModelDensity, values: Mapping[str, Tensor]) -> DrawnBase:
     candidates = _coordinates(model, {name: value[0] for name, value in flat.items()})
     for candidate in candidates:
         positions = pack_draws(candidate, flat)
-        base, kind = _fit(positions.unflatten(0, (chains, count)), bool(candidate.layout.batch))
+        base, kind = fit_base(
+            positions.unflatten(0, (chains, count)), mixtures=not candidate.layout.batch
+        )
         score = 0.0
         if len(candidates) > 1:
             score = _divergence(candidate, base, positions)
@@ -133,8 +135,19 @@ def _divergence(model: ModelDensity, base: FittedBase, positions: Tensor) -> flo
     return total / len(rows) if math.isfinite(total) else math.inf
 
 
-def _fit(positions: Tensor, is_batch: bool) -> tuple[FittedBase, str]:
-    """Chooses a family on held-out draws, and fits it to all, ``[C, N, *batch, D]``."""
+def fit_base(positions: Tensor, *, mixtures: bool) -> tuple[FittedBase, str]:
+    """Chooses a family on held-out draws, and fits it to all.
+
+    Args:
+        positions: Positions ``[C, N, *batch, D]``.
+        mixtures: Whether to try mixtures, which a batch has not.
+
+    Returns:
+        The base and the name of its family.
+
+    Raises:
+        ValueError: If the draws do not vary in some direction.
+    """
     count = positions.shape[1]
     cut = max(1, (4 * count) // 5) if count > 1 else 1
     everything = positions.flatten(0, 1)
@@ -144,7 +157,7 @@ def _fit(positions: Tensor, is_batch: bool) -> tuple[FittedBase, str]:
         cut = max(1, (4 * len(everything)) // 5)
         train, held = everything[:cut], everything[cut:]
     best_score, best_kind = -math.inf, ""
-    fits = _families(len(train), positions.shape[-1], is_batch)
+    fits = _families(len(train), positions.shape[-1], mixtures)
     for kind, fit in fits.items():
         try:
             base = FittedBase(*fit(train))
@@ -162,7 +175,7 @@ def _fit(positions: Tensor, is_batch: bool) -> tuple[FittedBase, str]:
     return FittedBase(*fits[best_kind](everything)), best_kind
 
 
-def _families(count: int, dim: int, is_batch: bool) -> dict[str, Fit]:
+def _families(count: int, dim: int, mixtures: bool) -> dict[str, Fit]:
     """Collects families by name, the simplest first."""
     fits: dict[str, Fit] = {}
 
@@ -179,7 +192,7 @@ def _families(count: int, dim: int, is_batch: bool) -> dict[str, Fit]:
         for dof in _DOF:
             shrink = 0.0 if count > 5 * dim else 0.1
             fits[f"Student-t, {dof:g} degrees of freedom"] = dense(shrink, dof)
-    if not is_batch and dim <= _MIXTURE_DIM:
+    if mixtures and dim <= _MIXTURE_DIM:
         for number in _COMPONENTS:
             if count > 10 * number * (dim + 1):
                 fits[f"mixture of {number}"] = _mixture_of(number)

@@ -5,6 +5,7 @@ from .batches import EvidenceOfBatches
 from .comparison import Comparison, compare
 from .drawn import EvidenceFromSamples
 from .findings import AnnealingWarning, Diagnostic, judge
+from .inference import InferenceCheck, Jeffreys
 from .mutual_information import MutualInformation
 from .provenance import Provenance
 from .run import AnnealedRun, Estimate, PilotSummary
@@ -18,6 +19,8 @@ __all__ = [
     "Estimate",
     "EvidenceFromSamples",
     "EvidenceOfBatches",
+    "InferenceCheck",
+    "Jeffreys",
     "MutualInformation",
     "PilotSummary",
     "Provenance",

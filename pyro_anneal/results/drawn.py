@@ -36,7 +36,7 @@ class EvidenceFromSamples(Result):
     harmonic_mean: Tensor  # THAMES, nats, [*batch]
     harmonic_mean_std_error: Tensor
     pareto_k: Tensor  # of p / q at draws of the base, and of q / p at posterior draws, [2, *batch]
-    r_hat: Tensor  # largest over dimensions and log density, [*batch]; NaN for exact draws
+    r_hat: Tensor  # largest over dimensions, [*batch]; NaN for exact draws
     num_effective: Tensor  # effective number of posterior draws, the least over them, [*batch]
     num_draws: int  # all of them
     base: str  # what was fitted

@@ -10,8 +10,12 @@ from .plotting import pyplot
 
 if TYPE_CHECKING:  # results import their pictures, not the other way round
     from .drawn import EvidenceFromSamples
+    from .inference import InferenceCheck
 
-__all__ = ["plot_evidence_from_samples"]
+__all__ = ["plot_evidence_from_samples", "plot_ranks"]
+
+# Panels of a picture of ranks: the quantities of smallest p-value.
+_PANELS = 12
 
 _COLORS = {"lower": "#0072B2", "upper": "#D55E00", "bridge": "#000000", "thames": "#999999"}
 
@@ -39,4 +43,51 @@ def plot_evidence_from_samples(result: EvidenceFromSamples) -> Any:
     axes.set_ylim(-len(found) + 0.5, 0.5)
     axes.set_xlabel("log evidence, nats")
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_ranks(result: InferenceCheck) -> Any:
+    """Draws, by quantity, the distribution function of ranks minus the uniform one.
+
+    The band holds a uniform sample's whole curve with probability 95%. A curve above the band on the
+    left: the inference lies too high; an S: it is too narrow (up, then down) or too wide. At most
+    twelve quantities are shown, those of smallest p-value.
+
+    Source: Sailynoja, Buerkner and Vehtari (2022), *Graphical test for discrete uniformity*, for the
+    picture; the band is that of Dvoretzky, Kiefer, Wolfowitz and Massart (1990).
+
+    Args:
+        result: The audit.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    curves = []
+    for name, value in result.p_values.items():
+        uniforms = result.uniforms[name].reshape(result.num_simulations, -1)
+        for column, p in enumerate(value.reshape(-1).tolist()):
+            place = f"[{column}]" if value.numel() > 1 else ""
+            curves.append((p, name + place, uniforms[:, column].sort().values.numpy()))
+    shown = sorted(curves, key=lambda curve: curve[0])[:_PANELS]
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = pyplot().figure(figsize=(2.6 * columns, 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    count = result.num_simulations
+    band = np.sqrt(np.log(2.0 / 0.05) / (2.0 * count))
+    steps = np.arange(1, count + 1) / count
+    for axes, (p, label, ordered) in zip(panels.flat, shown, strict=False):
+        grid = np.concatenate([[0.0], ordered, [1.0]])
+        axes.fill_between([0.0, 1.0], -band, band, color="#999999", alpha=0.3, linewidth=0.0)
+        level = np.concatenate([[0.0], steps, [1.0]])
+        axes.step(grid, level - grid, where="post", color="#0072B2")
+        axes.set_title(f"{label}, p = {p:.2g}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(shown) :]:
+        axes.axis("off")
+    figure.supxlabel("normalized rank of the exact sample", fontsize=9)
+    figure.supylabel("distribution minus uniform", fontsize=9)
     return figure

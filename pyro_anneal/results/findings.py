@@ -16,7 +16,9 @@ __all__ = ["AnnealingWarning", "Diagnostic", "Verdict", "judge", "warn"]
 Verdict = Literal["ok", "suspicious", "failed"]
 
 # Kinds of findings that show a number to be wrong. All others say that it may be.
-_FATAL = frozenset({"agreement", "modes", "starts", "undefined_weights"})
+_FATAL = frozenset(
+    {"agreement", "modes", "starts", "undefined_weights", "wrong_guide", "wrong_ranks"}
+)
 
 
 class AnnealingWarning(UserWarning):
@@ -40,7 +42,8 @@ def judge(diagnostics: Iterable[Diagnostic]) -> Verdict:
     - ``"failed"``: a warning of a kind that contradicts the number itself. Weights are undefined
       (``undefined_weights``), lower and upper bounds cross by more than chance allows
       (``agreement``), or chains or particles from elsewhere found posterior mass that the run
-      misses (``starts``, ``modes``). Do not use the number.
+      misses (``starts``, ``modes``); or an audited inference is not of the posterior
+      (``wrong_ranks``, ``wrong_guide``). Do not use the number.
     - ``"suspicious"``: any other warning. The bounds still hold in expectation, but they may be
       far from the truth, or rest on few chains.
     - ``"ok"``: no warning. Remarks of severity ``"info"`` do not count.

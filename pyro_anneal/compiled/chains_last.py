@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..graphs.folding import RESHAPES
+from .operands import Given, Named, Operand, Shape, Target
 
 __all__ = ["Transposing", "over_chains_last"]
 
@@ -66,7 +66,7 @@ def over_chains_last(
     return tuple(_all_chains(output, count) for output in outputs)
 
 
-def _all_chains(value: Any, count: int) -> Tensor:
+def _all_chains(value: Operand, count: int) -> Tensor:
     if isinstance(value, _Chains):
         return value.tensor
     shared: Tensor = value
@@ -81,12 +81,12 @@ class _Interpreter(fx.Interpreter):
         self.count = count
         self.node: fx.Node | None = None
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> Operand:
         """Notes the node, whose recorded shape some rules read."""
         self.node = n
         return super().run_node(n)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: Given, kwargs: Named) -> Operand:
         """Applies the rule of one operation."""
         leaves = pytree.tree_leaves((args, kwargs))
         if target is operator.getitem or not any(isinstance(leaf, _Chains) for leaf in leaves):
@@ -97,13 +97,13 @@ class _Interpreter(fx.Interpreter):
         rule = _RULES.get(target)
         result = None
         if rule is not None:
-            assert self.node is not None
-            shape = getattr(self.node.meta.get("tensor_meta"), "shape", None)
+            meta = {} if self.node is None else self.node.meta
+            shape = getattr(meta.get("tensor_meta"), "shape", None)
             result = rule(self.count, shape, target, args, kwargs)
         return _by_vmap(target, args, kwargs) if result is None else _Chains(result)
 
 
-def _broadcastable(value: Any) -> Any:
+def _broadcastable(value: Operand) -> Operand:
     """Aligns with ``[*shape, K]``: what all chains share gets a trailing dimension."""
     if isinstance(value, _Chains):
         return value.tensor
@@ -112,11 +112,11 @@ def _broadcastable(value: Any) -> Any:
     return value
 
 
-def _by_vmap(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _by_vmap(target: Target, args: Given, kwargs: Named) -> Operand:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, _Chains)]
 
-    def one_chain(*tensors: Tensor) -> Any:
+    def one_chain(*tensors: Tensor) -> Operand:
         filled = list(leaves)
         for index, tensor in zip(where, tensors, strict=True):
             filled[index] = tensor
@@ -128,13 +128,13 @@ def _by_vmap(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return pytree.tree_map_only(Tensor, _Chains, result)
 
 
-Rule = Callable[[int, Any, Any, tuple[Any, ...], dict[str, Any]], "Tensor | None"]
-_RULES: dict[Any, Rule] = {}
+Rule = Callable[[int, Shape, Target, Given, Named], "Tensor | None"]
+_RULES: dict[Target, Rule] = {}
 # Not tagged as such, but the same number of every element of one argument.
 _POINTWISE = (aten._to_copy.default, aten.clone.default)
 
 
-def _rule(*targets: Any) -> Callable[[Rule], Rule]:
+def _rule(*targets: Target) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         for target in targets:
             _RULES[target] = rule
@@ -143,7 +143,7 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _positive(dims: Any, rank: int) -> Any:
+def _positive(dims: Operand, rank: int) -> Operand:
     """Counts dimensions from the left, where they are those of one chain."""
     if isinstance(dims, int):
         return dims % max(rank, 1)
@@ -159,13 +159,13 @@ def _positive(dims: Any, rank: int) -> Any:
     aten.sum.default,
     aten.sum.dim_IntList,
 )
-def _reduce(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _reduce(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor | None:
     source, *rest = args
     dims = rest[0] if rest else None
     if source.rank == 0:
         return None  # nothing but chains is left: vmap knows
     chosen = list(range(source.rank)) if dims in (None, []) else _positive(dims, source.rank)
-    overload: Any = target
+    overload: Target = target
     if target in (aten.sum.default, aten.mean.default):
         overload = aten.sum.dim_IntList if target is aten.sum.default else aten.mean.dim
     result: Tensor = overload(source.tensor, chosen, *rest[1:], **kwargs)
@@ -173,27 +173,27 @@ def _reduce(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tens
 
 
 @_rule(*RESHAPES)
-def _reshape(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _reshape(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     tensor: Tensor = args[0].tensor
     return tensor.reshape(*shape, count)
 
 
 @_rule(aten.expand.default)
-def _expand(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _expand(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     tensor: Tensor = args[0].tensor
     ones = [1] * (len(shape) - args[0].rank)
     return tensor.reshape(*ones, *tensor.shape).expand(*shape, count)
 
 
 @_rule(aten.permute.default)
-def _permute(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _permute(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     source, dims = args
     tensor: Tensor = source.tensor
     return tensor.permute(*_positive(dims, source.rank), source.rank)
 
 
 @_rule(aten.transpose.int, aten.t.default)
-def _transpose(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _transpose(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     source, *dims = args
     tensor: Tensor = source.tensor
     if source.rank < 2:
@@ -211,7 +211,7 @@ def _transpose(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> T
     aten.select.int,
     aten.slice.Tensor,
 )
-def _along(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _along(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor | None:
     source, *rest = args
     if not isinstance(source, _Chains) or source.rank == 0:
         return None
@@ -223,7 +223,7 @@ def _along(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tenso
 
 
 @_rule(aten.select_backward.default, aten.slice_backward.default)
-def _scatter(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _scatter(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     source, sizes, dim, *rest = args
     dim = _positive(dim, len(sizes))
     result: Tensor = target(source.tensor, [*sizes, count], dim, *rest, **kwargs)
@@ -231,7 +231,7 @@ def _scatter(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Ten
 
 
 @_rule(aten.cat.default, aten.stack.default)
-def _cat(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _cat(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     parts, *rest = args
     tensors = [_all_chains(part, count) for part in parts]
     dim = _positive(rest[0] if rest else 0, len(shape))
@@ -240,7 +240,7 @@ def _cat(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_rule(aten.index.Tensor)
-def _index(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _index(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor | None:
     source, indices = args
     if not isinstance(source, _Chains) or any(isinstance(index, _Chains) for index in indices):
         return None
@@ -248,7 +248,7 @@ def _index(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tenso
     return result
 
 
-def _multiply(count: int, shape: Any, target: Any, left: Any, right: Any) -> Tensor:
+def _multiply(count: int, shape: Shape, target: Target, left: Operand, right: Operand) -> Tensor:
     if not isinstance(left, _Chains) and target is not aten.bmm.default:
         tensor: Tensor = right.tensor
         return torch.mm(left, tensor.reshape(tensor.shape[0], -1)).reshape(*shape, count)
@@ -264,12 +264,14 @@ def _multiply(count: int, shape: Any, target: Any, left: Any, right: Any) -> Ten
 
 
 @_rule(aten.mv.default, aten.mm.default, aten.bmm.default)
-def _product(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _product(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     return _multiply(count, shape, target, *args)
 
 
 @_rule(aten.addmm.default)
-def _add_product(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _add_product(
+    count: int, shape: Shape, target: Target, args: Given, kwargs: Named
+) -> Tensor | None:
     if kwargs or not any(isinstance(argument, _Chains) for argument in args[1:]):
         return None
     bias: Tensor = _broadcastable(args[0])
@@ -277,12 +279,12 @@ def _add_product(count: int, shape: Any, target: Any, args: Any, kwargs: Any) ->
 
 
 @_rule(aten.dot.default)
-def _dot(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _dot(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     left, right = (_broadcastable(argument) for argument in args)
     product: Tensor = left * right
     return product.sum(0)
 
 
 @_rule(aten.baddbmm.default, aten.convolution.default)
-def _refuse(count: int, shape: Any, target: Any, args: Any, kwargs: Any) -> Tensor:
+def _refuse(count: int, shape: Shape, target: Target, args: Given, kwargs: Named) -> Tensor:
     raise Transposing(str(target))

@@ -29,8 +29,8 @@ from ..kernels.base import moves_chains_alone
 from .chains_last import Transposing, over_chains_last
 from .statistics import in_one_pass, in_passes, last_mean, new_table, with_column
 from .storage import (
-    Layout,
     Shared,
+    StorageLayout,
     Template,
     by_dtype,
     pack,
@@ -68,7 +68,7 @@ class Body:
     """
 
     graph: fx.GraphModule
-    layout: Layout
+    layout: StorageLayout
     size: int
     constants: tuple[Tensor, ...]
 
@@ -176,7 +176,7 @@ def _build(
     step = simplify(step)
     first = len(per_chain) + len(row)
     count = len(state.position)
-    layout = Layout(
+    layout = StorageLayout(
         last,
         unrolled,
         count,
@@ -213,7 +213,7 @@ def _build(
 
 
 def _body_function(
-    step: fx.GraphModule, layout: Layout, tuning_shapes: Sequence[Sequence[int]]
+    step: fx.GraphModule, layout: StorageLayout, tuning_shapes: Sequence[Sequence[int]]
 ) -> Step:
     """Wraps one step into reading rows of tables, weighing, and taking statistics."""
     num_carried = len(layout.carried)

@@ -13,8 +13,8 @@ from ..chains.path import StepTable
 from ..graphs.repetition import narrowed, repeated_dims
 
 __all__ = [
-    "Layout",
     "Shared",
+    "StorageLayout",
     "Template",
     "by_dtype",
     "pack",
@@ -79,7 +79,7 @@ class Shared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class StorageLayout:
     """How tensors are stored between steps.
 
     Attributes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..graphs.folding import RESHAPES
+from ..models.types import Array
+from .operands import Given, Named, Operand, Target
 
 __all__ = ["CannotUnroll", "count_operations", "over_chains_unrolled"]
 
 aten = torch.ops.aten
-Array = np.ndarray[Any, Any]
 
 
 class CannotUnroll(Exception):
@@ -91,7 +91,7 @@ def over_chains_unrolled(
     count = per_chain[0].shape[-1]
     example = per_chain[0].new_zeros(count)
 
-    def rows(value: Any) -> list[Tensor]:
+    def rows(value: Operand) -> list[Tensor]:
         elements = _elements(value)
         zero = torch.zeros(1, dtype=elements.dtype, device=example.device)
         vectors = (zero if x is _ZERO else x for x in elements.array.reshape(-1))
@@ -112,7 +112,7 @@ def _array(tensor: Tensor, rank: int) -> Array:
     return array
 
 
-def _elements(value: Any) -> _Elements:
+def _elements(value: Operand) -> _Elements:
     """Takes apart what all chains share; elements keep a dimension that the tensor had."""
     if isinstance(value, _Elements):
         return value
@@ -126,15 +126,15 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.value: Any = None
-        self.known: dict[Any, tuple[Any, Any]] = {}
+        self.value: Operand = None
+        self.known: dict[object, tuple[Operand, Operand]] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> Operand:
         """Notes the recorded value, for its shape and dtype."""
         self.value = n.meta.get("val")
         return super().run_node(n)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: Given, kwargs: Named) -> Operand:
         """Applies the rule of one operation."""
         leaves = pytree.tree_leaves((args, kwargs))
         if target is operator.getitem or not any(isinstance(leaf, _Elements) for leaf in leaves):
@@ -153,7 +153,7 @@ class _Interpreter(fx.Interpreter):
             raise CannotUnroll(str(target))
         return self.elementwise(target, args, kwargs)
 
-    def elementwise(self, target: Any, args: tuple[Any, ...], kwargs: Any) -> _Elements:
+    def elementwise(self, target: Target, args: Given, kwargs: Named) -> _Elements:
         """Applies an operation to each element."""
         operands = [_elements(x) if isinstance(x, (_Elements, Tensor)) else x for x in args]
         given = [x.array for x in operands if isinstance(x, _Elements)]
@@ -167,8 +167,12 @@ class _Interpreter(fx.Interpreter):
         return _Elements(result, self.value.dtype)
 
     def element(
-        self, target: Any, args: list[Any], dtypes: Sequence[torch.dtype | None], kwargs: Any
-    ) -> Any:
+        self,
+        target: Target,
+        args: list[Operand],
+        dtypes: Sequence[torch.dtype | None],
+        kwargs: Named,
+    ) -> Operand:
         """Applies an operation to one element, unless its result is known."""
         if any(x is _ZERO for x in args):
             unchanged = all(dtype in (None, self.value.dtype) for dtype in dtypes)
@@ -190,7 +194,7 @@ class _Interpreter(fx.Interpreter):
             self.known[key] = (result, args)  # which must live as long as their ids are known
         return self.known[key][0]
 
-    def total(self, elements: Iterable[Any], target: Any = aten.add.Tensor) -> Any:
+    def total(self, elements: Iterable[Operand], target: Target = aten.add.Tensor) -> Operand:
         """Joins elements in pairs, and these in pairs."""
         row = list(elements)
         dtypes = [self.value.dtype] * 2
@@ -201,9 +205,9 @@ class _Interpreter(fx.Interpreter):
         return row[0] if row else _ZERO
 
 
-Rule = Callable[[_Interpreter, tuple[Any, ...]], Any]
-_MOVES: dict[Any, Rule] = {}  # no arithmetic
-_SUMS: dict[Any, Rule] = {}
+Rule = Callable[[_Interpreter, tuple[Operand, ...]], Operand]
+_MOVES: dict[Target, Rule] = {}  # no arithmetic
+_SUMS: dict[Target, Rule] = {}
 _ELEMENTWISE = (  # not tagged as such, or only by later versions of torch
     aten.elu.default,
     aten.elu_backward.default,
@@ -221,7 +225,7 @@ _COPIES = (aten.alias.default, aten.clone.default, aten.detach.default)
 _PRODUCTS = (aten.mm.default, aten.mv.default, aten.dot.default, aten.addmm.default)
 
 
-def _rule(rules: dict[Any, Rule], *targets: Any) -> Callable[[Rule], Rule]:
+def _rule(rules: dict[Target, Rule], *targets: Target) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         rules.update(dict.fromkeys(targets, rule))
         return rule
@@ -229,31 +233,31 @@ def _rule(rules: dict[Any, Rule], *targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _given(args: tuple[Any, ...], *defaults: Any) -> tuple[Any, ...]:
+def _given(args: Given, *defaults: Operand) -> Given:
     """Completes positional arguments."""
     return (*args, *defaults[len(args) :])
 
 
 @_rule(_MOVES, *RESHAPES)
-def _reshape(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _reshape(self: _Interpreter, args: Given) -> _Elements:
     source = _elements(args[0])
     return _Elements(source.array.reshape(tuple(self.value.shape)), source.dtype)
 
 
 @_rule(_MOVES, aten.expand.default)
-def _expand(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _expand(self: _Interpreter, args: Given) -> _Elements:
     source = _elements(args[0])
     return _Elements(np.broadcast_to(source.array, tuple(self.value.shape)), source.dtype)
 
 
 @_rule(_MOVES, aten.permute.default)
-def _permute(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _permute(self: _Interpreter, args: Given) -> _Elements:
     source, dims = args
     return _Elements(source.array.transpose([dim % len(dims) for dim in dims]), source.dtype)
 
 
 @_rule(_MOVES, aten.transpose.int, aten.t.default)
-def _transpose(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _transpose(self: _Interpreter, args: Given) -> _Elements:
     source, first, second = _given(args, None, 0, 1)
     array = source.array if source.array.ndim < 2 else source.array.swapaxes(first, second)
     return _Elements(array, source.dtype)
@@ -275,13 +279,13 @@ def _part(self: _Interpreter, source: _Elements, dim: int, part: slice) -> _Elem
 
 
 @_rule(_MOVES, aten.select.int)
-def _select(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _select(self: _Interpreter, args: Given) -> _Elements:
     source, dim, index = args
     return _part(self, source, dim, _one(index, source.array.shape[dim]))
 
 
 @_rule(_MOVES, aten.slice.Tensor)
-def _slice(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _slice(self: _Interpreter, args: Given) -> _Elements:
     source, dim, *bounds = _given(args, None, 0, None, None, 1)
     return _part(self, source, dim, slice(*bounds))
 
@@ -294,32 +298,32 @@ def _scattered(self: _Interpreter, source: _Elements, dim: int, part: slice) -> 
 
 
 @_rule(_MOVES, aten.slice_backward.default)
-def _slice_backward(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _slice_backward(self: _Interpreter, args: Given) -> _Elements:
     source, _, dim, *bounds = args
     return _scattered(self, source, dim, slice(*bounds))
 
 
 @_rule(_MOVES, aten.select_backward.default)
-def _select_backward(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _select_backward(self: _Interpreter, args: Given) -> _Elements:
     source, sizes, dim, index = args
     return _scattered(self, source, dim, _one(index, sizes[dim]))
 
 
 @_rule(_MOVES, aten.cat.default)
-def _cat(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _cat(self: _Interpreter, args: Given) -> _Elements:
     parts, dim = _given(args, None, 0)
     arrays = [_elements(part).array for part in parts]
     return _Elements(np.concatenate(arrays, dim), self.value.dtype)
 
 
 @_rule(_MOVES, aten.stack.default)
-def _stack(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _stack(self: _Interpreter, args: Given) -> _Elements:
     parts, dim = _given(args, None, 0)
     arrays = [_elements(part).array for part in parts]
     return _Elements(np.stack(arrays, dim), self.value.dtype)
 
 
-def _reduced(self: _Interpreter, source: _Elements, dims: Any, target: Any) -> _Elements:
+def _reduced(self: _Interpreter, source: _Elements, dims: Operand, target: Target) -> _Elements:
     rank = source.array.ndim
     chosen = [dim % rank for dim in dims or range(rank)] if rank else []
     kept = [dim for dim in range(rank) if dim not in chosen]
@@ -332,7 +336,7 @@ def _reduced(self: _Interpreter, source: _Elements, dims: Any, target: Any) -> _
 
 
 @_rule(_SUMS, aten.sum.default, aten.sum.dim_IntList)
-def _sum(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _sum(self: _Interpreter, args: Given) -> _Elements:
     source, dims, *_ = _given(args, None, None)
     if source.dtype != self.value.dtype:
         raise CannotUnroll("a sum of another type")
@@ -340,13 +344,13 @@ def _sum(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
 
 
 @_rule(_SUMS, aten.amax.default)
-def _amax(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _amax(self: _Interpreter, args: Given) -> _Elements:
     source, dims, *_ = _given(args, None, None)
     return _reduced(self, source, dims, aten.maximum.default)
 
 
 @_rule(_SUMS, aten.mm.default, aten.mv.default, aten.dot.default)
-def _product(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _product(self: _Interpreter, args: Given) -> _Elements:
     left, right = (_elements(x).array for x in args)
     dtypes = [self.value.dtype] * 2
     rows = left.reshape(-1, left.shape[-1])
@@ -360,6 +364,6 @@ def _product(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
 
 
 @_rule(_SUMS, aten.addmm.default)
-def _add_product(self: _Interpreter, args: tuple[Any, ...]) -> _Elements:
+def _add_product(self: _Interpreter, args: Given) -> _Elements:
     bias, *factors = args
     return self.elementwise(aten.add.Tensor, (bias, _product(self, tuple(factors))), {})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..models.types import Array
 
 __all__ = ["Digits", "load_digits", "load_mnist", "load_omniglot"]
 
@@ -154,7 +156,7 @@ def load_omniglot(
     return Digits(*(_as_rows(part, binarize) for part in (images, test)))
 
 
-def _as_rows(images: np.ndarray[Any, Any], binarize: bool) -> Tensor:
+def _as_rows(images: Array, binarize: bool) -> Tensor:
     """Flattens images and scales integers to [0, 1]."""
     largest = 255.0 if images.dtype == np.uint8 and images.max(initial=0) > 1 else 1.0
     rows = torch.from_numpy(np.array(images.reshape(len(images), -1)))  # a copy: writable
@@ -162,7 +164,7 @@ def _as_rows(images: np.ndarray[Any, Any], binarize: bool) -> Tensor:
     return (rows > 0.5).to(rows.dtype) if binarize else rows
 
 
-def _read_idx(path: Path) -> np.ndarray[Any, Any]:
+def _read_idx(path: Path) -> Array:
     """Reads an idx file of bytes, plain or gzipped."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read()
@@ -178,7 +180,7 @@ def _read_idx(path: Path) -> np.ndarray[Any, Any]:
 
 def _find_mnist(
     path: str | Path | None,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+) -> tuple[Array, Array] | None:
     if path is None:
         return None
     root = Path(path)
@@ -198,9 +200,7 @@ def _find_mnist(
     return None
 
 
-def _fetch_mnist(
-    path: str | Path | None, *, download: bool
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _fetch_mnist(path: str | Path | None, *, download: bool) -> tuple[Array, Array]:
     if not download:
         raise FileNotFoundError(
             f"no MNIST at {path}: pass the folder of {' and '.join(_MNIST_FILES)} (or .gz), an "
@@ -215,7 +215,7 @@ def _fetch_mnist(
     return train, test
 
 
-def _fetch_openml() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _fetch_openml() -> tuple[Array, Array]:
     try:
         from sklearn.datasets import fetch_openml
     except ImportError as error:
@@ -226,7 +226,7 @@ def _fetch_openml() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return images[:60_000], images[60_000:]
 
 
-def _fetch_omniglot(root: Path) -> np.ndarray[Any, Any]:
+def _fetch_omniglot(root: Path) -> Array:
     try:
         from torchvision.datasets import Omniglot
     except ImportError as error:
@@ -242,7 +242,7 @@ def _fetch_omniglot(root: Path) -> np.ndarray[Any, Any]:
     return (reduced / 255.0).numpy()
 
 
-def _read_arrays(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+def _read_arrays(path: Path) -> tuple[Array, Array | None]:
     """Reads images, and test images where the file has them, from ``.npy``, ``.npz`` or ``.mat``."""
     if path.suffix == ".npy":
         return np.load(path), None

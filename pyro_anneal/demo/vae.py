@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..anneal import AnnealedImportance
 from ..datasets.images import load_digits
 from ..losses import TVO
+from ..models.types import Axes
 from ..results.mutual_information import MutualInformation
 from ..results.plotting import plot_log_weights, plot_thermodynamic_curve, pyplot
 from ..results.run import AnnealedRun
@@ -173,7 +174,7 @@ def plot_demo(outcome: DemoOutcome) -> Any:
     return figure
 
 
-def _plot_closing(axes: Any, outcome: DemoOutcome) -> None:
+def _plot_closing(axes: Axes, outcome: DemoOutcome) -> None:
     """Draws both bounds against T, minus the best estimate of each datum's log evidence."""
     reference = outcome.sandwich.bennett
     steps = list(outcome.from_prior)
@@ -191,7 +192,7 @@ def _plot_closing(axes: Any, outcome: DemoOutcome) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plot_images(axes: Any, images: Tensor) -> None:
+def _plot_images(axes: Axes, images: Tensor) -> None:
     """Draws nine square images in a three by three mosaic."""
     side = round(images.shape[-1] ** 0.5)
     mosaic = np.full((3 * (side + 3), 3 * (side + 3)), np.nan)
@@ -203,7 +204,7 @@ def _plot_images(axes: Any, images: Tensor) -> None:
     axes.set_axis_off()
 
 
-def _label_images(axes: Any, labels: Sequence[str]) -> None:
+def _label_images(axes: Axes, labels: Sequence[str]) -> None:
     """Writes a label under each image of the mosaic."""
     pitch = axes.images[0].get_array().shape[0] // 3
     for place, label in enumerate(labels):

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..arguments import as_count
+from ..models.types import Fn
 from .particles import PARTICLE_PLATE, Particles, Sampling, collect
 from .traces import Arguments, EnumerationNeeded, Gates, Run, run_guide
 
@@ -105,18 +106,14 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         return shown
 
     @abstractmethod
-    def _evaluate(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _evaluate(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         """Evaluates the loss, with a surrogate if gradients are enabled."""
 
     def _is_linear(self) -> bool:
         """Tells whether the objective is linear in the log-weights, as the ELBO is."""
         return self.num_particles == 1
 
-    def loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Evaluates the loss without gradients.
 
         Args:
@@ -133,9 +130,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         warn_if_nan(value, "loss")
         return value
 
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         """Evaluates the loss as a tensor to differentiate.
 
         Args:
@@ -151,9 +146,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         warn_if_nan(value, "loss")
         return value if surrogate is None else value + (surrogate - surrogate.detach())
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Evaluates the loss and accumulates gradients of all parameters that it reaches.
 
         Args:
@@ -174,8 +167,8 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     def _get_trace(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Fn,
+        guide: Fn,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Any]:
@@ -185,8 +178,8 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     def _particles(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Fn,
+        guide: Fn,
         arguments: Arguments,
         sampling: Sampling,
         **options: Any,
@@ -217,8 +210,8 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     def _runs(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Fn,
+        guide: Fn,
         model_arguments: Arguments,
         guide_arguments: Arguments,
         count: int,
@@ -256,8 +249,8 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
 
     def _guess(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Fn,
+        guide: Fn,
         model_arguments: Arguments,
         guide_arguments: Arguments,
     ) -> None:
@@ -271,12 +264,12 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             lambda *_, **__: model(*model_args, **model_kwargs), guide, args, kwargs
         )
 
-    def _in_particle_plate(self, fn: Callable[..., Any], count: int) -> Callable[..., Any]:
+    def _in_particle_plate(self, fn: Fn, count: int) -> Fn:
         plate = pyro.plate(PARTICLE_PLATE, count, dim=-int(self.max_plate_nesting))
         return plate(fn)  # type: ignore[no-any-return]
 
 
-def without_parameters(model: Callable[..., Any]) -> Callable[..., Any]:
+def without_parameters(model: Fn) -> Fn:
     """Hides the model's parameters from an enclosing SVI, so that no optimizer moves them."""
     return poutine.block(model, hide_types=["param"])  # type: ignore[no-any-return]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import pyro
@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from ..arguments import as_count, as_real
 from ..graphs.differentiable import DifferentiableDensity
+from ..models.types import Fn, Trace
 from ..problems.bases import PathDensity
 from ..weights import log_mean_exp
 from .base import Evaluation, ParticleELBO, PyroOptions, require_pathwise
@@ -126,9 +127,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         shown = super()._fields() | {"num_steps": len(self.log_step_size)}
         return shown if self.reverse is None else shown | {"reverse": self.reverse}
 
-    def _evaluate(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _evaluate(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         learning = torch.is_grad_enabled()
         pyro.module(self.name, self)
         # One particle of model and guide: subsamples, scales, and every parameter seen.
@@ -154,7 +153,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         return Evaluation(-bound.detach(), -bound if learning else None)
 
     def _guide_traces(
-        self, guide: Callable[..., Any], arguments: Arguments, subsamples: Any, first: Any
+        self, guide: Fn, arguments: Arguments, subsamples: Trace, first: Any
     ) -> list[Any]:
         """Runs the guide for the particles besides the first, or for all in one plate."""
         args, kwargs = arguments

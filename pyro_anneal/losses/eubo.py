@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from ..models.simulation import (
     guide_arguments,
     simulate,
 )
+from ..models.types import Fn, Message
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
     Evaluation,
@@ -50,7 +51,7 @@ class _Clamp(Messenger):  # type: ignore[misc]
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
@@ -156,16 +157,12 @@ class EUBO(ParticleELBO):
     def _fields(self) -> dict[str, object]:
         return super()._fields() | {"posterior": self.posterior}
 
-    def _evaluate(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _evaluate(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         if self.posterior == "importance":
             return self._importance(without_parameters(model), guide, arguments)
         return self._simulated(without_parameters(model), guide, arguments)
 
-    def _importance(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _importance(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         particles = self._particles(model, guide, arguments, "score", model_context=torch.no_grad)
         log_weights = particles.log_weights.detach()
         weights = log_normalized_weights(log_weights).exp()
@@ -177,9 +174,7 @@ class EUBO(ParticleELBO):
         cross_entropy = -(weights * finite_or_zero(particles.log_guide)).sum(0)
         return Evaluation(value, particles.total(cross_entropy))
 
-    def _simulated(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _simulated(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         simulation = simulate(model, arguments)
         if not self._is_checked:
             check_copies(model, arguments, simulation)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pyro.infer import TraceEnum_ELBO
@@ -13,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..arguments import as_count
+from ..models.types import Fn
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
     Evaluation,
@@ -136,9 +136,7 @@ class IWAE(ParticleELBO):
     def _fields(self) -> dict[str, object]:
         return super()._fields() | {"gradient": self.gradient}
 
-    def _evaluate(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _evaluate(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         particles = self._particles(model, guide, arguments, _SAMPLING[self.gradient])
         if self.num_particles == 1 and self.gradient == "auto" and particles.runs[0].marked:
             return self._enumerated(model, guide, arguments)
@@ -158,9 +156,7 @@ class IWAE(ParticleELBO):
             return Evaluation(value, -_single_particle(particles))
         return Evaluation(value, -weighted_sum(particles, weights, score_weights(log_weights)))
 
-    def _enumerated(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _enumerated(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         """Takes the guide's expectation over the sites that it enumerates, as Pyro's ELBO does."""
         elbo = TraceEnum_ELBO(
             max_plate_nesting=self.max_plate_nesting,

@@ -35,6 +35,7 @@ from ..models.sites import (
     plate_size,
     sum_to_batch,
 )
+from ..models.types import Trace
 from .scales import Scales, same_scale
 from .traces import Gates, Run, Site
 
@@ -225,7 +226,7 @@ def _score(name: str, site: Site, sampling: Sampling) -> Tensor | None:
     return site["unscaled_log_prob"]  # type: ignore[no-any-return]
 
 
-def _sum_out(trace: Any, enumerated: Sequence[str], reducer: _Reducer) -> Tensor:
+def _sum_out(trace: Trace, enumerated: Sequence[str], reducer: _Reducer) -> Tensor:
     """Sums enumerated sites out of the joint density, by message passing within plates."""
     sites = dict(density_sites(trace))
     found = sum_out(

@@ -18,12 +18,11 @@ from torch import Tensor
 from ..arguments import check_function
 from ..models.checks import explained
 from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
+from ..models.types import Arguments, Fn, Message, Node, Trace
 
 __all__ = ["Arguments", "EnumerationNeeded", "Gates", "Run", "Site", "run_guide"]
 
-Fn = Callable[..., Any]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Site = dict[str, Any]
+Site = Node
 
 
 class Gates(Messenger):  # type: ignore[misc]
@@ -46,7 +45,7 @@ class Gates(Messenger):  # type: ignore[misc]
         self.inputs.clear()
         self.outputs.clear()
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         value = msg["value"]
         if msg["is_observed"] or not isinstance(value, Tensor) or not value.requires_grad:
             return
@@ -65,7 +64,7 @@ class Run(NamedTuple):
 
     model: Any  # traces without subsampling sites
     guide: Any  # without the sites that it observes, too: nothing is drawn there
-    subsamples: Any  # trace of the subsampling sites alone
+    subsamples: Trace  # trace of the subsampling sites alone
     marked: tuple[str, ...] = ()  # guide sites that are marked for enumeration, and were sampled
 
 
@@ -153,7 +152,7 @@ def run_guide(
     return Run(model_trace, guide_trace, subsamples, marked)
 
 
-def _sample_those(model: Fn, guide_trace: Any) -> Fn:
+def _sample_those(model: Fn, guide_trace: Trace) -> Fn:
     """Drops the marks for enumeration at sites of the model whose values the guide draws."""
     drawn = latent_sites(guide_trace)
     unmarked = {"enumerate": None}
@@ -161,7 +160,7 @@ def _sample_those(model: Fn, guide_trace: Any) -> Fn:
     return fn
 
 
-def _without_observed(guide_trace: Any) -> Any:
+def _without_observed(guide_trace: Trace) -> Any:
     """Leaves out the observed sites of a guide, which are no part of the density of its draws."""
     for name in [n for n, s in guide_trace.nodes.items() if s["type"] == "sample"]:
         if guide_trace.nodes[name]["is_observed"]:
@@ -169,7 +168,7 @@ def _without_observed(guide_trace: Any) -> Any:
     return guide_trace
 
 
-def _has_enumerated(model_trace: Any, guide_trace: Any) -> bool:
+def _has_enumerated(model_trace: Trace, guide_trace: Trace) -> bool:
     return any(
         site["infer"].get("enumerate") == "parallel"
         for name, site in latent_sites(model_trace).items()
@@ -186,7 +185,7 @@ def _subsamples(*traces: Any) -> Any:
     return result
 
 
-def _check_sites(model_trace: Any, guide_trace: Any) -> None:
+def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     for name, site in latent_sites(model_trace).items():
         if name in guide_trace.nodes:
             continue
@@ -203,7 +202,7 @@ def _check_sites(model_trace: Any, guide_trace: Any) -> None:
             )
 
 
-def _compute_score_parts(trace: Any, *, gated: bool) -> None:
+def _compute_score_parts(trace: Trace, *, gated: bool) -> None:
     for name, site in density_sites(trace):
         one = poutine.Trace()
         one.nodes[name] = site

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..arguments import as_count
+from ..models.types import Fn
 from ..schedules import LogUniform, as_betas
 from .base import (
     Evaluation,
@@ -334,9 +335,7 @@ class TVO(ParticleELBO):
         assert self._betas is not None
         return self._betas
 
-    def _evaluate(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _evaluate(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         if self.bound == "upper":
             return self._evaluate_upper(model, guide, arguments)
         particles = self._draw(model, guide, arguments)
@@ -359,9 +358,7 @@ class TVO(ParticleELBO):
             require_pathwise(particles, 'gradient="reparam"', 'gradient="covariance" or "auto"')
         return Evaluation(value, -weighted_sum(particles, parts.weights, parts.score_weights))
 
-    def _evaluate_upper(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Evaluation:
+    def _evaluate_upper(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         """Evaluates the right sum, whose gradient reaches the guide alone."""
         detached = without_parameters(model)
         particles = self._particles(
@@ -379,9 +376,7 @@ class TVO(ParticleELBO):
             return Evaluation(value, None)
         return Evaluation(value, weighted_sum(particles, parts.weights, parts.score_weights))
 
-    def _draw(
-        self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
-    ) -> Particles:
+    def _draw(self, model: Fn, guide: Fn, arguments: Arguments) -> Particles:
         sampling = _SAMPLING[self.gradient]
         if self.gradient != "auto":
             return self._particles(model, guide, arguments, sampling)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_count
+from ..models.types import Fn
 from ..weights import log_mean_exp
 from .base import Bound, Direction, Values, flatten
 from .critics import indexed_scores, score
@@ -163,7 +164,7 @@ class _Mine(Bound):
         num_particles: int | None = None,
         *,
         model: Any = None,
-        guide: Callable[..., Any] | None = None,
+        guide: Fn | None = None,
     ) -> None:
         super().__init__(model=model, guide=guide, critic=critic)
         self.fresh = model is not None or guide is not None

@@ -8,7 +8,6 @@ only) the same code reads q(x|z): the letters z and x below then change places.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,9 +15,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..models.types import Fn, Trace
 from .bijections import Bijection
 from .joints import Joint
-from .packing import Layout, sample_sites, site_bijection
+from .packing import Packing, sample_sites, site_bijection
 from .pyro_joint import PyroJoint
 
 __all__ = ["Conditional", "Prior", "condition_on"]
@@ -79,7 +79,7 @@ class _FromDistribution(Conditional):
 
 
 class _FromTrace(Conditional):
-    def __init__(self, guide: Callable[..., Any], x: Tensor, trace: Any, joint: Any) -> None:
+    def __init__(self, guide: Fn, x: Tensor, trace: Trace, joint: Any) -> None:
         self.guide = guide
         self.x = x
         sites = _guide_sites(trace)
@@ -101,7 +101,7 @@ class _FromTrace(Conditional):
                     'x), left of all others; use pyro.plate("data", len(x))'
                 )
         tails = {name: sites[name]["value"].shape[1:] for name in names}
-        self.layout = Layout(tails, self.nesting - 1)
+        self.layout = Packing(tails, self.nesting - 1)
 
     def _run(self, num_particles: int | None, data: dict[str, Tensor]) -> tuple[Any, Tensor]:
         guide = poutine.condition(self.guide, data=data)
@@ -155,7 +155,7 @@ class Prior(Conditional):
         return self.joint.bijection(self.x)
 
 
-def _guide_sites(trace: Any) -> dict[str, Any]:
+def _guide_sites(trace: Trace) -> dict[str, Any]:
     sites = sample_sites(trace)
     return {n: s for n, s in sites.items() if not s["infer"].get("_deterministic")}
 
@@ -169,7 +169,7 @@ def _refuse_score_function(log_q: Tensor, where: str) -> None:
         )
 
 
-def condition_on(guide: Callable[..., Any], x: Tensor, joint: Any = None) -> Conditional:
+def condition_on(guide: Fn, x: Tensor, joint: Any = None) -> Conditional:
     """Reads q(. | x) from a guide, whichever form it has.
 
     Args:

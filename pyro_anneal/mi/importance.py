@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import bounds
+from ..models.types import Fn
 from .base import Bound, Direction, Values
 from .joints import Knowledge
 from .variational import check_particles
@@ -29,9 +30,7 @@ class _Importance(Bound):
     requires: ClassVar[Knowledge] = "full joint p(x, z)"
     directions: ClassVar[tuple[Direction, ...]] = ("lower", "upper")
 
-    def __init__(
-        self, *, model: Any, guide: Callable[..., Any] | None, num_particles: int
-    ) -> None:
+    def __init__(self, *, model: Any, guide: Fn | None, num_particles: int) -> None:
         super().__init__(model=model, guide=guide)
         check_particles(num_particles)
         self.num_particles = num_particles
@@ -86,9 +85,7 @@ class IWAE(_Importance):
 
     breaks: ClassVar[str] = "a guide trained on the same pairs"
 
-    def __init__(
-        self, model: Any, guide: Callable[..., Any] | None = None, num_particles: int = 100
-    ) -> None:
+    def __init__(self, model: Any, guide: Fn | None = None, num_particles: int = 100) -> None:
         super().__init__(model=model, guide=guide, num_particles=num_particles)
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
@@ -193,7 +190,7 @@ class RIWAE(_Importance):
     def __init__(
         self,
         model: Any,
-        guide: Callable[..., Any],
+        guide: Fn,
         num_particles: int = 1,
         *,
         posterior: Callable[[Tensor, int], Tensor] | None = None,

@@ -9,12 +9,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..models.types import Trace
 from .bijections import Bijection
 
-__all__ = ["Layout", "sample_sites", "site_bijection"]
+__all__ = ["Packing", "sample_sites", "site_bijection"]
 
 
-class Layout:
+class Packing:
     """Turns the values of named sites into one tensor per pair, and back.
 
     One site keeps its shape; several are flattened and concatenated in the order given.
@@ -67,7 +68,7 @@ class Layout:
         }
 
 
-def sample_sites(trace: Any) -> dict[str, Any]:
+def sample_sites(trace: Trace) -> dict[str, Any]:
     """Collects the sample sites of a trace that carry randomness, checking what would bias MI."""
     sites = {}
     for name, site in trace.nodes.items():
@@ -92,7 +93,7 @@ def sample_sites(trace: Any) -> dict[str, Any]:
     return sites
 
 
-def site_bijection(trace: Any, layout: Layout) -> Bijection:
+def site_bijection(trace: Trace, layout: Packing) -> Bijection:
     """Maps the supports of sites, as they are in one run, to unconstrained vectors."""
     sites = [(trace.nodes[name]["fn"].support, tail) for name, tail in layout.tails.items()]
     return Bijection(sites, event=layout.event)

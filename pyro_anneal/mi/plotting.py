@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from ..models.types import Axes, Figure
 from ..results.mutual_information import MutualInformation
 
 __all__ = ["plot_bounds", "plot_bounds_against_time", "plot_decomposition"]
@@ -12,7 +12,7 @@ __all__ = ["plot_bounds", "plot_bounds_against_time", "plot_decomposition"]
 Series = Mapping[str, Mapping[float, MutualInformation]]
 
 
-def _axes(axes: Any) -> Any:
+def _axes(axes: Axes) -> Figure:
     if axes is not None:
         return axes
     try:
@@ -24,7 +24,7 @@ def _axes(axes: Any) -> Any:
     return plt.subplots(figsize=(6.0, 4.0), layout="constrained")[1]
 
 
-def _draw_series(axes: Any, series: Series, level: float) -> None:
+def _draw_series(axes: Axes, series: Series, level: float) -> None:
     for index, (name, points) in enumerate(series.items()):
         color = f"C{index}"
         for side, style in (("lower", "-"), ("upper", "--"), ("plug_in", ":")):
@@ -52,7 +52,7 @@ def _normal_score(level: float) -> float:
     return NormalDist().inv_cdf(0.5 + 0.5 * level)
 
 
-def _finish(axes: Any, truth: float | None, xlabel: str) -> Any:
+def _finish(axes: Axes, truth: float | None, xlabel: str) -> Figure:
     if truth is not None:
         axes.axhline(truth, color="black", linewidth=1.0, label="truth")
     axes.set_xscale("log")
@@ -68,8 +68,8 @@ def plot_bounds(
     against: str = "K",
     truth: float | None = None,
     level: float = 0.95,
-    axes: Any = None,
-) -> Any:
+    axes: Axes = None,
+) -> Figure:
     """Plots bounds against the number of particles K or of annealing steps T.
 
     Lower bounds are solid, upper bounds dashed, plug-in estimates dotted; bands are intervals over
@@ -103,8 +103,8 @@ def plot_bounds_against_time(
     *,
     truth: float | None = None,
     level: float = 0.95,
-    axes: Any = None,
-) -> Any:
+    axes: Axes = None,
+) -> Figure:
     """Plots bounds against the wall time they took. Source: Brekelmans et al. (2022), Fig. 8.
 
     Args:
@@ -127,8 +127,8 @@ def plot_decomposition(
     estimates: Mapping[str, MutualInformation] | Sequence[MutualInformation],
     *,
     truth: float | None = None,
-    axes: Any = None,
-) -> Any:
+    axes: Axes = None,
+) -> Figure:
     """Plots each lower bound as a bar of its variational and contrastive parts.
 
     Bounds that have no parts (AIS) are one bar. A tick marks the ceiling of the contrastive part.

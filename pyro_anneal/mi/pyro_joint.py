@@ -15,7 +15,7 @@ from torch import Tensor
 from ..models.entropies import excess
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
-from .packing import Layout, sample_sites, site_bijection
+from .packing import Packing, sample_sites, site_bijection
 
 __all__ = ["PyroJoint", "as_joint"]
 
@@ -109,7 +109,7 @@ class PyroJoint(Joint):
                 "row observed sites, part of x"
             )
         self._nesting: int | None = None
-        self._layouts: tuple[Layout, Layout] | None = None
+        self._layouts: tuple[Packing, Packing] | None = None
         self._knowledge: Knowledge = "full joint p(x, z)"
 
     @property
@@ -119,7 +119,7 @@ class PyroJoint(Joint):
             self.layouts(self._template(2))
         return self._knowledge
 
-    def layouts(self, x: Tensor | None) -> tuple[Layout, Layout]:
+    def layouts(self, x: Tensor | None) -> tuple[Packing, Packing]:
         """Finds how observed and latent sites are packed into x and z, once."""
         if self._layouts is None:
             num_pairs = 2 if x is None else x.shape[0]
@@ -232,7 +232,7 @@ class PyroJoint(Joint):
         frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
         return max((-f.dim for f in frames), default=0)
 
-    def _read_layouts(self, num_pairs: int, x: Tensor | None) -> tuple[Layout, Layout]:
+    def _read_layouts(self, num_pairs: int, x: Tensor | None) -> tuple[Packing, Packing]:
         sites = sample_sites(self._trace(num_pairs, x))
         if self.observed is None:
             self.observed = [n for n, s in sites.items() if s["infer"].get("was_observed")]
@@ -265,8 +265,8 @@ class PyroJoint(Joint):
         assert self._nesting is not None
         inner = self._nesting - 1 if self.takes_data else self._nesting
         tails = {n: s["value"].shape[1:] for n, s in sites.items()}
-        x_layout = Layout({n: tails[n] for n in sites if n in self.observed}, inner)
-        return x_layout, Layout({n: tails[n] for n in latent}, inner)
+        x_layout = Packing({n: tails[n] for n in sites if n in self.observed}, inner)
+        return x_layout, Packing({n: tails[n] for n in latent}, inner)
 
     def _check_plate(self, name: str, site: Any, num_pairs: int) -> None:
         assert self._nesting is not None

@@ -7,12 +7,14 @@ those values to the auxiliary sites that the guide is to be conditioned on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro.infer import autoguide
 from torch import Tensor
+
+from .types import Fn, Trace
 
 __all__ = [
     "auxiliary_values",
@@ -47,7 +49,7 @@ def sees_arguments(guide: Any) -> bool:
     )
 
 
-def check_guide(guide: Callable[..., Any] | None, *, invertible: bool = True) -> None:
+def check_guide(guide: Fn | None, *, invertible: bool = True) -> None:
     """Checks that an AutoGuide has a density that can be evaluated.
 
     Args:
@@ -90,7 +92,7 @@ def derived_sites(guide: Any) -> set[str]:
     }
 
 
-def unconstrained_values(guide: Any, trace: Any) -> dict[str, Tensor]:
+def unconstrained_values(guide: Any, trace: Trace) -> dict[str, Tensor]:
     """Reads the unconstrained value of each derived site from the guide's trace."""
     values = {}
     for part in _parts(guide):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 from unittest import mock
@@ -26,6 +26,7 @@ from .sites import (
     unmasked,
 )
 from .supports import normalized_support
+from .types import Fn, Message, Node, Trace
 
 __all__ = [
     "check_latents",
@@ -81,7 +82,7 @@ def _explain(traceback: TracebackType | None) -> str | None:
     return None
 
 
-def hidden_sites(function: Callable[..., Any], arguments: tuple[Any, Any]) -> list[str]:
+def hidden_sites(function: Fn, arguments: tuple[Any, Any]) -> list[str]:
     """Names the sites that are sampled out of sight of handlers, under ``poutine.block``.
 
     Args:
@@ -91,7 +92,7 @@ def hidden_sites(function: Callable[..., Any], arguments: tuple[Any, Any]) -> li
     sampled: list[str] = []
     process = runtime.default_process_message
 
-    def record(msg: Any) -> None:
+    def record(msg: Message) -> None:
         if msg["type"] == "sample" and not msg["is_observed"] and not msg["done"]:
             sampled.append(msg["name"])
         process(msg)
@@ -102,7 +103,7 @@ def hidden_sites(function: Callable[..., Any], arguments: tuple[Any, Any]) -> li
     return [name for name in dict.fromkeys(sampled) if name not in trace.nodes]
 
 
-def check_log_probs(trace: Any) -> None:
+def check_log_probs(trace: Trace) -> None:
     """Computes all log densities, and checks that they are real numbers on one device."""
     sites = [*latent_sites(trace).values(), *observed_sites(trace).values()]
     device = sites[0]["value"].device
@@ -132,7 +133,7 @@ def check_log_probs(trace: Any) -> None:
     trace.compute_log_prob()
 
 
-def outside_support(trace: Any) -> dict[str, str]:
+def outside_support(trace: Trace) -> dict[str, str]:
     """Finds observed values outside their support at which torch gives a finite density.
 
     Returns:
@@ -170,7 +171,7 @@ def outside_support(trace: Any) -> dict[str, str]:
     return found
 
 
-def check_plates(trace: Any) -> None:
+def check_plates(trace: Trace) -> None:
     """Checks that no plate is subsampled."""
     for name, site in trace.nodes.items():
         if site["type"] != "sample":
@@ -184,7 +185,7 @@ def check_plates(trace: Any) -> None:
                 )
 
 
-def undeclared_axes(name: str, site: Mapping[str, Any], *, enumerated: bool) -> list[int]:
+def undeclared_axes(name: str, site: Node, *, enumerated: bool) -> list[int]:
     """Finds the axes of a site's log density that belong to no plate, and are summed.
 
     The log density, not the distribution: an observed value of shape [N, 1] against a distribution
@@ -233,7 +234,7 @@ def check_structure(first: Any, second: Any) -> None:
         )
 
 
-def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
+def check_latents(model_trace: Trace, guide_trace: Trace | None) -> list[str]:
     """Checks that latents can be moved or are enumerated, and are covered by the guide."""
     latents = latent_sites(model_trace)
     enumerated = []
@@ -273,7 +274,7 @@ def check_latents(model_trace: Any, guide_trace: Any | None) -> list[str]:
 def _check_same_sites(
     continuous: list[str],
     enumerated: list[str],
-    guide_trace: Any,
+    guide_trace: Trace,
     observed: Mapping[str, Any],
 ) -> None:
     guided = latent_sites(guide_trace)
@@ -307,7 +308,7 @@ def _check_same_sites(
         raise ValueError("model and guide disagree on sites; " + "; ".join(problems))
 
 
-def support_of(name: str, site: Mapping[str, Any]) -> Any:
+def support_of(name: str, site: Node) -> Any:
     """Works out the support of a latent site, which a user's own distribution may lack."""
     try:
         return normalized_support(site["fn"])
@@ -320,7 +321,7 @@ def support_of(name: str, site: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def check_value_shapes(model_trace: Any, guide_trace: Any) -> None:
+def check_value_shapes(model_trace: Trace, guide_trace: Trace) -> None:
     """Checks that the guide's values have the shapes that the model's distributions give."""
     for name, site in latent_sites(model_trace).items():
         if name not in guide_trace.nodes:

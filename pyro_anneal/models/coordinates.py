@@ -12,7 +12,6 @@ probabilistic programs*.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,16 +26,16 @@ from .discrete import discrete_map, is_discrete
 from .edges import bend
 from .sites import Layout, base_distribution
 from .supports import bijection_onto, normalized_support
+from .types import Arguments, Distribution, Fn
 
 __all__ = ["bijection", "hierarchical_sites", "noncentred"]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _REAL = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace)
 _POSITIVE = (dist.HalfNormal, dist.HalfCauchy)
 
 
-def bijection(fn: Any, *, noncentred: bool = False) -> Any:
+def bijection(fn: Distribution, *, noncentred: bool = False) -> Any:
     """Chooses the map from a site's unconstrained value to its support.
 
     Args:
@@ -80,7 +79,7 @@ def _parameters(base: Any) -> list[Tensor]:
 
 
 def hierarchical_sites(
-    model: Callable[..., Any], arguments: Arguments, layout: Layout, values: dict[str, Tensor]
+    model: Fn, arguments: Arguments, layout: Layout, values: dict[str, Tensor]
 ) -> frozenset[str]:
     """Names the sites whose location or scale depends on other latents, or whose tails are long.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_map
 
 from .places import Place, current_place, described
 from .sites import density_sites, mark_points
+from .types import Arguments, Array, Fn
 from .validation import validation_disabled
 
 __all__ = ["Copy", "explain_copies", "find_copies", "share_values"]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _MAX_NUMBERS = 20_000_000  # numbers that are compared in one run
 _LEAST_SCALARS = 3  # single numbers that must agree: .5 and .1 are also constants of models
@@ -74,19 +74,19 @@ class Copy(NamedTuple):
     what: str  # "a tensor of shape [3]" or "5 numbers"
 
 
-def _single(values: Tensor) -> np.ndarray[Any, Any]:
+def _single(values: Tensor) -> Array:
     """Returns the values in single precision, so that a list in float32 equals one in float64."""
     flat = values.detach().reshape(-1).to("cpu", torch.float32).numpy()
     return flat + np.float32(0.0)  # no minus zero
 
 
-def _fractions(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _fractions(values: Array) -> Array:
     """Returns the distinct values that are no integers: they do not agree by chance."""
     finite = values[np.isfinite(values)]
     return np.unique(finite[finite != np.round(finite)])
 
 
-def _neighbours(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _neighbours(values: Array) -> Array:
     """Returns the distinct pairs of neighbouring values, as one number each."""
     bits = values.view(np.uint32).astype(np.uint64)
     return np.unique(bits[:-1] << np.uint64(32) | bits[1:])
@@ -193,7 +193,7 @@ class _Search(TorchFunctionMode):
 
 
 def find_copies(
-    model: Callable[..., Any],
+    model: Fn,
     arguments: Arguments,
     latents: Mapping[str, Tensor],
     observed: Mapping[str, Tensor],

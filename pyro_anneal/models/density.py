@@ -36,12 +36,12 @@ from .sites import (
     sum_to_batch,
     unmasked,
 )
+from .types import Arguments, Fn, Message, Node, Trace
 from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
 
 Result = TypeVar("Result")
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _FIXED_STRUCTURE = (
     "the model's sites depend on the values of its latents: {} appear in some runs only; use a "
@@ -75,7 +75,7 @@ class Substitute(Messenger):  # type: ignore[misc]
         self.log_det: dict[str, Tensor] = {}
         self.log_prob: dict[str, Tensor] = {}  # where it is known in u, exact at edges
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             if msg["value"] is None and name in self.loops:
@@ -99,7 +99,7 @@ class Substitute(Messenger):  # type: ignore[misc]
         msg["value"] = value
         msg["done"] = True
 
-    def _transform(self, msg: Any) -> Tensor:
+    def _transform(self, msg: Message) -> Tensor:
         """Maps u to the site's support, as it is at this value of the latents before it."""
         name, fn = msg["name"], msg["fn"]
         u = self.given[name]
@@ -126,11 +126,11 @@ class Substitute(Messenger):  # type: ignore[misc]
             self.log_prob[name] = log_prob
         return value
 
-    def _unbent(self, msg: Any, u: Tensor) -> Tensor:
+    def _unbent(self, msg: Message, u: Tensor) -> Tensor:
         bent = bend(msg["fn"]) if msg["name"] in self.noncentred else None
         return u if bent is None else bent.inv(u)
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         name = msg["name"]
         if name in self.exact and name in self.record:
             self.unconstrained[name] = self._unbent(msg, self.exact[name])
@@ -171,7 +171,7 @@ def _in_precision(method: Callable[..., Result]) -> Callable[..., Result]:
 class ModelDensity:
     """The model's side: packs, unpacks and evaluates latents of one chain."""
 
-    def __init__(self, model: Callable[..., Any], layout: Layout, arguments: Arguments) -> None:
+    def __init__(self, model: Fn, layout: Layout, arguments: Arguments) -> None:
         self.model = model
         self.layout = layout
         self.arguments = arguments
@@ -246,18 +246,18 @@ class ModelDensity:
             with validation_disabled(), poutine.block(), substitute, IndexByTensor():
                 return poutine.trace(wrap(self.model)).get_trace(*args, **kwargs)
 
-        def log_prob(site: Mapping[str, Any], scaled: bool) -> Tensor:
+        def log_prob(site: Node, scaled: bool) -> Tensor:
             return self._log_prob(site, scaled=scaled)
 
         return lifted_densities(run, self.layout, values, unconstrained, log_prob, names)
 
-    def _sum(self, site: Mapping[str, Any], *, scaled: bool = True) -> Tensor:
+    def _sum(self, site: Node, *, scaled: bool = True) -> Tensor:
         """Sums a site's log density to the batch."""
         return sum_to_batch(
             self._log_prob(site, scaled=scaled), self._dims, self.layout.batch_shape
         )
 
-    def _log_prob(self, site: Mapping[str, Any], *, scaled: bool) -> Tensor:
+    def _log_prob(self, site: Node, *, scaled: bool) -> Tensor:
         scale = site["scale"] if scaled and self._has_own_scale(site) else 1.0
         log_prob = site["unscaled_log_prob"]
         if site["name"] in self.layout.guarded:
@@ -266,18 +266,18 @@ class ModelDensity:
         value: Tensor = dist.util.scale_and_mask(log_prob, scale, site["mask"])
         return value
 
-    def _has_own_scale(self, site: Mapping[str, Any]) -> bool:
+    def _has_own_scale(self, site: Node) -> bool:
         """Tells whether a scale acts inside the weight; a common one is taken outside."""
         scale = site["scale"]
         return self.layout.scale == 1.0 and (isinstance(scale, Tensor) or scale != 1.0)
 
-    def _contract(self, trace: Any) -> tuple[Tensor, Tensor]:
+    def _contract(self, trace: Trace) -> tuple[Tensor, Tensor]:
         """Sums out enumerated sites, keeping the batch plates."""
         latents = latent_sites(trace)
         log_prior = self._summed(trace, latents, scaled=False)
         return log_prior, self._summed(trace, {**latents, **observed_sites(trace)}, scaled=True)
 
-    def _summed(self, trace: Any, sites: dict[str, Any], *, scaled: bool) -> Tensor:
+    def _summed(self, trace: Trace, sites: dict[str, Any], *, scaled: bool) -> Tensor:
         """Multiplies the densities of some sites, enumerated ones summed out of them."""
         found = sum_out(
             trace,

@@ -20,6 +20,7 @@ from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
 from .sites import base_distribution
+from .types import Distribution, Support
 
 __all__ = ["DiscreteMap", "IndexByTensor", "discrete_map", "is_discrete", "support_edges"]
 
@@ -156,7 +157,7 @@ class DiscreteMap:
         return zero.sum(-1) if self._is_vector else zero
 
 
-def is_discrete(fn: Any) -> bool:
+def is_discrete(fn: Distribution) -> bool:
     """Tells whether a distribution's support is discrete."""
     try:
         return bool(fn.support.is_discrete)
@@ -164,13 +165,13 @@ def is_discrete(fn: Any) -> bool:
         return False
 
 
-def _plain(support: Any) -> Any:
+def _plain(support: Support) -> Any:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
 
 
-def discrete_map(name: str, fn: Any) -> DiscreteMap:
+def discrete_map(name: str, fn: Distribution) -> DiscreteMap:
     """Chooses the coordinates of a discrete latent site.
 
     Args:
@@ -218,7 +219,7 @@ def _parameters(base: Any) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor)]
 
 
-def support_edges(name: str, fn: Any) -> Tensor:
+def support_edges(name: str, fn: Distribution) -> Tensor:
     """Returns numbers that tell one discrete support of a site from another."""
     found = discrete_map(name, fn)
     return torch.cat([found.lower.reshape(-1), found.upper.reshape(-1)])

@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid
 from .charts import BendTransform
 from .sites import base_distribution
 from .supports import Image, bijection_onto, leaf_constraint, normalized_support
+from .types import Distribution
 
 __all__ = [
     "bend",
@@ -44,13 +45,13 @@ _OWN = (dist.Beta, dist.Kumaraswamy, dist.Dirichlet, dist.Gamma, dist.InverseGam
 _TINY_TAIL = -30.0  # log of a probability below which 1 - (1 - t)^a is a t
 
 
-def has_closed_form(fn: Any) -> bool:
+def has_closed_form(fn: Distribution) -> bool:
     """Tells whether a family's density and draws are known in u."""
     base = base_distribution(fn)
     return isinstance(base, (*_OWN, *_RELAXED_BERNOULLI, *_RELAXED_CATEGORICAL)) or _is_image(base)
 
 
-def _is_image(fn: Any) -> bool:
+def _is_image(fn: Distribution) -> bool:
     return (
         isinstance(fn, TransformedDistribution)
         and isinstance(leaf_constraint(normalized_support(fn)), Image)
@@ -73,7 +74,7 @@ def _leaf(transform: Any) -> Any:
     return transform
 
 
-def bend(fn: Any) -> Any:
+def bend(fn: Distribution) -> Any:
     """Finds the transform under which the tails of u in the prior are no heavier than a normal's.
 
     Small shapes give u exponential tails, as long as 1 / shape, which no Gaussian start reaches.
@@ -91,7 +92,7 @@ def bend(fn: Any) -> Any:
     return BendTransform(*bends)
 
 
-def _tail_rates(fn: Any) -> tuple[Tensor, Tensor] | None:
+def _tail_rates(fn: Distribution) -> tuple[Tensor, Tensor] | None:
     """Finds the rates at which the density of u falls to the left and to the right."""
     if isinstance(fn, dist.Beta | dist.Kumaraswamy):
         return fn.concentration1, fn.concentration0
@@ -117,7 +118,7 @@ def exact_log_det(transform: Any, u: Tensor, value: Tensor) -> Tensor:
     return log_det
 
 
-def exact_log_prob(fn: Any, u: Tensor) -> Tensor | None:
+def exact_log_prob(fn: Distribution, u: Tensor) -> Tensor | None:
     """Computes log p(z) at the exact z of u, in the coordinate of the site's own support.
 
     Args:
@@ -140,7 +141,7 @@ def exact_log_prob(fn: Any, u: Tensor) -> Tensor | None:
     return log_prob
 
 
-def _density(fn: Any, u: Tensor) -> Any:
+def _density(fn: Distribution, u: Tensor) -> Any:
     if isinstance(fn, dist.Beta):
         a, b = fn.concentration1, fn.concentration0
         constant = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
@@ -170,7 +171,7 @@ def _density(fn: Any, u: Tensor) -> Any:
     return _image_density(fn, u)
 
 
-def _image_density(fn: Any, u: Tensor) -> Any:
+def _image_density(fn: Distribution, u: Tensor) -> Any:
     """Pushes the exact density of the base through the transforms."""
     inner = bijection_onto(normalized_support(fn.base_dist))
     value = inner(u)
@@ -218,7 +219,7 @@ def _log_simplex(u: Tensor) -> Tensor:
     return torch.cat([log_share, last], -1)
 
 
-def draw_unconstrained(fn: Any) -> Tensor | None:
+def draw_unconstrained(fn: Distribution) -> Tensor | None:
     """Draws u, so that ``z(u)`` is a draw that no rounding has moved.
 
     Args:
@@ -238,7 +239,7 @@ def draw_unconstrained(fn: Any) -> Tensor | None:
     return u
 
 
-def _draw(fn: Any) -> Any:
+def _draw(fn: Distribution) -> Any:
     if isinstance(fn, dist.Beta):
         return _log_gamma(fn.concentration1) - _log_gamma(fn.concentration0)
     if isinstance(fn, dist.Kumaraswamy):

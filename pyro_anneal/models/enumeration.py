@@ -11,6 +11,7 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from .sites import plate_frames
+from .types import Trace
 
 __all__ = ["Summed", "sum_out"]
 
@@ -27,7 +28,7 @@ class Summed(NamedTuple):
 
 
 def sum_out(
-    trace: Any,
+    trace: Trace,
     sites: Iterable[tuple[str, Mapping[str, Any]]],
     enumerated: Iterable[str],
     log_prob: Callable[[Mapping[str, Any]], Tensor],

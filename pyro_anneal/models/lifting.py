@@ -31,6 +31,7 @@ from .sites import (
     observed_sites,
     sum_to_batch,
 )
+from .types import Distribution, Message, Node, Trace
 
 __all__ = ["CannotLift", "liftable_sites", "lifted_densities", "own_extension"]
 
@@ -51,12 +52,12 @@ class _Mark(Messenger):  # type: ignore[misc]
         super().__init__()
         self.names = names
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.names:
             msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
 
 
-def liftable_sites(layout: Layout, trace: Any) -> list[str]:
+def liftable_sites(layout: Layout, trace: Trace) -> list[str]:
     """Names the discrete latents of a trace that can be enumerated.
 
     Args:
@@ -127,11 +128,11 @@ def lifted_densities(
     return torch.stack(prior).sum(0), torch.stack(joint).sum(0)
 
 
-def _plates(node: Mapping[str, Any]) -> set[str]:
+def _plates(node: Node) -> set[str]:
     return {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
 
 
-def own_extension(site: Site, u: Tensor, fn: Any) -> Tensor:
+def own_extension(site: Site, u: Tensor, fn: Distribution) -> Tensor:
     """Computes the extension of one site's own log density, values of others being fixed.
 
     Args:
@@ -154,7 +155,7 @@ def _categories_last(site: Site, u: Tensor) -> Tensor:
     return torch.stack([1.0 - u, u], dim=-1) if site.transform.kind == "binary" else u
 
 
-def _weight(site: Site, u: Tensor, node: Mapping[str, Any]) -> tuple[str, Tensor]:
+def _weight(site: Site, u: Tensor, node: Node) -> tuple[str, Tensor]:
     """Packs one-hot weights ``[*batch_shape, categories]``, categories as the enumerated dim."""
     weight = _categories_last(site, u)
     infer = node["infer"]
@@ -168,11 +169,11 @@ def _weight(site: Site, u: Tensor, node: Mapping[str, Any]) -> tuple[str, Tensor
 
 def _contract(
     name: str,
-    node: Mapping[str, Any],
+    node: Node,
     table: Tensor,
     weights: Mapping[str, tuple[Tensor, set[str]]],
     layout: Layout,
-    trace: Any,
+    trace: Trace,
 ) -> Tensor:
     """Averages one factor's table over the weights of the sites it depends on."""
     dims = table._pyro_dims  # type: ignore[attr-defined]

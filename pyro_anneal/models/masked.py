@@ -7,41 +7,39 @@ for the log density only: what the model itself reads stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .sites import base_distribution, is_factor, is_wrapper, observed_sites, unmasked
 from .supports import bijection_onto, normalized_support
+from .types import Distribution, Node, Trace
 
 __all__ = ["check_masked", "fill_masked", "reads_nan_as_missing"]
 
 
-def reads_nan_as_missing(fn: Any) -> bool:
+def reads_nan_as_missing(fn: Distribution) -> bool:
     """Tells whether a distribution takes NaN for a missing value."""
     kinds = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
     return isinstance(base_distribution(fn), kinds)
 
 
-def fill_masked(trace: Any) -> None:
+def fill_masked(trace: Trace) -> None:
     """Fills observed values of a trace where masks are False, before log densities are computed.
 
     Args:
         trace: A run of the model; its nodes are changed, and no tensor.
     """
-    for site in observed_sites(trace).values():
+    for name, site in observed_sites(trace).items():
         mask, value = _mask(site), site["value"]
         if mask is None or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         inside = _inside(site["fn"], value)
         if inside is not None:
-            site["value"] = torch.where(mask, value, inside)
+            trace.nodes[name]["value"] = torch.where(mask, value, inside)
 
 
-def check_masked(trace: Any) -> None:
+def check_masked(trace: Trace) -> None:
     """Checks that NaN stands under masks alone, and in values alone.
 
     Raises:
@@ -66,7 +64,7 @@ def check_masked(trace: Any) -> None:
             )
 
 
-def _check_unmasked(name: str, site: Mapping[str, Any], mask: Tensor | None) -> None:
+def _check_unmasked(name: str, site: Node, mask: Tensor | None) -> None:
     value = site["value"]
     if is_factor(site) or not isinstance(value, Tensor) or not value.is_floating_point():
         return
@@ -83,7 +81,7 @@ def _check_unmasked(name: str, site: Mapping[str, Any], mask: Tensor | None) -> 
         )
 
 
-def _mask(site: Mapping[str, Any]) -> Tensor | None:
+def _mask(site: Node) -> Tensor | None:
     """Combines the masks of a site, in the shape of its value; None if no tensor is among them."""
     value, fn = site["value"], site["fn"]
     if is_factor(site) or not isinstance(value, Tensor):
@@ -106,7 +104,7 @@ def _mask(site: Mapping[str, Any]) -> Tensor | None:
     return combined
 
 
-def _inside(fn: Any, value: Tensor) -> Tensor | None:
+def _inside(fn: Distribution, value: Tensor) -> Tensor | None:
     """Finds a value inside the support, without gradient, or None where no way to it is known."""
     try:
         support = normalized_support(fn)

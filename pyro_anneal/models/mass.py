@@ -25,6 +25,7 @@ from torch.distributions import TransformedDistribution
 
 from .sites import base_distribution
 from .supports import bijection_onto, can_be_sampled, normalized_support
+from .types import Distribution, Support
 from .validation import validation_disabled
 
 __all__ = ["check_normalized", "is_of_user", "saturates"]
@@ -36,7 +37,7 @@ _TOLERANCE = 0.02  # of the mass
 _KS = 3.0  # Kolmogorov's statistic: exceeded by chance once in 3e7
 
 
-def is_of_user(fn: Any) -> bool:
+def is_of_user(fn: Distribution) -> bool:
     """Tells whether a distribution, or a part of it, is of a class outside of torch and Pyro."""
     fn = base_distribution(fn)
     if type(fn).__module__.split(".")[0] not in _KNOWN:
@@ -82,7 +83,7 @@ def _generator_of_its_own() -> Iterator[None]:
         yield
 
 
-def check_normalized(where: str, fn: Any) -> None:
+def check_normalized(where: str, fn: Distribution) -> None:
     """Checks draws, and in one dimension the mass, of a distribution of the user's own.
 
     Args:
@@ -108,7 +109,7 @@ def check_normalized(where: str, fn: Any) -> None:
         raise ValueError(f"at {where}: {problem}")
 
 
-def _problem(fn: Any, support: Any) -> str | None:
+def _problem(fn: Distribution, support: Support) -> str | None:
     kind = type(fn).__name__
     size = max(torch.Size(fn.batch_shape).numel(), 1)
     try:
@@ -137,12 +138,12 @@ def _problem(fn: Any, support: Any) -> str | None:
     return _problem_of_mass(fn, support, draws)
 
 
-def _example(draws: Tensor, fine: Tensor, fn: Any) -> Any:
+def _example(draws: Tensor, fine: Tensor, fn: Distribution) -> Any:
     first = tuple(int(i) for i in (~fine).nonzero()[0])
     return draws[first[: draws.dim() - len(fn.event_shape)]].tolist()
 
 
-def _problem_of_mass(fn: Any, support: Any, draws: Tensor) -> str | None:
+def _problem_of_mass(fn: Distribution, support: Support, draws: Tensor) -> str | None:
     kind, transform = type(fn).__name__, bijection_onto(support)
     edge = saturates(transform, draws).double().mean(0).flatten()  # share of the draws
     u = transform.inv(draws)
@@ -193,7 +194,7 @@ def _knots(u: Tensor) -> Tensor:
 
 
 def _integrate(
-    fn: Any, transform: Any, knots: Tensor, dtype: torch.dtype
+    fn: Distribution, transform: Any, knots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Integrates a piecewise log-linear density: the mass ``[B]``, and its part below each knot."""
     u = knots.to(dtype).reshape(len(knots), *fn.batch_shape)

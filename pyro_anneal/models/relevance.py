@@ -8,7 +8,7 @@ latent function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .sites import latent_sites, mark_points, observed_sites
+from .types import Arguments, Fn, Message, Node, Trace
 from .validation import validation_disabled
 
 __all__ = ["unread_sites"]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _MOST_RUNS = 200  # of the model, where gradients do not tell
 
@@ -33,14 +33,12 @@ class _Put(Messenger):  # type: ignore[misc]
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-def unread_sites(
-    model: Callable[..., Any], arguments: Arguments, first: Any, second: Any
-) -> tuple[str, ...]:
+def unread_sites(model: Fn, arguments: Arguments, first: Any, second: Any) -> tuple[str, ...]:
     """Names the latents that reach no observed site.
 
     A site is read where the gradient of an observed site's log density with respect to its value is
@@ -73,19 +71,19 @@ def unread_sites(
     return _unread_by_value(model, arguments, values, others, left, read)
 
 
-def _value(trace: Any, name: str) -> Tensor:
+def _value(trace: Trace, name: str) -> Tensor:
     value: Tensor = trace.nodes[name]["value"]
     return value.detach()
 
 
-def _is_missing_data(name: str, trace: Any) -> bool:
+def _is_missing_data(name: str, trace: Trace) -> bool:
     """Tells whether a site holds the values that ``obs_mask`` says are missing."""
     whole, ends = name.removesuffix("_unobserved"), name.endswith("_unobserved")
     return ends and f"{whole}_observed" in trace.nodes
 
 
 def _trace(
-    model: Callable[..., Any], arguments: Arguments, values: Mapping[str, Tensor]
+    model: Fn, arguments: Arguments, values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs the model at given values; returns its latent and its observed sites."""
     args, kwargs = arguments
@@ -96,9 +94,7 @@ def _trace(
     return latent_sites(trace), observed_sites(trace)
 
 
-def _read_by_gradient(
-    model: Callable[..., Any], arguments: Arguments, values: Mapping[str, Tensor]
-) -> set[str]:
+def _read_by_gradient(model: Fn, arguments: Arguments, values: Mapping[str, Tensor]) -> set[str]:
     """Follows gradients from the observed sites up, generation by generation."""
     with torch.enable_grad():
         leaves = {
@@ -126,7 +122,7 @@ def _read_by_gradient(
 
 
 def _unread_by_value(
-    model: Callable[..., Any],
+    model: Fn,
     arguments: Arguments,
     values: Mapping[str, Tensor],
     others: list[dict[str, Tensor]],
@@ -157,6 +153,6 @@ def _unread_by_value(
         known |= found
 
 
-def _differ(site: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+def _differ(site: Node, before: Node) -> bool:
     one, two = site["unscaled_log_prob"], before["unscaled_log_prob"]
     return one.shape != two.shape or not bool(((one == two) | (one.isnan() & two.isnan())).all())

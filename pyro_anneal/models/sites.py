@@ -16,6 +16,8 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .types import Distribution, Node, Support, Trace
+
 __all__ = [
     "TRANSPORT",
     "BatchPlate",
@@ -41,7 +43,7 @@ __all__ = [
 TRANSPORT = "guide: "  # begins the names of sites that stand for a guide's (models/transport.py)
 
 
-def is_wrapper(fn: Any) -> bool:
+def is_wrapper(fn: Distribution) -> bool:
     """Tells whether a distribution is a ``to_event``, ``mask`` or ``expand`` of another."""
     return isinstance(fn, dist.MaskedDistribution) or type(fn).__name__ in (
         "ExpandedDistribution",
@@ -49,14 +51,14 @@ def is_wrapper(fn: Any) -> bool:
     )
 
 
-def base_distribution(fn: Any) -> Any:
+def base_distribution(fn: Distribution) -> Any:
     """Unwraps ``to_event``, ``mask`` and ``expand`` down to the distribution that does the work."""
     while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
 
-def unmasked(fn: Any) -> Any:
+def unmasked(fn: Distribution) -> Any:
     """Removes every ``mask`` from a distribution, also from below ``to_event`` and ``expand``."""
     if isinstance(fn, dist.MaskedDistribution):
         return unmasked(fn.base_dist)
@@ -68,7 +70,7 @@ def unmasked(fn: Any) -> Any:
     return base.expand(fn.batch_shape)
 
 
-def is_deterministic(site: Mapping[str, Any]) -> bool:
+def is_deterministic(site: Node) -> bool:
     """Tells whether a site only records a value and has no density.
 
     That is ``pyro.deterministic``, and the site that ``poutine.reparam`` leaves in place of one it
@@ -84,7 +86,7 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     return masked_out and isinstance(fn, dist.Delta)
 
 
-def is_flat(site: Mapping[str, Any]) -> bool:
+def is_flat(site: Node) -> bool:
     """Tells whether a constant mask False leaves a latent site without any density of its own.
 
     NeuTraReparam and contrib.epidemiology do so: the prior is written elsewhere, as a factor. A
@@ -97,7 +99,7 @@ def is_flat(site: Mapping[str, Any]) -> bool:
     return any(mask is False for mask in masks)
 
 
-def is_point(site: Mapping[str, Any]) -> bool:
+def is_point(site: Node) -> bool:
     """Tells whether a site samples a ``Delta`` without a log density of its own: a known value."""
     fn = base_distribution(site["fn"])
     observed = site["is_observed"] or site["infer"].get("was_observed")
@@ -107,7 +109,7 @@ def is_point(site: Mapping[str, Any]) -> bool:
     return not log_density.requires_grad and bool((log_density == 0).all())
 
 
-def mark_points(model_trace: Any, guide_trace: Any | None = None) -> None:
+def mark_points(model_trace: Trace, guide_trace: Trace | None = None) -> None:
     """Marks the ``Delta`` sites of a model's trace as deterministic, where no guide draws them.
 
     ``pyro.sample("d", Delta(v))`` is how models recorded a value before ``pyro.deterministic``.
@@ -119,29 +121,29 @@ def mark_points(model_trace: Any, guide_trace: Any | None = None) -> None:
             site["is_observed"] = True  # as at sites of pyro.deterministic
 
 
-def is_factor(site: Mapping[str, Any]) -> bool:
+def is_factor(site: Node) -> bool:
     """Tells whether a site is a ``pyro.factor``."""
     return isinstance(base_distribution(site["fn"]), dist.Unit)
 
 
-def density_sites(trace: Any) -> Iterable[tuple[str, dict[str, Any]]]:
+def density_sites(trace: Trace) -> Iterable[tuple[str, Node]]:
     """Iterates over the sample sites of a trace that carry a density, in program order."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site):
             yield name, site
 
 
-def latent_sites(trace: Any) -> dict[str, dict[str, Any]]:
+def latent_sites(trace: Trace) -> dict[str, Node]:
     """Collects the latent sites of a trace, in program order."""
     return {name: site for name, site in density_sites(trace) if not site["is_observed"]}
 
 
-def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
+def observed_sites(trace: Trace) -> dict[str, Node]:
     """Collects the observed sites of a trace that carry a density, factors included."""
     return {name: site for name, site in density_sites(trace) if site["is_observed"]}
 
 
-def plate_frames(site: Mapping[str, Any]) -> dict[str, Any]:
+def plate_frames(site: Node) -> dict[str, Any]:
     """Collects the vectorized plates around a site, by name."""
     return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
 
@@ -185,7 +187,7 @@ class Site:
     dtype: torch.dtype
     start: int
     stop: int
-    support: Any = None  # where the prototype's density is normalized
+    support: Support = None  # where the prototype's density is normalized
     is_exact: bool = False  # whether its density is known in u itself, also at edges
 
     @property

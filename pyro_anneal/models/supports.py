@@ -16,10 +16,11 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
 from torch import Tensor
-from torch.distributions import Distribution, TransformedDistribution, biject_to
+from torch.distributions import TransformedDistribution, biject_to
 
 from .charts import CircleTransform, PositiveDefiniteTransform, SphereTransform
 from .sites import base_distribution
+from .types import Distribution, Support
 
 __all__ = [
     "Circle",
@@ -101,14 +102,14 @@ class Image(constraints.Constraint):  # type: ignore[misc]
         return f"image of {self.base} under {names}"
 
 
-def leaf_constraint(constraint: Any) -> Any:
+def leaf_constraint(constraint: Support) -> Any:
     """Removes ``constraints.independent``."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
 
 
-def normalized_support(fn: Any) -> Any:
+def normalized_support(fn: Distribution) -> Any:
     """Works out the set on which a distribution's density is normalized.
 
     Args:
@@ -140,7 +141,7 @@ def normalized_support(fn: Any) -> Any:
     return constraints.independent(support, extra) if extra > 0 else support
 
 
-def _base_support(fn: Any) -> Any:
+def _base_support(fn: Distribution) -> Any:
     if isinstance(fn, _CIRCULAR):
         return Circle(_centre(fn))
     if isinstance(fn, dist.ProjectedNormal | dist.VonMises3D):
@@ -157,7 +158,7 @@ def _base_support(fn: Any) -> Any:
     return support
 
 
-def _pareto_support(fn: Any) -> Any:
+def _pareto_support(fn: Distribution) -> Any:
     """Tells bounded tails from unbounded ones; the declared interval has an infinite end."""
     bounded = fn.concentration < 0
     if bool(bounded.all()):
@@ -170,7 +171,7 @@ def _pareto_support(fn: Any) -> Any:
     return constraints.greater_than(fn.loc)
 
 
-def _centre(fn: Any) -> Tensor:
+def _centre(fn: Distribution) -> Tensor:
     """Finds where the mass of a circular family is, so that the cut may lie opposite."""
     if isinstance(fn, dist.SineSkewed):
         return _centre(fn.base_dist)
@@ -181,13 +182,13 @@ def _centre(fn: Any) -> Tensor:
     return torch.zeros(())
 
 
-def _is_pushed(fn: Any) -> bool:
+def _is_pushed(fn: Distribution) -> bool:
     """Tells whether a class takes its support from its last transform alone."""
     generic = getattr(type(fn), "support", None) is TransformedDistribution.support
     return bool(fn.transforms) and (generic or isinstance(fn, _PUSHED))
 
 
-def _pushed(fn: Any) -> Any:
+def _pushed(fn: Distribution) -> Any:
     bent = [type(t).__name__ for t in fn.transforms if not t.bijective]
     if bent:
         raise ValueError(
@@ -200,7 +201,7 @@ def _pushed(fn: Any) -> Any:
     return Image(support, tuple(fn.transforms), len(fn.event_shape))
 
 
-def _fills(support: Any, transforms: Any, event_dim: int) -> bool:
+def _fills(support: Support, transforms: Any, event_dim: int) -> bool:
     """Tells whether a set is all of each transform's domain in turn."""
     for transform in transforms:
         if not _equal_sets(leaf_constraint(support), leaf_constraint(transform.domain)):
@@ -221,7 +222,7 @@ def _equal_sets(first: Any, second: Any) -> bool:
     return plain and all(a == b for a, b in pairs)
 
 
-def _mixture_support(fn: Any) -> Any:
+def _mixture_support(fn: Distribution) -> Any:
     """Finds the common support of the components of a mixture."""
     component = fn.component_distribution
     support = normalized_support(component)
@@ -278,7 +279,7 @@ def _common(leaf: Any, axis: int, component: Any) -> Any:
     return type(leaf)(*[bounds[key] for key in ("lower_bound", "upper_bound") if key in bounds])
 
 
-def bijection_onto(constraint: Any) -> Any:
+def bijection_onto(constraint: Support) -> Any:
     """Finds the bijection from unconstrained values onto a set.
 
     Args:
@@ -307,18 +308,23 @@ def bijection_onto(constraint: Any) -> Any:
     return biject_to(constraint)
 
 
-def is_improper(fn: Any) -> bool:
+def is_improper(fn: Distribution) -> bool:
     """Tells whether a distribution has no normalized density."""
     return isinstance(base_distribution(fn), dist.ImproperUniform)
 
 
-def can_be_sampled(fn: Any) -> bool:
+def can_be_sampled(fn: Distribution) -> bool:
     """Tells whether a distribution has draws: VonMises3D, say, has a density alone."""
     kind = type(base_distribution(fn))
-    plain = kind.sample is Distribution.sample or kind.sample is dist.TorchDistribution.sample
-    return not is_improper(fn) and not (plain and kind.rsample is Distribution.rsample)
+    plain = (
+        kind.sample is torch.distributions.Distribution.sample
+        or kind.sample is dist.TorchDistribution.sample
+    )
+    return not is_improper(fn) and not (
+        plain and kind.rsample is torch.distributions.Distribution.rsample
+    )
 
 
-def is_mistaken_by_pyro(support: Any) -> bool:
+def is_mistaken_by_pyro(support: Support) -> bool:
     """Tells whether AutoGuides of Pyro place a site on a wider set than its own."""
     return isinstance(leaf_constraint(support), Circle | Image)

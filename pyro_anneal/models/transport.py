@@ -14,7 +14,7 @@ f(a), and factors take q(a) and the log densities of the Deltas away again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from .checks import explained
 from .density import Arguments, ModelDensity, Substitute
 from .inspection import inspect_model
 from .sites import TRANSPORT, Layout, base_distribution, is_deterministic, latent_sites, unmasked
+from .types import Fn, Message
 from .validation import validation_disabled
 
 __all__ = ["Transport", "TransportDensity", "inspect_transport", "is_transport"]
@@ -75,7 +76,7 @@ class _Reveal(Messenger):  # type: ignore[misc]
         self.log_density: list[Tensor] = []  # of the Deltas, summed
         self._drawn: dict[str, str] = {}  # the guide's names of its sites, by those shown
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
         if name.startswith(TRANSPORT):
             return
@@ -90,7 +91,7 @@ class _Reveal(Messenger):  # type: ignore[misc]
             msg["name"] = f"{TRANSPORT}{name}"
         self._drawn[msg["name"]] = name  # also where a handler outside conditions it
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         name = self._drawn.pop(msg["name"], None)
         if name is None:
             return
@@ -115,8 +116,8 @@ class Transport:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Fn,
+        guide: Fn,
         arguments: Arguments,
         sites: Collection[str],
     ) -> None:
@@ -171,8 +172,8 @@ class TransportDensity(ModelDensity):
 
 
 def inspect_transport(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Fn,
+    guide: Fn,
     model_args: Arguments,
     guide_args: Arguments,
     *,

@@ -14,7 +14,7 @@ model's latents is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from ..models.mass import check_normalized
 from ..models.precision import in_float64
 from ..models.sites import Layout, base_distribution, latent_sites, sum_to_batch, unmasked
 from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
+from ..models.types import Fn, Node, Trace
 from ..models.validation import validation_disabled
 from .components import Component
 from .exchangeable import Symmetry
@@ -84,9 +85,7 @@ class PriorBase:
 class GuideBase:
     """Starts from a Pyro guide: hand-written, an AutoGuide, or a list of both."""
 
-    def __init__(
-        self, guide: Callable[..., Any], model: ModelDensity, arguments: Arguments
-    ) -> None:
+    def __init__(self, guide: Fn, model: ModelDensity, arguments: Arguments) -> None:
         self.guide = guide
         self.model = model
         self.arguments = arguments
@@ -144,7 +143,7 @@ class GuideBase:
         """Tells whether the guide's density of a site is known in u itself, also at edges."""
         return name in self._exact
 
-    def _check_angles(self, trace: Any) -> None:
+    def _check_angles(self, trace: Trace) -> None:
         """Refuses guides on the reals for sites that live on a period, or on an image."""
         for site in self.model.layout.sites:
             if site.name not in self._direct and is_mistaken_by_pyro(site.support):
@@ -164,7 +163,7 @@ class GuideBase:
                         'guide="auto"'
                     )
 
-    def _auxiliary(self, trace: Any) -> set[str]:
+    def _auxiliary(self, trace: Trace) -> set[str]:
         """Collects the sites on which an AutoGuide is conditioned."""
         if not autoguides.is_autoguide(self.guide):
             return set()
@@ -247,7 +246,7 @@ class GuideBase:
         with validation_disabled(), poutine.block(), substitute or Messenger(), IndexByTensor():
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
-    def _log_prob(self, site: Any, evaluation: ModelEvaluation) -> Tensor:
+    def _log_prob(self, site: Node, evaluation: ModelEvaluation) -> Tensor:
         """Computes the log density of one site, in closed form of u where values may be rounded."""
         name, fn = site["name"], unmasked(site["fn"])
         exact = None
@@ -257,7 +256,7 @@ class GuideBase:
         return log_prob
 
     def _sum_out(
-        self, trace: Any, evaluation: ModelEvaluation, zero: Tensor
+        self, trace: Trace, evaluation: ModelEvaluation, zero: Tensor
     ) -> tuple[Tensor, list[str]]:
         """Sums the guide's density over the sites that the model enumerates, too."""
         found = sum_out(

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import TypeIs
 
 from .._version import __version__
+from ..models.types import Array
 
 if TYPE_CHECKING:  # results import their exports, not the other way round
     from .run import AnnealedRun
@@ -276,8 +277,8 @@ def _datasets(
     return result
 
 
-def _numpy(value: Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = value.detach().cpu().numpy()
+def _numpy(value: Tensor) -> Array:
+    array: Array = value.detach().cpu().numpy()
     return array
 
 

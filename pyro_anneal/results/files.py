@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..models.types import Array
 
 __all__ = ["load_result", "save_result", "stored"]
 
@@ -50,7 +51,7 @@ def save_result(result: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: If a field holds what can be neither JSON nor an array.
     """
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    arrays: dict[str, Array] = {}
     content = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -102,13 +103,13 @@ def load_result(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     return _decode(content["result"], arrays)
 
 
-def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
+def _read(archive: zipfile.ZipFile, name: str) -> Array:
     with archive.open(name) as member:
-        array: np.ndarray[Any, Any] = np.lib.format.read_array(member, allow_pickle=False)
+        array: Array = np.lib.format.read_array(member, allow_pickle=False)
     return array
 
 
-def _encode(value: Any, arrays: dict[str, np.ndarray[Any, Any]], where: str) -> Any:
+def _encode(value: Any, arrays: dict[str, Array], where: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -131,7 +132,7 @@ def _encode(value: Any, arrays: dict[str, np.ndarray[Any, Any]], where: str) -> 
     raise TypeError(f"{where} is a {type(value).__name__}, which cannot be saved")
 
 
-def _encode_tensor(value: Tensor, arrays: dict[str, np.ndarray[Any, Any]], where: str) -> Any:
+def _encode_tensor(value: Tensor, arrays: dict[str, Array], where: str) -> Any:
     key = f"{len(arrays)} {where}".replace("/", "|")
     value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     dtype = str(value.dtype).removeprefix("torch.")
@@ -142,7 +143,7 @@ def _encode_tensor(value: Tensor, arrays: dict[str, np.ndarray[Any, Any]], where
     return {"tensor": key, "dtype": dtype, "shape": list(value.shape)}
 
 
-def _decode(value: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
+def _decode(value: Any, arrays: dict[str, Array]) -> Any:
     if isinstance(value, list):
         return [_decode(item, arrays) for item in value]
     if not isinstance(value, dict):

@@ -16,6 +16,8 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from ..models.types import Array, Axes, Figure
+
 if TYPE_CHECKING:  # results import their pictures, not the other way round
     from .batches import EvidenceOfBatches
     from .comparison import Comparison
@@ -47,7 +49,7 @@ def plot_bounds(
     *,
     truth: float | None = None,
     axes: Sequence[Any] | None = None,
-) -> Any:
+) -> Figure:
     """Draws bounds on the log evidence against the number of steps T.
 
     Points are means over pairs (or the batch), bars twice their standard error. Sandwiches get a
@@ -81,7 +83,7 @@ def plot_bounds(
 
 
 def _plot_sides(
-    axes: Any, ordered: Mapping[int, AnnealedRun | Sandwich], truth: float | None
+    axes: Axes, ordered: Mapping[int, AnnealedRun | Sandwich], truth: float | None
 ) -> None:
     for side, color in (("lower", _LOWER), ("upper", _UPPER)):
         points = [(t, *_mean_bound(r, side)) for t, r in ordered.items() if _has(r, side)]
@@ -99,7 +101,7 @@ def _plot_sides(
     _legend(axes)
 
 
-def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any:
+def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Axes = None) -> Figure:
     """Draws histograms of the log-weights of each direction, with the bounds as lines.
 
     A batch is pooled after subtracting each datum's log evidence (Bennett's estimate, or the bound
@@ -147,7 +149,7 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any
     return axes.figure
 
 
-def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None) -> Any:
+def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Axes = None) -> Figure:
     r"""Draws the mean of ``log p/q`` along the path, and its integral.
 
     The integral of :math:`E_\beta[\log p / q]` over beta is the log evidence; the dashed line is
@@ -202,7 +204,9 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Any = None
     return axes.figure
 
 
-def plot_acceptance(result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | None = None) -> Any:
+def plot_acceptance(
+    result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | None = None
+) -> Figure:
     """Draws acceptance and step size against beta.
 
     Args:
@@ -247,7 +251,7 @@ def plot_acceptance(result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | N
     return axes[0].figure
 
 
-def plot_run(run: AnnealedRun) -> Any:
+def plot_run(run: AnnealedRun) -> Figure:
     """Draws the four pictures of a run: weights, thermodynamic curve, acceptance, step size.
 
     Args:
@@ -263,7 +267,7 @@ def plot_run(run: AnnealedRun) -> Any:
     return _four_panels(run, title)
 
 
-def plot_sandwich(sandwich: Sandwich) -> Any:
+def plot_sandwich(sandwich: Sandwich) -> Figure:
     """Draws the four pictures of a sandwich, both directions in each.
 
     Args:
@@ -284,7 +288,7 @@ def plot_sandwich(sandwich: Sandwich) -> Any:
     )
 
 
-def plot_batches(evidence: EvidenceOfBatches) -> Any:
+def plot_batches(evidence: EvidenceOfBatches) -> Figure:
     """Draws the evidence of data that came in batches: lower bounds and effective sample sizes.
 
     Args:
@@ -318,7 +322,7 @@ def plot_batches(evidence: EvidenceOfBatches) -> Any:
     return figure
 
 
-def plot_mutual_information(information: MutualInformation) -> Any:
+def plot_mutual_information(information: MutualInformation) -> Figure:
     """Draws bounds on mutual information, and the values of the pairs whose means they are.
 
     Args:
@@ -367,7 +371,7 @@ def plot_mutual_information(information: MutualInformation) -> Any:
     return figure
 
 
-def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Any = None) -> Any:
+def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Axes = None) -> Figure:
     """Draws a forest of log Bayes factors: each model against the best.
 
     A thick bar is the asymptotic normal interval. A thin one is guaranteed in finite samples, where
@@ -435,11 +439,11 @@ def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Any = 
     return axes.figure
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def _legend_above(axes: Any) -> None:
+def _legend_above(axes: Axes) -> None:
     """Makes room for a legend above all that is drawn."""
     handles, labels = axes.get_legend_handles_labels()
     rows = -(-len(labels) // 2)
@@ -461,7 +465,7 @@ def _legend_above(axes: Any) -> None:
     )
 
 
-def _steps_axis(axes: Any, steps: Sequence[int]) -> None:
+def _steps_axis(axes: Axes, steps: Sequence[int]) -> None:
     """Labels a logarithmic axis at the numbers of steps, as far as they have room."""
     axes.set_xlabel("steps $T$")
     span = math.log(steps[-1] / steps[0]) if len(steps) > 1 else 0.0
@@ -489,7 +493,7 @@ def _batch(result: AnnealedRun | Sandwich) -> tuple[int, ...]:
 _EXPECTATION = r"$E_\beta[\log p/q]$"
 
 
-def _four_panels(result: AnnealedRun | Sandwich, title: str) -> Any:
+def _four_panels(result: AnnealedRun | Sandwich, title: str) -> Figure:
     figure = pyplot().figure(figsize=(9.0, 6.2), layout="constrained")
     panels = figure.subplots(2, 2)
     plot_log_weights(result, axes=panels[0, 0])
@@ -499,7 +503,7 @@ def _four_panels(result: AnnealedRun | Sandwich, title: str) -> Any:
     return figure
 
 
-def _plot_gaps(axes: Any, sandwiches: Mapping[int, Sandwich]) -> None:
+def _plot_gaps(axes: Axes, sandwiches: Mapping[int, Sandwich]) -> None:
     steps = np.array(list(sandwiches))
     gaps = np.array([s.gap.mean().item() for s in sandwiches.values()])
     errors = np.array([s.std_error["gap"].item() for s in sandwiches.values()])
@@ -549,7 +553,7 @@ def _mean_bound(result: AnnealedRun | Sandwich, side: str) -> tuple[float, float
     return bound.mean().item(), single
 
 
-def _bin_edges(samples: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def _bin_edges(samples: list[Array]) -> Array:
     """Shares bins between directions; the range leaves out what lies far from the middle half."""
     values = np.concatenate(samples)
     if values.size == 0:
@@ -563,7 +567,7 @@ def _bin_edges(samples: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return np.linspace(low, high, count + 1)
 
 
-def _scale_beta_axis(axes: Any, result: AnnealedRun | Sandwich) -> None:
+def _scale_beta_axis(axes: Axes, result: AnnealedRun | Sandwich) -> None:
     betas = _numpy(next(iter(_runs(result).values())).betas)
     middle = float(np.median(betas))
     axes.set_xlabel(r"inverse temperature $\beta$")
@@ -594,7 +598,7 @@ def _scale_beta_axis(axes: Any, result: AnnealedRun | Sandwich) -> None:
     axes.set_xlim(0.0, 1.0)
 
 
-def _scale_step_sizes(axes: Any, step_sizes: np.ndarray[Any, Any]) -> None:
+def _scale_step_sizes(axes: Axes, step_sizes: Array) -> None:
     axes.set_ylabel("step size")
     if step_sizes.size and step_sizes.max() > 10.0 * step_sizes.min() > 0.0:
         axes.set_yscale("log")
@@ -607,21 +611,21 @@ def _tidy(*panels: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finite(values: Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = _numpy(values).reshape(-1)
+def _finite(values: Tensor) -> Array:
+    array: Array = _numpy(values).reshape(-1)
     return np.asarray(array[np.isfinite(array)])
 
 
-def _numpy(values: Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = values.detach().cpu().numpy()
+def _numpy(values: Tensor) -> Array:
+    array: Array = values.detach().cpu().numpy()
     return array
 
 
-def _new_axes() -> Any:
+def _new_axes() -> Figure:
     return pyplot().figure(figsize=(4.8, 3.6), layout="constrained").subplots()
 
 
-def pyplot() -> Any:
+def pyplot() -> Figure:
     try:
         from matplotlib import pyplot
     except ImportError as error:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ..models.density import Arguments, ModelDensity
 from ..models.sites import Layout
+from ..models.types import Fn
 from ..models.validation import validation_disabled
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
@@ -19,9 +18,7 @@ __all__ = ["exact_run"]
 NOTE = "exact: the model has no latent to move, so that its log density is its log evidence"
 
 
-def exact_run(
-    model: Callable[..., Any], arguments: Arguments, layout: Layout, *, num_chains: int
-) -> AnnealedRun:
+def exact_run(model: Fn, arguments: Arguments, layout: Layout, *, num_chains: int) -> AnnealedRun:
     """Computes the log evidence of a model whose latents, if any, are all enumerated.
 
     Args:

@@ -76,7 +76,7 @@ def run_forward(
 ) -> Done:
     """Runs forward chains; their error is the standard error, over a batch the root mean square."""
     run, ends = forward(frozen, journal, prefix, stream=stream, keep_samples=keep_samples)
-    return _done((run,), ends, _std_error(run))
+    return Done((run,), ends, _std_error(run))
 
 
 def run_back(
@@ -84,7 +84,7 @@ def run_back(
 ) -> Done:
     """Runs reverse chains from posterior samples; the error is as that of forward chains."""
     run = reverse(frozen, position, journal, stream=stream, certified=certified)
-    return _done((run,), None, _std_error(run))
+    return Done((run,), None, _std_error(run))
 
 
 def run_both(
@@ -112,12 +112,7 @@ def run_both(
         back = reverse(
             frozen, starts, journal, prefix, stream=f"reverse{suffix}", keep_samples=keep_samples
         )
-    return _done((run, back), ends, _measured_gap(run, back))
-
-
-def _done(runs: tuple[AnnealedRun, ...], ends: Ends | None, error: Tensor) -> Done:
-    runs = tuple(replace(run, diagnostics=diagnostics.diagnose(run)) for run in runs)
-    return Done(runs, ends, error)
+    return Done((run, back), ends, _measured_gap(run, back))
 
 
 def _measured_gap(run: AnnealedRun, back: AnnealedRun) -> Tensor:
@@ -155,7 +150,7 @@ def _variance(run: AnnealedRun) -> Tensor:
 def _is_sound(history: list[Done]) -> bool:
     """Asks whether the last round's error may be believed, and whether the one before agrees."""
     run = history[-1].runs[0]
-    found = [d for each in history[-1].runs for d in each.diagnostics]
+    found = [d for each in history[-1].runs for d in diagnostics.diagnose(each)]
     if any(d.name in _UNSOUND and d.severity == "warning" for d in found):
         return False
     if len(history) == 1:
@@ -232,4 +227,5 @@ def _reported(history: list[Done], goal: Goal, last: Round) -> Done:
 
 
 def _without_samples(run: AnnealedRun) -> AnnealedRun:
-    return replace(run, posterior={}, observed={}, continuation=None)
+    found = diagnostics.diagnose(run)
+    return replace(run, posterior={}, observed={}, continuation=None, diagnostics=found)

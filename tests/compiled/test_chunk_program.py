@@ -23,7 +23,7 @@ from pyro_anneal.compiled.chains_last import Transposing, over_chains_last
 from pyro_anneal.compiled.choice import loop_problem, repays_compilation, repays_unrolling
 from pyro_anneal.compiled.program import LoopedDensity
 from pyro_anneal.compiled.step_graph import DensityGraphs, build_body
-from pyro_anneal.compiled.storage import Layout, Shared
+from pyro_anneal.compiled.storage import Shared, StorageLayout
 from pyro_anneal.compiled.unrolled import CannotUnroll, over_chains_unrolled
 from pyro_anneal.graphs import matrix_products
 from pyro_anneal.graphs.captured import capture
@@ -361,7 +361,7 @@ def test_shared_tensors_are_stored_once():
         Shared.of(tensor, transposed=tensor.shape == (300, 70), chains_last=False)
         for tensor in tensors
     )
-    layout = Layout(False, False, 1, 1, (), (), shared)
+    layout = StorageLayout(False, False, 1, 1, (), (), shared)
     stored = layout.store_shared(tensors)
     assert [buffer.numel() for buffer in stored] == [4 + 70 + 1, 3, 300 * 70, 300 * 70]
     assert stored[2].shape == (70, 300)  # transposed

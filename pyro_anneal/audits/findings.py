@@ -114,8 +114,8 @@ def _contradictions(result: EvidenceFromSamples) -> list[Diagnostic]:
         found.append(_finding("agreement", text, _distance(bridge, annealed)))
     thames = result.thames
     vague = thames.std_error > _VAGUE  # and then its own error is not known either
-    excess = (thames.value - bridge.value).abs() - _margin(thames, bridge)
-    if bool((excess > 0.0).logical_and(~vague).any()):
+    apart = (thames.value - bridge.value).abs() > _margin(thames, bridge)
+    if bool((apart & ~vague).any()):
         text = (
             "the truncated harmonic mean and bridge sampling differ by "
             f"{_distance(thames, bridge):.3g} nats, beyond their errors: the posterior is far from "

@@ -98,6 +98,16 @@ def test_cross_check_says_that_starts_disagree(one_fit):
     assert [found.name for found in run.diagnostics] == ["modes", "starts"]
 
 
+def test_cross_check_of_the_prior_finds_the_spike():
+    """Chains from the prior see the slab alone; a fit knows both phases."""
+    options = {"num_chains": 16, "num_steps": 100, "progress_bar": False, "seed": 0}
+    with pytest.warns(AnnealingWarning, match="starting from a fit finds 2.* nats more evidence"):
+        run = AnnealedImportance(spike_and_slab, None, cross_check=True, **options).run(
+            0.05, 0.9, 10
+        )
+    assert [found.name for found in run.diagnostics] == ["starts"]
+
+
 def test_cross_check_passes_an_easy_posterior():
     assert engine(one_mode, cross_check=True).run(X).diagnostics == ()
 

@@ -115,12 +115,8 @@ def scout_run(
         seen = scout(from_prior, problem.draw_prior, density, kernel, seed=seed)
         if seen is None:
             return {}
-        chains = [
-            problem.pack({name: value[k] for name, value in run.posterior.items()})
-            for k in range(run.num_chains)
-        ]
         with torch.no_grad():
-            end = density(torch.stack(chains))
+            end = density(problem.pack_chains(run.posterior))
         base = problem.base
         if isinstance(base, MixtureBase) and isinstance(base.first, FittedBase):
             unseen, known = _unseen_defensive(run, end, seen, base.first)

@@ -11,7 +11,8 @@ import torch
 from scipy.integrate import quad
 
 from pyro_anneal import AnnealedImportance, AnnealingWarning
-from pyro_anneal.problems import several
+from pyro_anneal.problems import fitted, several
+from pyro_anneal.problems.content import Remembered
 from pyro_anneal.problems.problem import prepare
 
 X = torch.tensor(9.0)
@@ -46,6 +47,7 @@ def engine(model, **options):
 def one_fit(monkeypatch):
     """Fits one Gaussian and no more, as in many dimensions or on many data."""
     monkeypatch.setattr(several, "_MOST_DIMENSIONS", 0)
+    monkeypatch.setattr(fitted, "_FITS", Remembered())  # no fit that other tests left
 
 
 def test_several_fits_find_both_modes():

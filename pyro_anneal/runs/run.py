@@ -21,6 +21,7 @@ from ..chains.tuning import Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import State
+from ..kernels.base import needs_gradients
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
 from ..persistence.randomness import derived_seed, seeded_generator
@@ -84,7 +85,7 @@ def make_problem(
             progress=bar.update,
             max_rows=size,
             once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
-            gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
+            gradients=moves and needs_gradients(settings.plan.kernel),
             make_start=make_start,
         )
     # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.

@@ -23,7 +23,6 @@ NOT_YET_EXECUTED = {
     "04_mutual_information",
     "05_mi_from_samples",
     "07_energy_priors",
-    "08_long_runs",
 }
 
 

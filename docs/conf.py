@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import shutil
 import sys
@@ -54,8 +55,19 @@ myst_heading_anchors = 3
 tutorials = HERE / "tutorials"
 shutil.rmtree(tutorials, ignore_errors=True)
 tutorials.mkdir()
-for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
-    shutil.copy(notebook, tutorials / notebook.name)
+for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
+    notebook = json.loads(path.read_text())
+    record = notebook["metadata"].get("pyro_anneal", {})
+    if record.get("size") == "full":
+        note = (
+            f"Executed in full, in {record['seconds']} seconds of wall time on a shared processor."
+        )
+    else:
+        note = "Not executed yet: `make tutorials` adds outputs and figures."
+    source = f"*{note}* The notebook: `tutorials/{path.name}`."
+    cell = {"cell_type": "markdown", "id": "how", "metadata": {}, "source": source}
+    notebook["cells"].insert(1, cell)
+    (tutorials / path.name).write_text(json.dumps(notebook))
 nb_execution_mode = "off"
 nb_merge_streams = True
 

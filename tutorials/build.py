@@ -87,6 +87,7 @@ def execute(text: Path) -> None:
 
     os.environ.pop("PYRO_ANNEAL_TUTORIAL_SIZE", None)
     os.environ["PYRO_ANNEAL_PROGRESS"] = "0"
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, without ipywidgets
     target = text.with_suffix(".ipynb")
     began = time.perf_counter()
     result = notebook(text)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..arguments import as_count, as_real
 from ..kernels import Density, Kernel, State, Tuning
-from ..kernels.base import SeveralStepSizes, step_targets
+from ..kernels.base import SeveralStepSizes, largest_step, step_targets
 from ..kernels.noise import draw_steps
 from ..weights import effective_sample_size, log_mean_exp, resample_indices
 from .fluctuations import Fluctuations, Pieces
@@ -325,8 +325,7 @@ def largest_log_step(kernel: Kernel, like: Tensor) -> Tensor:
 
     Where proposals are always accepted, steps would lengthen for ever and not come back in time.
     """
-    largest = getattr(kernel, "largest_step", math.inf)
-    return torch.as_tensor(largest, dtype=like.dtype, device=like.device).log()
+    return torch.as_tensor(largest_step(kernel), dtype=like.dtype, device=like.device).log()
 
 
 def log_scale_of(position: Tensor, previous: Tensor | None) -> Tensor:

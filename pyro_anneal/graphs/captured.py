@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +26,17 @@ from ..models.places import user_line
 from .exits import Exit, PositionLeft
 from .inductor import compile_graph, compiler_problem
 from .purity import check_pure, rows_meet_at, undisturbed, worst_difference
-from .recording import LINALG_ERROR, Outputs, Trace, batch, evaluate_or_nan, split, trace
+from .recording import (
+    LINALG_ERROR,
+    Outputs,
+    Recording,
+    Trace,
+    batch,
+    evaluate_or_nan,
+    record_densities,
+    split,
+    trace,
+)
 from .repetition import ComputeOnce, WrittenTo, repeated_dims
 from .rewriting import Impure
 
@@ -34,39 +46,54 @@ LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 Mode = Literal["compiled", "graph", "graph-loop", "eager"]
 
 
-class _Evaluator:
-    """One graph, split into the part per run and the part per evaluation."""
+class _Program:
+    """One graph, split into the part per run and the part per evaluation; it holds no data."""
 
-    def __init__(self, traced: Trace, constants: Sequence[Tensor]) -> None:
+    def __init__(self, traced: Trace, num_constants: int) -> None:
         self.prologue, self.body = split(traced.graph)
         self.run: Callable[..., Outputs] = self.body
-        self.own = traced.constants[len(constants) :]  # made by the passes, never rebound
+        self.own = traced.constants[num_constants:]  # made by the passes, never rebound
+        # Of the values of the first evaluation, for which the body may be compiled.
+        self.layouts: list[tuple[torch.Size, tuple[int, ...]]] | None = None
+
+
+class _Evaluator:
+    """A program on its data."""
+
+    def __init__(self, program: _Program, constants: Sequence[Tensor]) -> None:
+        self.program = program
         self.values: list[Tensor] = []
         self.refresh(constants)
 
+    @property
+    def body(self) -> fx.GraphModule:
+        """The part per evaluation."""
+        return self.program.body
+
     def refresh(self, constants: Sequence[Tensor]) -> None:
         """Evaluates what does not depend on the position."""
+        prologue = self.program.prologue
         with torch.no_grad():
-            tensors = [_dense(constant.detach()) for constant in (*constants, *self.own)]
+            tensors = [_dense(constant.detach()) for constant in (*constants, *self.program.own)]
             try:
                 with ComputeOnce():
-                    values = list(self.prologue(*tensors))
+                    values = list(prologue(*tensors))
             except WrittenTo:
-                values = list(self.prologue(*tensors))
-        if self.values:
-            for old, new in zip(self.values, values, strict=True):
-                if old.shape != new.shape:
-                    raise ValueError(
-                        f"the new constants change a shape inside the density from "
-                        f"{list(old.shape)} to {list(new.shape)} (a mask that selects another "
-                        "number of elements?): capture the density anew"
-                    )
-            pairs = zip(self.values, values, strict=True)
-            values = [_with_strides_of(old, new) for old, new in pairs]
+                values = list(prologue(*tensors))
+        if self.program.layouts is None:
+            self.program.layouts = [(value.shape, value.stride()) for value in values]
+        for at, (shape, strides) in enumerate(self.program.layouts):
+            if values[at].shape != shape:
+                raise ValueError(
+                    f"the new constants change a shape inside the density from {list(shape)} to "
+                    f"{list(values[at].shape)} (a mask that selects another number of elements?): "
+                    "capture the density anew"
+                )
+            values[at] = _with_strides(strides, values[at])
         self.values = values
 
     def __call__(self, position: Tensor) -> Outputs:
-        return self.run(position.contiguous(), *self.values)
+        return self.program.run(position.contiguous(), *self.values)
 
 
 class CapturedDensity:
@@ -102,6 +129,7 @@ class CapturedDensity:
         self.exits: tuple[Exit, ...] = () if traced is None else traced.exits
         self._compile = False
         self._looped = False
+        self._programs: dict[int | None, _Program] = {}  # shared by all that have this graph
         self._evaluators: dict[int | None, _Evaluator] = {}
         if compile:
             self.compile()
@@ -126,6 +154,7 @@ class CapturedDensity:
             self.reason = problem
             return
         self._compile = True
+        self._programs = {}
         self._evaluators = {}
 
     @property
@@ -231,6 +260,52 @@ class CapturedDensity:
         other.refresh()
         return other
 
+    def without_data(self) -> CapturedDensity:
+        """Returns the graphs alone, for :meth:`on_recording` to put data in."""
+        assert self._trace is not None
+        other = copy.copy(self)
+        exits = tuple(replace(exit, sources=()) for exit in self.exits)
+        made = self._trace.constants[self._trace.num_read :]
+        other._trace = replace(self._trace, constants=made, exits=exits)
+        other.exits, other.function = exits, None
+        other._constants, other._evaluators = [], {}
+        return other
+
+    def on_recording(
+        self,
+        function: LogDensities,
+        example: Tensor,
+        recording: Recording,
+        *,
+        num_chains: int,
+    ) -> CapturedDensity | None:
+        """Puts data in graphs :meth:`without_data`.
+
+        Args:
+            function: One chain's log densities.
+            example: A typical position.
+            recording: Of the function, of the same code as the one that the graphs were made of.
+            num_chains: Number K of chains to prepare for.
+
+        Returns:
+            The density of the function; None if a number that left the recording is another.
+        """
+        assert self._trace is not None
+        other = copy.copy(self)
+        other.function, other.example, other.num_chains = function, example, num_chains
+        other.num_evaluations = 0
+        other.exits = tuple(recording.influence.exits)
+        other._constants = [*recording.constants, *self._trace.constants]
+        other._trace = replace(self._trace, constants=other._constants, exits=other.exits)
+        other._evaluators = {}
+        if not other.serves():
+            return None
+        try:
+            other._evaluator(num_chains)
+        except ValueError:  # a shape that follows from values
+            return None
+        return other
+
     def _check_guards(self) -> None:
         if self._trace is None or self.serves():
             return
@@ -270,10 +345,7 @@ class CapturedDensity:
         """
         if self._trace is None:
             raise ValueError(f"no graph of one chain: {self.reason}")
-        if None not in self._evaluators:
-            constants = [constant.detach() for constant in self._constants]
-            self._evaluators[None] = _Evaluator(self._trace, constants)
-        evaluator = self._evaluators[None]
+        evaluator = self._evaluator(None)
         return evaluator.body, list(evaluator.values)
 
     def check(self, positions: Tensor) -> None:
@@ -318,29 +390,32 @@ class CapturedDensity:
                     "out of batch_plates to treat it jointly"
                 )
 
-    def _evaluator(self, num_chains: int) -> _Evaluator:
-        """Finds or makes the graph of K chains; of one chain if vmap fails."""
+    def _evaluator(self, num_chains: int | None) -> _Evaluator:
+        """Finds or makes the graph of K chains; of one chain for None, or if vmap fails."""
         assert self._trace is not None
         key = None if self._looped else num_chains
         if key in self._evaluators:
             return self._evaluators[key]
-        traced = self._trace
+        traced, program = self._trace, self._programs.get(key)
         constants = [constant.detach() for constant in self._constants]
-        if key is not None:
+        if program is None:
+            if key is not None:
+                try:
+                    position = self.example.expand(key, *self.example.shape).contiguous()
+                    traced = batch(traced.graph, position, constants)
+                except Exception as error:  # noqa: BLE001 - whatever vmap does not know
+                    self._looped = True
+                    self.reason = f"the graph does not vectorize over chains ({_summary(error)})"
+                    return self._evaluator(num_chains)
+            program = _Program(traced, len(constants))
+        evaluator = _Evaluator(program, constants)
+        if self._compile and key is not None and key not in self._programs:
             try:
-                position = self.example.expand(num_chains, *self.example.shape).contiguous()
-                traced = batch(traced.graph, position, constants)
-            except Exception as error:  # noqa: BLE001 - whatever vmap does not know
-                self._looped = True
-                self.reason = f"the graph does not vectorize over chains ({_summary(error)})"
-                return self._evaluator(num_chains)
-        evaluator = _Evaluator(traced, constants)
-        if self._compile and key is not None:
-            try:
-                evaluator.run = compile_graph(evaluator.body, [position, *evaluator.values])
+                program.run = compile_graph(program.body, [position, *evaluator.values])
             except Exception as error:  # noqa: BLE001 - inductor's own failures
                 self._compile = False
                 self.reason = f"compilation failed ({_summary(error)})"
+        self._programs[key] = program
         self._evaluators[key] = evaluator
         return evaluator
 
@@ -433,43 +508,12 @@ def capture(
         tensor([-4., -4.])
     """
     example = example.detach().contiguous()
+    options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
     with undisturbed(example.device), torch.inference_mode(False):
-        check_pure(function, example, gradients=gradients)
-        traced, reason = None, None
-        exits: tuple[Exit, ...] = ()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the checks above have shown the model's own
-                traced = trace(function, example, gradients=gradients)
-        except Impure:
-            raise
-        except PositionLeft as error:
-            reason, exits = f"it cannot be recorded ({error})", (error.exit,)
-        except Exception as error:  # noqa: BLE001 - anything that a tracer or a model may raise
-            reason = f"it cannot be recorded ({_summary(error)})"
-        options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
-        density = None
-        if traced is not None:
-            try:
-                density = CapturedDensity(
-                    function, example, traced, compile=compile, reason=None, **options
-                )
-                mismatch = density._mismatch(function, _probes(example))
-                if mismatch is not None:
-                    density._trace = None
-                    density.reason = (
-                        f"it depends on values that leave the graph, such as .numpy() or .item() "
-                        f"({mismatch})"
-                    )
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - operations that record and do not replay
-                density, reason = None, f"its graph does not replay ({_summary(error)})"
+        recording = _recorded_again(function, example, compile, gradients)
+        density = _kept(function, example, recording, compile=compile, **options)
         if density is None:
-            density = CapturedDensity(
-                function, example, None, compile=False, reason=reason, **options
-            )
-            density.exits = exits
+            density = _captured(function, example, recording, compile=compile, **options)
     if density.mode in ("graph-loop", "eager"):
         how = "its graph" if density.mode == "graph-loop" else "the model"
         warnings.warn(
@@ -479,18 +523,139 @@ def capture(
     return density
 
 
+def _captured(
+    function: LogDensities,
+    example: Tensor,
+    recording: Recording | None,
+    *,
+    num_chains: int,
+    compile: bool,
+    gradients: bool,
+) -> CapturedDensity:
+    """Checks, records and vectorizes a function for the first time."""
+    options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
+    check_pure(function, example, gradients=gradients)
+    traced, reason = None, None
+    exits: tuple[Exit, ...] = ()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the checks above have shown the model's own
+            if recording is None:
+                recording = record_densities(function, example, gradients=gradients)
+            traced = trace(function, example, gradients=gradients, recording=recording)
+    except Impure:
+        raise
+    except PositionLeft as error:
+        reason, exits = f"it cannot be recorded ({error})", (error.exit,)
+    except Exception as error:  # noqa: BLE001 - anything that a tracer or a model may raise
+        reason = f"it cannot be recorded ({_summary(error)})"
+    if traced is not None and recording is not None:
+        try:
+            density = CapturedDensity(
+                function, example, traced, compile=compile, reason=None, **options
+            )
+            mismatch = density._mismatch(function, _probes(example))
+            if mismatch is None:
+                _keep(density, example, recording, compile, gradients)
+            else:
+                density._trace = None
+                density.reason = (
+                    f"it depends on values that leave the graph, such as .numpy() or .item() "
+                    f"({mismatch})"
+                )
+            return density
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - operations that record and do not replay
+            reason = f"its graph does not replay ({_summary(error)})"
+    density = CapturedDensity(function, example, None, compile=False, reason=reason, **options)
+    density.exits = exits
+    return density
+
+
+# Graphs by what they were made of. A recording holds every operation and every number of Python,
+# so that equal ones differ in the values of tensors alone, which are inputs of the graphs.
+_GRAPHS: OrderedDict[tuple[Any, ...], dict[tuple[Any, ...], CapturedDensity]] = OrderedDict()
+_CAPACITY = 64
+_PER_KIND = 16
+_MOST_GUARDED = 10_000  # numbers
+
+
+def _kind(example: Tensor, compile: bool, gradients: bool) -> tuple[Any, ...]:
+    shape = (tuple(example.shape), example.dtype, example.device)
+    return (*shape, compile, gradients, torch.get_num_threads())
+
+
+def _content(recording: Recording) -> tuple[Any, ...]:
+    metas = ((tuple(x.shape), x.dtype, x.device) for x in recording.constants)
+    return (recording.code, *metas)
+
+
+def _recorded_again(
+    function: LogDensities, example: Tensor, compile: bool, gradients: bool
+) -> Recording | None:
+    """Records a function if graphs of its kind are kept, which may be its own."""
+    if _kind(example, compile, gradients) not in _GRAPHS:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return record_densities(function, example, gradients=gradients)
+    except Exception:  # noqa: BLE001 - to be explained where it is captured for the first time
+        return None
+
+
+def _kept(
+    function: LogDensities,
+    example: Tensor,
+    recording: Recording | None,
+    *,
+    num_chains: int,
+    compile: bool,
+    gradients: bool,
+) -> CapturedDensity | None:
+    """Finds the graphs of an equal recording, and puts the data in."""
+    if recording is None:
+        return None
+    kind, content = _kind(example, compile, gradients), _content(recording)
+    found = _GRAPHS[kind].get(content)
+    if found is None:
+        return None
+    _GRAPHS.move_to_end(kind)
+    return found.on_recording(function, example, recording, num_chains=num_chains)
+
+
+def _keep(
+    density: CapturedDensity,
+    example: Tensor,
+    recording: Recording,
+    compile: bool,
+    gradients: bool,
+) -> None:
+    guards = None if density._trace is None else density._trace.guards
+    if guards is not None and sum(value.numel() for value in guards.values) > _MOST_GUARDED:
+        return  # they hold the data
+    kind, content = _kind(example, compile, gradients), _content(recording)
+    kept = _GRAPHS.setdefault(kind, {})
+    kept[content] = density.without_data()
+    while len(kept) > _PER_KIND:
+        del kept[next(iter(kept))]
+    _GRAPHS.move_to_end(kind)
+    while len(_GRAPHS) > _CAPACITY:
+        _GRAPHS.popitem(last=False)
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """Leaves only repetitions that follow from the graph, the same for any data."""
     return tensor.contiguous() if repeated_dims(tensor) else tensor
 
 
-def _with_strides_of(old: Tensor, new: Tensor) -> Tensor:
-    """Lays new values out as the old ones, for which code was compiled."""
-    if old.stride() == new.stride():
-        return new
-    return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device).copy_(
-        new
-    )
+def _with_strides(strides: tuple[int, ...], value: Tensor) -> Tensor:
+    """Lays a value out as one for which code was compiled."""
+    if value.stride() == strides:
+        return value
+    laid = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+    return laid.copy_(value)
 
 
 def _probes(example: Tensor) -> Tensor:

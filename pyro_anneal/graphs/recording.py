@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -45,12 +45,14 @@ from .rewriting import (
 
 __all__ = [
     "FailuresAsNaN",
+    "Recording",
     "Trace",
     "batch",
     "evaluate",
     "evaluate_or_nan",
     "flat_graph",
     "record",
+    "record_densities",
     "split",
     "trace",
 ]
@@ -70,6 +72,20 @@ class Trace:
     constants: list[Tensor]  # the live tensors that the function read: parameters, data, buffers
     exits: tuple[Exit, ...] = ()  # by which data left
     guards: Guards | None = None  # what they must give anew for the graph to stay right
+    num_read: int = 0  # constants that the function read, which come first; passes made the rest
+
+
+class Recording(NamedTuple):
+    """A function as it was recorded, before any pass.
+
+    Two recordings of the same :attr:`code` differ in the values of their constants alone: the same
+    operations, with the same numbers, in the same order.
+    """
+
+    graph: fx.GraphModule  # (position, *constants) -> results and guards
+    constants: list[Tensor]  # in the order in which they were read
+    influence: Influence
+    code: str
 
 
 class FailuresAsNaN(TorchDispatchMode):
@@ -301,6 +317,7 @@ def trace(
     *,
     gradients: bool = True,
     only_values: bool = False,
+    recording: Recording | None = None,
 ) -> Trace:
     """Records :func:`evaluate` as a functional graph whose every constant is an input.
 
@@ -311,6 +328,7 @@ def trace(
         only_values: Whether to record log densities alone. Then the graph itself may be
             differentiated, twice if need be: recorded gradients hold what autograd saved as
             constants, which breaks second derivatives.
+        recording: What :func:`record_densities` gave for the same function, if that was done.
 
     Returns:
         The graph and the live tensors to call it with.
@@ -321,13 +339,12 @@ def trace(
         Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
             raise, for example at a branch that depends on the position.
     """
-
-    def outputs(leaf: Tensor) -> tuple[Tensor, ...]:
-        if only_values:
-            return _values(function, leaf)
-        return evaluate(function, leaf, gradients=gradients)
-
-    graph, constants, noted = record(outputs, position)
+    if recording is None:
+        recording = record_densities(
+            function, position, gradients=gradients, only_values=only_values
+        )
+    num_read, noted = len(recording.constants), recording.influence
+    graph, constants = _functional(recording, position)
     refuse_writes(graph)
     guards = split_guards(graph, position, constants, noted)
     drop_dead(graph)
@@ -336,7 +353,24 @@ def trace(
     shapes_to_literals(graph, position.device)
     constants = constants + make_batchable(graph, position.device)
     fold_uniform(simplify(graph), position.device)
-    return Trace(simplify(graph), constants, tuple(noted.exits), guards)
+    return Trace(simplify(graph), constants, tuple(noted.exits), guards, num_read)
+
+
+def record_densities(
+    function: LogDensities,
+    position: Tensor,
+    *,
+    gradients: bool = True,
+    only_values: bool = False,
+) -> Recording:
+    """Records :func:`evaluate`, as :func:`trace` does, before any pass."""
+
+    def outputs(leaf: Tensor) -> tuple[Tensor, ...]:
+        if only_values:
+            return _values(function, leaf)
+        return evaluate(function, leaf, gradients=gradients)
+
+    return _record(outputs, position)
 
 
 def record(
@@ -352,6 +386,12 @@ def record(
         The graph of ``(position, *constants)`` with the guards as last outputs, the constants,
         and what left.
     """
+    recording = _record(function, position)
+    graph, constants = _functional(recording, position)
+    return graph, constants, recording.influence
+
+
+def _record(function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor) -> Recording:
     noted: list[Influence] = []
 
     def recorded(leaf: Tensor) -> tuple[Tensor, ...]:
@@ -367,12 +407,19 @@ def record(
     with as_written(), _without_onednn():
         graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
+    return Recording(graph, constants, noted[-1], str(graph.code))
+
+
+def _functional(recording: Recording, position: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Removes writes in place; the constants that the function read stay the first inputs."""
+    graph, constants = recording.graph, recording.constants
     inputs = [position, *(constant.detach() for constant in constants)]
     if any(is_mutable(node) for node in graph.graph.nodes):
         functional = torch.func.functionalize(_WithPlaces(graph).run, remove="mutations")
-        graph = flat_graph(functional, *inputs)
-        constants += lift_constants(graph)
-    return graph, constants, noted[-1]
+        with as_written(), _without_onednn():
+            graph = flat_graph(functional, *inputs)
+        constants = constants + lift_constants(graph)
+    return graph, constants
 
 
 class _WithPlaces(fx.Interpreter):

@@ -11,6 +11,7 @@ density of an earlier beta can be reused by mistake.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -20,11 +21,15 @@ __all__ = [
     "Density",
     "Info",
     "Kernel",
+    "LimitsSteps",
     "MovesChainsAlone",
+    "SaysWhatItReads",
     "SeveralStepSizes",
     "State",
     "Tuning",
+    "largest_step",
     "moves_chains_alone",
+    "needs_gradients",
     "normal_and_uniform",
     "step_targets",
 ]
@@ -150,6 +155,39 @@ def moves_chains_alone(kernel: Kernel) -> bool:
         True
     """
     return isinstance(kernel, MovesChainsAlone) and bool(kernel.moves_chains_alone)
+
+
+@runtime_checkable
+class LimitsSteps(Protocol):
+    """A kernel with step sizes beyond which nothing changes.
+
+    Where proposals are always accepted, a pilot would lengthen the steps for ever.
+    """
+
+    @property
+    def largest_step(self) -> float | tuple[float, ...]:
+        """The largest useful step size, or one for each of ``Tuning.step_size``."""
+        ...
+
+
+def largest_step(kernel: Kernel) -> float | tuple[float, ...]:
+    """Asks a kernel for its largest useful step size; infinite if it does not say."""
+    return kernel.largest_step if isinstance(kernel, LimitsSteps) else math.inf
+
+
+@runtime_checkable
+class SaysWhatItReads(Protocol):
+    """A kernel that says whether it looks at gradients."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether ``step`` reads ``grad_base`` or ``grad_target``; if not, models may leave torch."""
+        ...
+
+
+def needs_gradients(kernel: Kernel) -> bool:
+    """Asks a kernel whether it looks at gradients; True if it does not say."""
+    return kernel.needs_gradients if isinstance(kernel, SaysWhatItReads) else True
 
 
 @runtime_checkable

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .base import Density, Info, Kernel, State, Tuning, moves_chains_alone
-from .lattice import Lattice
+from .base import Density, Info, Kernel, State, Tuning, largest_step, moves_chains_alone
+from .lattice import Lattice, MovesLattice, lattice_moved_by
 from .noise import Noise, declared
 
 __all__ = ["Composite"]
@@ -67,7 +66,7 @@ class Composite:
     @property
     def target_accept(self) -> float | None:
         """Mean target of the continuous parts; None without, since discrete ones may always accept."""
-        moving = [part for part in self.parts if getattr(part, "lattice", None) is None]
+        moving = [part for part in self.parts if lattice_moved_by(part) is None]
         found = [part.target_accept for part in moving if part.target_accept is not None]
         return sum(found) / len(found) if found else None
 
@@ -79,7 +78,8 @@ class Composite:
     @property
     def largest_step(self) -> tuple[float, ...]:
         """Step size of each part beyond which nothing changes."""
-        return tuple(float(getattr(part, "largest_step", math.inf)) for part in self.parts)
+        found = [largest_step(part) for part in self.parts]
+        return tuple(min(step) if isinstance(step, tuple) else float(step) for step in found)
 
     @property
     def num_step_sizes(self) -> int:
@@ -94,7 +94,7 @@ class Composite:
     def on(self, lattice: Lattice) -> Composite:
         """Returns the kernel whose discrete coordinates are those of ``lattice``."""
         parts = tuple(
-            part.on(getattr(part, "lattice", None) or lattice) if hasattr(part, "on") else part
+            part.on(part.lattice or lattice) if isinstance(part, MovesLattice) else part
             for part in self.parts
         )
         return replace(self, parts=parts, lattice=lattice)
@@ -138,7 +138,7 @@ class Composite:
     def _tuning(self, index: int, tuning: Tuning) -> Tuning:
         """Takes one part's step size, and hides the discrete coordinates from continuous kernels."""
         scale = tuning.scale
-        if self.lattice is not None and getattr(self.parts[index], "lattice", None) is None:
+        if self.lattice is not None and lattice_moved_by(self.parts[index]) is None:
             scale = torch.where(self.lattice.mask(scale), 0.0, scale)
         return Tuning(tuning.step_size[..., index], scale)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Kind", "Lattice"]
+from .base import Kernel
+
+__all__ = ["Block", "Kind", "Lattice", "MovesLattice", "lattice_moved_by"]
 
 Kind = Literal["binary", "one-hot", "integer"]
 
@@ -140,3 +142,22 @@ class Lattice:
             end = block.stop
         pieces.append(position[..., end:])
         return torch.cat(pieces, dim=-1)
+
+
+@runtime_checkable
+class MovesLattice(Protocol):
+    """A kernel that moves discrete coordinates, once it is told which these are."""
+
+    @property
+    def lattice(self) -> Lattice | None:
+        """The coordinates that it moves; None until it is told."""
+        ...
+
+    def on(self, lattice: Lattice) -> Kernel:
+        """Returns the kernel that moves the coordinates of ``lattice``."""
+        ...
+
+
+def lattice_moved_by(kernel: Kernel) -> Lattice | None:
+    """Asks a kernel which discrete coordinates it moves; None if it moves none, or knows not yet."""
+    return kernel.lattice if isinstance(kernel, MovesLattice) else None

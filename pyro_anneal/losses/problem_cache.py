@@ -8,8 +8,7 @@ densities. New data and new parameters are then mere inputs of that graph.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from ..graphs.differentiable import DifferentiableDensity
 from ..models.autoguides import is_autoguide
@@ -26,8 +24,10 @@ from ..models.discrete import DiscreteMap
 from ..models.sites import TRANSPORT, Layout
 from ..models.transport import Transport, TransportDensity
 from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
+from ..problems.cache import Kept, KeptProblems, key_of, tensors_of
 from ..problems.discrete import lattice_of
-from ..problems.problem import Problem, prepare
+from ..problems.over_chains import map_chains
+from ..problems.problem import prepare
 from .scales import Scales
 from .traces import Arguments
 
@@ -66,14 +66,11 @@ class FixedBatch(Messenger):  # type: ignore[misc]
 
 
 @dataclass(eq=False)
-class Prepared:
-    """One problem, ready for new data of the same shape."""
+class Prepared(Kept):
+    """One problem of a loss, ready for new data of the same shape."""
 
-    problem: Problem
-    tensors: dict[str, Tensor]  # what the graph reads that may be replaced, by place
     batch_plates: tuple[str, ...]
     example: Tensor  # a position, [*batch, D]
-    owners: tuple[Fn, Fn]  # model and guide, kept alive since their ids are keys
     num_calls: int = 0
     differentiable: dict[int, DifferentiableDensity | None] = field(default_factory=dict)  # by K
 
@@ -81,16 +78,6 @@ class Prepared:
     def layout(self) -> Layout:
         """Layout of the model's latents."""
         return self.problem.layout
-
-    def replacements(self, tensors: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
-        """Pairs the tensors that the graph reads with the present ones."""
-        known = {id(constant) for constant in self.problem.density.constants}
-        return {old: tensors[at] for at, old in self.tensors.items() if id(old) in known}
-
-    def serves(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Tells whether the recorded graph is right for these tensors."""
-        density = self.problem.density
-        return density.mode == "eager" or bool(density.serves(self.replacements(tensors)))
 
     def differentiate(self, function: PathDensity, count: int) -> DifferentiableDensity | None:
         """Records both log densities of K chains for autograd, once; None where that fails."""
@@ -103,23 +90,9 @@ class Prepared:
         return self.differentiable[count]
 
 
-def _tensors(arguments: Arguments, subsamples: Any) -> dict[str, Tensor]:
-    leaves, _ = tree_flatten(arguments)
-    places: dict[str, Any] = {f"leaf {i} of the arguments": v for i, v in enumerate(leaves)}
-    places |= {f"subsample {name}": site["value"] for name, site in subsamples.nodes.items()}
-    return {place: value for place, value in places.items() if isinstance(value, Tensor)}
-
-
-def _identity(fn: Fn) -> tuple[int, int]:
-    """Identifies a callable; a bound method is made anew at each access and has two parts."""
-    return id(getattr(fn, "__self__", fn)), id(getattr(fn, "__func__", fn))
-
-
-def _key(model: Fn, guide: Fn, arguments: Arguments, tensors: Mapping[str, Tensor]) -> Any:
-    leaves, structure = tree_flatten(arguments)
-    shapes = tuple((p, tuple(t.shape), t.dtype, t.device) for p, t in tensors.items())
-    others = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    return _identity(model), _identity(guide), shapes, others, repr(structure)
+def _places(arguments: Arguments, subsamples: Any) -> dict[str, Any]:
+    values = {name: site["value"] for name, site in subsamples.nodes.items()}
+    return {"arguments": arguments, "subsamples": values}
 
 
 class ProblemCache:
@@ -142,8 +115,7 @@ class ProblemCache:
     def __init__(self, num_chains: int, *, compile: bool | Literal["auto"], size: int = 4) -> None:
         self.num_chains = num_chains
         self.compile = compile
-        self.size = size
-        self._entries: OrderedDict[Any, list[Prepared]] = OrderedDict()
+        self._kept: KeptProblems[Prepared] = KeptProblems(size)
 
     def get(
         self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
@@ -184,18 +156,14 @@ class ProblemCache:
         self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
     ) -> tuple[Prepared, dict[str, Tensor]]:
         """Returns a problem that serves these arguments, and the tensors among them."""
-        tensors = _tensors(arguments, subsamples)
-        key = (*_key(model, guide, arguments, tensors), scales.key)
-        kept = self._entries.setdefault(key, [])
-        self._entries.move_to_end(key)
-        found = next((prepared for prepared in kept if prepared.serves(tensors)), None)
+        places = _places(arguments, subsamples)
+        tensors, key = tensors_of(places), key_of((model, guide), places)
+        key = None if key is None else (*key, scales.key)
+        found = self._kept.find(key, tensors)
         if found is None:
             common = scales.is_common
             found = self._prepare(model, guide, arguments, subsamples, tensors, common)
-            kept.insert(0, found)
-            del kept[self.size :]
-            while len(self._entries) > self.size:
-                self._entries.popitem(last=False)
+            self._kept.add(key, found)
         found.num_calls += 1
         return found, tensors
 
@@ -249,28 +217,13 @@ class ProblemCache:
             )
         plates = tuple(plate.name for plate in problem.layout.batch)
         example = problem.draw(1)[0].nan_to_num()
-        return Prepared(problem, tensors, plates, example, (model, guide))
+        return Prepared(problem, tensors, (model, guide, arguments), plates, example)
 
 
 def _keep_kind(fixed: FixedBatch, guide: Fn) -> Fn:
     """Wraps a guide, but leaves an AutoGuide what it is: the engine asks for its kind."""
     wrapped: Fn = guide if is_autoguide(guide) else fixed(guide)
     return wrapped
-
-
-def _over_chains(function: Callable[[Any], Any], chains: Any, *, static: bool) -> Any:
-    """Maps a function of one chain over K chains, at once where supports do not depend on values."""
-    if static:
-        return torch.vmap(function)(chains)
-    leaves = chains.values() if isinstance(chains, dict) else [chains]
-    count = len(next(iter(leaves)))
-    results = [
-        function({n: v[k] for n, v in chains.items()} if isinstance(chains, dict) else chains[k])
-        for k in range(count)
-    ]
-    if isinstance(results[0], dict):
-        return {name: torch.stack([r[name] for r in results]) for name in results[0]}
-    return torch.stack(results)
 
 
 def pack_draws(prepared: Prepared, traces: list[Any], num_particles: int) -> Tensor:
@@ -291,7 +244,7 @@ def pack_draws(prepared: Prepared, traces: list[Any], num_particles: int) -> Ten
         values[site.name] = value.expand(
             num_particles, *[1] * (value.dim() - 1 - len(site.value_shape)), *site.value_shape
         ).reshape(num_particles, *site.value_shape)
-    packed: Tensor = _over_chains(prepared.problem.model.pack, values, static=layout.is_static)
+    packed: Tensor = map_chains(prepared.problem.model.pack, values, numbers=1)
     return packed.to(layout.dtype)
 
 
@@ -310,7 +263,7 @@ def particle_values(
         Values by site; in the particle plate's dimension if there is one.
     """
     layout = prepared.layout
-    values = _over_chains(model.unpack, position, static=layout.is_static)
+    values = map_chains(model.unpack, position, numbers=1)
     if max_plate_nesting is None:
         return dict(values)
     shaped = {}

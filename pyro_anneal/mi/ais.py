@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import as_real
 from ..chains.pilot import Pilot
 from ..kernels import Kernel
+from ..results.findings import Diagnostic
+from ..results.mutual_information import FEW_PAIRS, MutualInformation
 from ..schedules import Schedule
 from .annealer import AnnealedWeights, Annealer
 from .base import Bound, Direction, Values
@@ -17,6 +22,8 @@ from .joints import Knowledge
 
 __all__ = ["AIS"]
 
+_WIDE = 1.0  # nats of mean gap, as for sandwiches
+_CROSSED = 6.0  # standard errors of the mean gap over pairs
 MultiSample = Literal["IM", "CR", "IR", "single"]
 
 
@@ -50,6 +57,8 @@ class AIS(Bound):
         schedule: ``"adaptive"`` from a pilot, a schedule such as ``Linear()``, or betas.
         step_size: Fixed step size at all betas in place of the pilot's.
         pilot: Settings of the pilot, which runs once per batch of pairs.
+        prior_weight: Weight of the prior mixed into the guide, in [0, 1): a defensive start, for
+            modes that a guide may miss.
         resampling: Whether chains of a pair resample among each other at points of the path: True,
             False, or ``"auto"`` where the pilot expects log-weights to vary by more than one squared
             nat. Populations then take the place of chains in all bounds but ``"IR"``.
@@ -87,10 +96,16 @@ class AIS(Bound):
         schedule: str | Schedule | Tensor = "adaptive",
         step_size: float | None = None,
         pilot: Pilot | None = None,
+        prior_weight: float = 0.0,
         resampling: bool | str = "auto",
         compile: bool | str = "auto",
     ) -> None:
         super().__init__(model=model, guide=guide)
+        self.prior_weight = as_real("prior_weight", prior_weight)
+        if not 0.0 <= self.prior_weight < 1.0:
+            raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
+        if self.prior_weight > 0.0 and guide is None:
+            raise ValueError("prior_weight mixes the prior into a guide: pass guide=")
         self.annealer = Annealer(
             num_chains=num_chains,
             num_steps=num_steps,
@@ -131,10 +146,20 @@ class AIS(Bound):
         def log_densities(values: Tensor) -> tuple[Tensor, Tensor]:
             log_prior = joint.log_prior(values, x)
             log_base = log_prior if q is None else q.log_prob(values)
+            if self.prior_weight > 0.0:
+                log_base = torch.logaddexp(
+                    log_base + math.log1p(-self.prior_weight),
+                    log_prior + math.log(self.prior_weight),
+                )
             return log_base, log_prior + joint.log_likelihood(x, values)
 
         def draw(count: int) -> Tensor:
-            return joint.sample_prior(count, x) if q is None else q.sample(count)[0]
+            drawn = joint.sample_prior(count, x) if q is None else q.sample(count)[0]
+            if self.prior_weight > 0.0:
+                from_prior = torch.rand(drawn.shape[:2], device=drawn.device) < self.prior_weight
+                shape = (*from_prior.shape, *[1] * (drawn.dim() - 2))
+                drawn = torch.where(from_prior.reshape(shape), joint.sample_prior(count, x), drawn)
+            return drawn
 
         posterior = None
         if "IR" in (self.lower_kind, self.upper_kind):
@@ -174,3 +199,27 @@ class AIS(Bound):
             terms={"variational": variational, "contrastive": lower - variational},
             measurements={name: value.mean() for name, value in statistics.items()},
         )
+
+    def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
+        result = super()._report(values, controls)
+        return replace(result, diagnostics=(*result.diagnostics, *_check_sides(result)))
+
+
+def _check_sides(result: MutualInformation) -> tuple[Diagnostic, ...]:
+    """Finds bounds that are far apart, or on the wrong sides of each other beyond chance."""
+    assert result.pair_lower is not None
+    assert result.pair_upper is not None
+    gaps = result.pair_upper - result.pair_lower
+    gap = float(gaps.mean())
+    error = float(gaps.std()) / len(gaps) ** 0.5 if len(gaps) >= FEW_PAIRS else math.inf
+    if gap > _WIDE:
+        kind, message = "gap", f"the bounds are {gap:.3g} nats apart on average; raise num_steps"
+    elif gap < -_CROSSED * error:
+        kind = "agreement"
+        message = (
+            f"the lower bound exceeds the upper one by {-gap:.3g} nats, beyond chance: pairs are "
+            "no draws from the model, or its density is not the one that is simulated"
+        )
+    else:
+        return ()
+    return (Diagnostic(name=kind, severity="warning", message=message, value=gap),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -417,6 +418,69 @@ def inspect_model(
     if is_empty:
         raise NothingToAnneal(layout)
     return layout
+
+
+def inspect_again(
+    layout: Layout,
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    model_args: Arguments,
+    guide_args: Arguments,
+) -> Layout | None:
+    """Looks at everything in a layout that depends on the values of data and parameters.
+
+    One run of the model and the guide, for data of the shapes for which the layout was made.
+
+    Args:
+        layout: From :func:`inspect_model`.
+        model: Pyro model with its observations.
+        guide: Pyro guide, or None for the prior.
+        model_args: ``(args, kwargs)`` of the model.
+        guide_args: ``(args, kwargs)`` of the guide.
+
+    Returns:
+        The layout of the new data; None where more differs than values.
+
+    Raises:
+        ValueError: If an observed value lies outside its support.
+    """
+    with torch.no_grad(), poutine.block(), validation_disabled():
+        try:
+            trace, _ = _trace_pair(model, guide, model_args, guide_args)
+            check_log_probs(trace)
+        except (ValueError, RuntimeError):  # to be explained by a full inspection
+            return None
+        check_plates(trace)
+        latents = latent_sites(trace)
+        if set(latents) != {*(site.name for site in layout.sites), *layout.enumerated}:
+            return None
+        sites = [
+            _make_site(old.name, latents[old.name], layout.batch, old.start)
+            for old in layout.sites
+        ]
+        if any(_shape(new) != _shape(old) for new, old in zip(sites, layout.sites, strict=True)):
+            return None
+        values = {
+            name: torch.as_tensor(site["value"], device=layout.device).detach()
+            for name, site in observed_sites(trace).items()
+            if not is_factor(site)
+        }
+        same = {n: v.shape for n, v in values.items()} == {
+            n: v.shape for n, v in layout.observed.items()
+        }
+        scale, notes = _find_scale(trace)
+        same &= scale == layout.scale and set(notes) <= set(layout.notes)
+        if not same or _dtype(trace, sites) != layout.dtype:
+            return None
+    _check_observed(model, model_args, trace, layout.guarded)
+    return replace(layout, sites=tuple(sites), observed=values)
+
+
+def _shape(site: Site) -> tuple[Any, ...]:
+    """Collects what a site must share with another to take its place."""
+    sizes = (site.batch_shape, site.event_shape, site.unconstrained_shape, site.batch_axes)
+    kinds = (type(site.transform), type(site.support), site.dtype)
+    return (*sizes, *kinds, site.plates, site.start, site.stop)
 
 
 def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:

@@ -37,6 +37,7 @@ from .validation import validation_disabled
 
 __all__ = [
     "Arguments",
+    "Conditioned",
     "MakeArgs",
     "Simulation",
     "check_copies",
@@ -46,6 +47,18 @@ __all__ = [
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MakeArgs = Callable[[dict[str, Tensor]], Arguments]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """A model conditioned on data, which can be told apart from it."""
+
+    model: Callable[..., Any]
+    data: dict[str, Tensor]  # by site
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model on the data."""
+        return poutine.condition(self.model, data=self.data)(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from ..kernels import (
     RandomWalk,
     SingleSite,
 )
+from ..kernels.lattice import MovesLattice
 from ..models.density import ModelDensity
 from ..models.discrete import DiscreteMap
 from ..models.lifting import liftable_sites
@@ -201,13 +202,13 @@ def kernels_for(
             )
         return (kernel,)
     covers_all = all(isinstance(s.transform, DiscreteMap) for s in layout.sites)
-    if moves_discrete:
+    if moves_discrete and isinstance(kernel, MovesLattice):
         if not covers_all and not _moves_continuous(kernel):
             raise ValueError(
                 f"{type(kernel).__name__} moves discrete latents only, and the model has "
                 f"continuous ones, too: use {_MIXED}"
             )
-        return (kernel.on(lattice),)  # type: ignore[attr-defined]
+        return (kernel.on(lattice),)
     continuous = kernel.parts if isinstance(kernel, Composite) else (kernel,)
     strange = [type(part).__name__ for part in continuous if not _moves_by_scale(part)]
     if strange:
@@ -230,7 +231,7 @@ def _moves_by_scale(part: Kernel) -> bool:
 def _moves_discrete(kernel: Kernel) -> bool:
     if isinstance(kernel, Composite):
         return any(_moves_discrete(part) for part in kernel.parts)
-    return hasattr(kernel, "on") and hasattr(kernel, "lattice")
+    return isinstance(kernel, MovesLattice)
 
 
 def _moves_continuous(kernel: Kernel) -> bool:

@@ -25,6 +25,7 @@ from .bases import (
     StandardNormalBase,
 )
 from .components import Component, DenseComponent, LowRankComponent
+from .content import Remembered, content_of
 from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
 from .low_rank import LowRankScale, fit_low_rank
@@ -41,6 +42,10 @@ _NUM_ORIGINS = 4
 # A factor is full up to so many dimensions, and while the evaluations of the fit times their size,
 # 2 D * D per batch element, stay below the limit; otherwise it is of low rank plus diagonal.
 _FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
+
+
+# Fits by the content of all that they depend on.
+_FITS: Remembered[dict[str, Any]] = Remembered()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +70,8 @@ def fit_start(
 ) -> FittedStart:
     """Fits a Gaussian in centred and, where there is a hierarchy, in non-centred coordinates.
 
-    The coordinates whose fit has the larger evidence lower bound are kept.
+    The coordinates whose fit has the larger evidence lower bound are kept. A fit of the same
+    operations, data and parameters by the same seed is made once.
 
     Args:
         model: The model's side of the path.
@@ -91,6 +97,9 @@ def fit_start(
         return captured[sites]
 
     def compute() -> dict[str, Any]:
+        return _FITS.get(content_of(evaluator(model), seed, max_rows), fit)
+
+    def fit() -> dict[str, Any]:
         fits, failures, spent = [], [], 0
         for layout in _layouts(model, example):
             target = evaluator(ModelDensity(model.model, layout, model.arguments))

@@ -72,15 +72,17 @@ def _uphill(evaluate: Callable[[Tensor], Outputs], draws: Tensor, num_steps: int
     best = values.nan_to_num(nan=-torch.inf).argmax(0)
     index = best[None, ..., None].expand(1, *draws.shape[1:])
     point = draws.gather(0, index)[0].nan_to_num()
-    found, score = point, evaluate(point)[1]
+    outputs = evaluate(point)
+    found, score = point, outputs[1]
     first, second = torch.zeros_like(point), torch.zeros_like(point)
     for step in range(1, num_steps + 1):
-        grad = evaluate(point)[3].nan_to_num(posinf=0.0, neginf=0.0).to(point)
+        grad = outputs[3].nan_to_num(posinf=0.0, neginf=0.0).to(point)
         first, second = 0.8 * first + 0.2 * grad, 0.95 * second + 0.05 * grad.square()
         mean = first / (1.0 - 0.8**step)
         scale = (second / (1.0 - 0.95**step)).sqrt() + torch.finfo(point.dtype).tiny
         point = point + 0.3 * (1.0 - step / (num_steps + 1)) ** 2 * mean / scale
-        value = evaluate(point)[1]
+        outputs = evaluate(point)
+        value = outputs[1]
         better = value > score
         found = torch.where(better.unsqueeze(-1), point, found)
         score = torch.where(better, value, score)

@@ -36,12 +36,14 @@ from .bases import (
     PriorBase,
     StandardNormalBase,
 )
+from .content import Remembered, content_of
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
 from .fitted import FittedStart, Once, fit_start
+from .over_chains import draw_chains, map_chains
 from .precision import why_float64
 
-__all__ = ["MakeStart", "Problem", "prepare"]
+__all__ = ["MakeStart", "Problem", "assemble", "finish", "prepare", "reason_for_float64"]
 
 Guide = Callable[..., Any] | Literal["auto"] | None
 MakeStart = Callable[[ModelDensity, Tensor], FittedStart]  # from the model and a finite position
@@ -57,6 +59,7 @@ class Problem:
     function: PathDensity  # one chain, through Pyro
     density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
     fit_gradients: int  # spent on guide="auto", per batch element
+    inspected: Layout  # before a fit chose coordinates
     from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
 
     def draw(self, num_chains: int) -> Tensor:
@@ -66,14 +69,27 @@ class Problem:
         position is NaN and its weight zero. Drawing again would start from a truncated base whose
         normalizer nobody knows, and overstate the evidence.
         """
-        with torch.no_grad():
-            return torch.stack([self._draw_one(self.base) for _ in range(num_chains)])
+        return self._draw(self.base, num_chains)
 
     def draw_prior(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the model's prior, likewise."""
-        base = PriorBase(self.model)
-        with torch.no_grad():
-            return torch.stack([self._draw_one(base) for _ in range(num_chains)])
+        return self._draw(PriorBase(self.model), num_chains)
+
+    def _draw(self, base: Base, num_chains: int) -> Tensor:
+        position = draw_chains(
+            base.draw,
+            num_chains,
+            numbers=self._numbers,
+            device=self.layout.device,
+            alone=lambda: self._draw_one(base),
+        ).to(self.layout.dtype)
+        return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
+
+    @property
+    def _numbers(self) -> int:
+        """Numbers in the largest tensor of one chain, as far as is known."""
+        observed = [value.numel() for value in self.layout.observed.values()]
+        return max([*observed, self.layout.batch_shape.numel() * self.layout.dim])
 
     def _draw_one(self, base: Base) -> Tensor:
         layout = self.layout
@@ -99,10 +115,15 @@ class Problem:
 
     def unpack(self, position: Tensor) -> dict[str, Tensor]:
         """Computes sites' values, ``[K, *value_shape]``, in the model's own space."""
-        with torch.no_grad():
-            chains = [self.model.unpack(chain) for chain in position]
         names = [site.name for site in self.layout.model_sites]
-        return {name: torch.stack([chain[name] for chain in chains]) for name in names}
+
+        def values(chain: Tensor) -> dict[str, Tensor]:
+            found = self.model.unpack(chain)
+            return {name: found[name] for name in names}
+
+        with torch.no_grad():
+            unpacked: dict[str, Tensor] = map_chains(values, position, numbers=self._numbers)
+        return unpacked
 
     def pack(self, values: dict[str, Tensor], exact: dict[str, Tensor] | None = None) -> Tensor:
         """Packs one value of each latent site into ``[*batch, D]``, where known from its u."""
@@ -111,8 +132,14 @@ class Problem:
         with torch.no_grad():
             return self.model.pack(values, exact).to(self.layout.dtype)
 
-    def check_supports(self, values: dict[str, Tensor]) -> None:
-        """Checks that one value of each site lies inside its support.
+    def pack_chains(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Packs K values of each latent site, ``[K, *value_shape]``, into ``[K, *batch, D]``."""
+        with torch.no_grad():
+            packed: Tensor = map_chains(self.model.pack, values, numbers=self._numbers)
+        return packed.to(self.layout.dtype)
+
+    def check_supports(self, values: Mapping[str, Tensor]) -> None:
+        """Checks that K values of each site lie inside its support.
 
         Raises:
             ValueError: If one does not; names the site.
@@ -127,16 +154,25 @@ class Problem:
                         f"it has {transform.size} categories, from 0"
                     )
         args, kwargs = self.model.arguments
-        model = poutine.condition(self.model.model, data=values)
+        supports = {}
+
+        def inside(chain: dict[str, Tensor]) -> dict[str, Tensor]:
+            model = poutine.condition(self.model.model, data=chain)
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            found = {}
+            for name, value in chain.items():
+                fn = trace.nodes[name]["fn"]
+                supports[name] = fn.support if is_discrete(fn) else normalized_support(fn)
+                found[name] = supports[name].check(value).all()
+            return found
+
         wide = in_float64(self.layout.wide)
         with torch.no_grad(), validation_disabled(), poutine.block(), wide:
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-        for name, value in values.items():
-            fn = trace.nodes[name]["fn"]
-            support = fn.support if is_discrete(fn) else normalized_support(fn)
-            if not bool(support.check(value).all()):
+            all_inside = map_chains(inside, values, numbers=self._numbers)
+        for name, flags in all_inside.items():
+            if not bool(flags.all()):
                 raise ValueError(
-                    f'a posterior sample of site "{name}" lies outside its support {support}'
+                    f'a posterior sample of site "{name}" lies outside its support {supports[name]}'
                 )
 
     def log_likelihood(self, position: Tensor) -> Tensor:
@@ -273,7 +309,7 @@ def prepare(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
             'chains cannot start from it; use guide="auto" or a guide with a density'
         )
-    problem = _assemble(model, guide, model_args, guide_args, layout)
+    problem = assemble(model, guide, model_args, guide_args, layout)
     coupling = find_coupling(
         problem.function, layout.batch, problem.probe, is_requested=batch_plates != "auto"
     )
@@ -284,11 +320,11 @@ def prepare(
         layout = replace(joint, derived=layout.derived, is_static=static)
     if coupling.notes:
         layout = replace(layout, notes=(*layout.notes, *coupling.notes))
-        problem = _assemble(model, guide, model_args, guide_args, layout)
+        problem = assemble(model, guide, model_args, guide_args, layout)
     if why_wide is not None:
         note = f"computed in float64: {why_wide}"
         layout = replace(layout, dtype=torch.float64, wide=True, notes=(*layout.notes, note))
-        problem = _assemble(model, guide, model_args, guide_args, layout)
+        problem = assemble(model, guide, model_args, guide_args, layout)
         once = functools.partial(once, name="fit in float64")
     example = problem.probe()
     if lattice_of(layout) is not None:
@@ -296,7 +332,62 @@ def prepare(
         if guide == "auto":
             note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
             guide, layout = None, replace(layout, notes=(*layout.notes, note))
-        problem = _assemble(model, guide, model_args, guide_args, layout)
+        problem = assemble(model, guide, model_args, guide_args, layout)
+    problem = finish(
+        problem,
+        guide,
+        example,
+        num_chains=num_chains,
+        compile=compile,
+        seed=seed,
+        prior_weight=prior_weight,
+        progress=progress,
+        max_rows=max_rows,
+        once=once,
+        gradients=gradients,
+        make_start=make_start,
+    )
+    if not widen or why_wide is not None or lattice_of(layout) is not None:
+        return problem
+    reason = reason_for_float64(problem, gradients=gradients)
+    if reason is None:
+        return problem
+    return prepare(*asked[:4], **asked[4], why_wide=reason)
+
+
+def finish(
+    problem: Problem,
+    guide: Guide,
+    example: Tensor,
+    *,
+    num_chains: int,
+    compile: bool,
+    seed: int,
+    prior_weight: float = 0.0,
+    progress: Callable[[int], object] = lambda count: None,
+    max_rows: int | None = None,
+    once: Once = lambda compute, name="": compute(),
+    gradients: bool = True,
+    make_start: MakeStart | None = None,
+    made: Callable[[PathDensity], Any] | None = None,
+) -> Problem:
+    """Fits the base, where that is asked for, and captures the densities.
+
+    Args:
+        problem: From :func:`assemble`.
+        guide: As of :func:`prepare`, like the options.
+        example: A finite position, ``[*batch, D]``.
+        num_chains: Likewise.
+        compile: Likewise.
+        seed: Likewise.
+        prior_weight: Likewise.
+        progress: Likewise.
+        max_rows: Likewise.
+        once: Likewise.
+        gradients: Likewise.
+        make_start: Likewise.
+        made: Makes the density of both ends for one chain into that for all; None to capture it.
+    """
     with _hidden_sites_named(problem.model, problem.base):
         if guide == "auto":
             if make_start is None:
@@ -315,6 +406,8 @@ def prepare(
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
+        if made is not None:
+            return replace(problem, density=made(problem.function))
         density = capture(
             problem.function,
             example,
@@ -322,13 +415,7 @@ def prepare(
             compile=compile,
             gradients=gradients,
         )
-    problem = replace(problem, density=density)
-    if not widen or why_wide is not None or lattice_of(layout) is not None:
-        return problem
-    reason = _why_float64(problem, gradients)
-    if reason is None:
-        return problem
-    return prepare(*asked[:4], **asked[4], why_wide=reason)
+    return replace(problem, density=density)
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,8 +424,12 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in positional}
 
 
-def _why_float64(problem: Problem, gradients: bool) -> str | None:
-    """Compares a problem with itself in float64."""
+# Decisions by the content of all that they depend on.
+_REASONS: Remembered[str | None] = Remembered(size=64)
+
+
+def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
+    """Compares a problem with itself in float64; None if float32 is enough."""
     density, function = problem.density, problem.function
     if problem.layout.dtype is not torch.float32:
         return None
@@ -351,9 +442,13 @@ def _why_float64(problem: Problem, gradients: bool) -> str | None:
         def run(position: Tensor) -> Any:
             return graph(position.contiguous(), *inputs)
 
-    with undisturbed(problem.layout.device):
-        draws = problem.draw(8)
-    return why_float64(function, run, draws, ascend=gradients)
+    def decide() -> str | None:
+        with undisturbed(problem.layout.device):
+            torch.manual_seed(0)  # a function of model and data alone
+            draws = problem.draw(8)
+        return why_float64(function, run, draws, ascend=gradients)
+
+    return _REASONS.get(content_of(density, gradients), decide)
 
 
 @contextlib.contextmanager
@@ -375,13 +470,14 @@ def _hidden_sites_named(model: ModelDensity, base: Base) -> Iterator[None]:
         ) from error
 
 
-def _assemble(
+def assemble(
     model: Callable[..., Any],
     guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,
     layout: Layout,
 ) -> Problem:
+    """Puts a model and a base together; a base that is to be fitted is a standard normal yet."""
     kind = TransportDensity if isinstance(model, Transport) else ModelDensity
     model_density = kind(model, layout, model_args)
     base: Base
@@ -391,7 +487,8 @@ def _assemble(
         base = StandardNormalBase(layout)
     else:
         base = GuideBase(guide, model_density, guide_args)
-    return Problem(layout, model_density, base, PathDensity(model_density, base), None, 0)
+    function = PathDensity(model_density, base)
+    return Problem(layout, model_density, base, function, None, 0, layout)
 
 
 def _started(problem: Problem, start: FittedStart) -> Problem:

@@ -42,9 +42,6 @@ def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:
     if len(counts) != 1:
         raise ValueError(f"posterior samples differ in their number K: {sorted(counts)}")
     names = [site.name for site in problem.layout.model_sites]
-    chains = []
-    for k in range(counts.pop()):
-        values = {name: samples[name][k] for name in names}
-        problem.check_supports(values)
-        chains.append(problem.pack(values))
-    return torch.stack(chains)
+    values = {name: samples[name] for name in names}
+    problem.check_supports(values)
+    return problem.pack_chains(values)

@@ -15,6 +15,7 @@ from .components import DenseComponent
 from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
 from .mixtures import Mixture, mixture_of_fits
+from .over_chains import draw_chains
 from .phases import likelihood_optima
 from .rows import Rows, rows_at_once
 
@@ -95,16 +96,19 @@ def _prior_draws(model: ModelDensity) -> Tensor:
     empty = torch.empty(0, *layout.batch_shape, layout.dim, dtype=layout.dtype)
     if layout.improper:
         return empty.to(layout.device)
-    draws = []
-    with torch.no_grad():
-        for _ in range(_FURTHER_ORIGINS):
-            try:
-                position = model.draw_prior().to(layout.dtype)
-            except (ValueError, RuntimeError):  # the model fails at this draw
-                continue
-            if bool(position.isfinite().all()):
-                draws.append(position)
-    return torch.stack(draws) if draws else empty.to(layout.device)
+
+    def alone() -> Tensor:
+        try:
+            return model.draw_prior()
+        except (ValueError, RuntimeError):  # the model fails at this draw
+            shape = (*layout.batch_shape, layout.dim)
+            return torch.full(shape, torch.nan, device=layout.device)
+
+    numbers = max([layout.dim, *(value.numel() for value in layout.observed.values())])
+    draws = draw_chains(
+        model.draw_prior, _FURTHER_ORIGINS, numbers=numbers, device=layout.device, alone=alone
+    ).to(layout.dtype)
+    return draws[draws.reshape(len(draws), -1).isfinite().all(1)]
 
 
 def _around(origins: Tensor, loc: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from ..persistence.fingerprints import describe_arguments
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..persistence.randomness import derived_seed, random_state, set_random_state
+from ..problems.cache import Kept, KeptProblems
 from ..results.batches import EvidenceOfBatches
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
@@ -77,6 +78,7 @@ def run_batches(
     total = _Batches() if stored is None else _Batches.from_dict(stored)
     count = total.count
     length = len(batches) if isinstance(batches, Sized) else math.inf
+    total.length = len(batches) if isinstance(batches, Sized) else 1
     turns: dict[int, Arguments] = {}
     index = -1
     with progress_bar("batches", length) as bar:
@@ -171,9 +173,7 @@ def _take_turns(
     if world.rank < len(turns):
         index = list(turns)[world.rank]
         with released(), journal.on_this_rank():
-            run = _run_batch(
-                settings, turns[index], journal, index, on_batch is not None, total.num_steps
-            )
+            run = _run_batch(settings, turns[index], journal, index, on_batch is not None, total)
         own = _reduce(run)
         if on_batch is not None:
             on_batch(index, run)
@@ -216,12 +216,21 @@ def _run_batch(
     journal: Journal,
     index: int,
     keep_samples: bool,
-    num_steps: int | None,
+    total: _Batches,
 ) -> AnnealedRun:
     seed, prefix, model = journal.seed + index, f"{index}/", settings.model
     torch.manual_seed(seed)
     frozen = freeze(
-        settings, model, arguments, arguments, journal, prefix, seed=seed, num_steps=num_steps
+        settings,
+        model,
+        arguments,
+        arguments,
+        journal,
+        prefix,
+        seed=seed,
+        num_steps=total.num_steps,
+        problems=total.problems,
+        num_runs=total.length,
     )
     run, _ = forward(frozen, journal, prefix, keep_samples=keep_samples)
     return replace(run, diagnostics=diagnostics.diagnose(run))
@@ -261,6 +270,8 @@ class _Batches:
     """What finished batches gave."""
 
     def __init__(self) -> None:
+        self.problems: KeptProblems[Kept] = KeptProblems()  # for batches to come
+        self.length = 1  # of the call, as far as it is known
         self.num_steps: int | None = None  # that rounds have reached
         self.digests: list[str] = []
         self.sizes: list[int] = []

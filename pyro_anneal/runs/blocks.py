@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -238,7 +238,7 @@ class _Block:
         )
         position = carry.state.position
         check(torch.cat([record["first"].to(position), position[:1]]).nan_to_num())
-        latest = latest | {"finished": True, "state": [position]}
+        latest = latest | {"finished": True, "state": {"position": position}}
         keep(latest, 0)
         return latest
 
@@ -248,21 +248,24 @@ def _describe(progress: Progress) -> Record:
     return {
         "num_chunks": progress.num_chunks,
         "num_steps": progress.num_steps,
-        "state": list(carry.state),
+        "state": carry.state._asdict(),
         "log_weights": carry.log_weights,
         "integral": carry.integral,
-        "statistics": list(progress.statistics),
-        "lineage": None if progress.lineage is None else list(progress.lineage),
+        "statistics": progress.statistics._asdict(),
+        "lineage": None if progress.lineage is None else progress.lineage._asdict(),
     }
 
 
 def _restore(record: Record, device: torch.device) -> Progress:
-    state = State(*(value.to(device) for value in record["state"]))
+    def on_device(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in named.items()}
+
+    state = State(**on_device(record["state"]))
     carry = Carry(state, record["log_weights"].to(device), record["integral"].to(device))
-    statistics = StepStatistics(*(value.to(device) for value in record["statistics"]))
+    statistics = StepStatistics(**on_device(record["statistics"]))
     lineage = record["lineage"]
     if lineage is not None:
-        lineage = Lineage(*(value.to(device) for value in lineage))
+        lineage = Lineage(**on_device(lineage))
     return Progress(record["num_chunks"], record["num_steps"], carry, statistics, lineage)
 
 
@@ -288,7 +291,7 @@ def _merged_lineage(records: Sequence[Record]) -> list[Tensor] | None:
         return None
     ancestors, others, before = [], [], 0
     for record in records:
-        own, *rest = record["lineage"]
+        own, *rest = Lineage(**record["lineage"])
         ancestors.append(own + before)
         others.append(rest)
         before += len(own)
@@ -305,13 +308,13 @@ def _merge(gathered: Sequence[dict[int, Record]]) -> Record:
     everything = {number: r for records in gathered for number, r in records.items()}
     records = [everything[number] for number in range(len(everything))]
     statistics = merge_statistics(
-        [StepStatistics(*record["statistics"]) for record in records],
+        [StepStatistics(**record["statistics"]) for record in records],
         [len(record["log_weights"]) for record in records],
     )
     return {
         "log_weights": _joined([record["log_weights"] for record in records]),
         "integral": _joined([record["integral"] for record in records]),
-        "position": _joined([record["state"][0] for record in records]),
+        "position": _joined([record["state"]["position"] for record in records]),
         "statistics": list(statistics),
         "num_evaluations": sum(record["num_evaluations"] for record in records),
         "seconds": max(sum(r["seconds"] for r in own.values()) for own in gathered),

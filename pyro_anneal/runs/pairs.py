@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -22,6 +21,7 @@ from ..models.autoguides import sees_arguments
 from ..models.entropies import pair_controls
 from ..models.simulation import (
     Arguments,
+    Conditioned,
     Simulation,
     check_copies,
     guide_arguments,
@@ -29,6 +29,7 @@ from ..models.simulation import (
 )
 from ..persistence.journal import Journal
 from ..persistence.memory import released
+from ..problems.cache import Kept, KeptProblems
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun, PilotSummary
@@ -95,6 +96,8 @@ def simulate_pair(
     coupled: bool,
     keep_samples: bool,
     shared: Shared = _NOTHING_SHARED,
+    problems: KeptProblems[Kept] | None = None,
+    num_pairs: int = 1,
 ) -> tuple[Pair, Shared]:
     """Simulates a data set, and runs chains in both directions on it.
 
@@ -107,6 +110,8 @@ def simulate_pair(
         coupled: Whether to run reverse chains from the end of a forward one.
         keep_samples: Whether to keep posterior samples and data.
         shared: What was chosen on another data set.
+        problems: What other data sets of the call have left for this one.
+        num_pairs: Data sets of the whole call.
 
     Returns:
         The runs, and what the next data set shares with them.
@@ -124,6 +129,8 @@ def simulate_pair(
         seed=seed,
         num_steps=shared.num_steps,
         grouping=shared.grouping,
+        problems=problems,
+        num_runs=num_pairs * (3 if coupled else 2),
     )
     exact = frozen.problem.pack(simulation.latents, simulation.unconstrained)
 
@@ -162,7 +169,7 @@ def _simulated(
     simulation = simulate(settings.model, arguments)
     if check:
         check_copies(settings.model, arguments, simulation)
-    conditioned = poutine.condition(settings.model, data=simulation.observed)
+    conditioned = Conditioned(settings.model, simulation.observed)
     guide_args = arguments
     if sees_arguments(settings.guide) or settings.make_args is not None:
         guide_args = guide_arguments(arguments, simulation, settings.make_args)
@@ -196,6 +203,7 @@ def simulate_pairs(
     """
     stored, seed = journal.get("pairs"), journal.seed
     total, shared = PairSum(), Shared()
+    problems: KeptProblems[Kept] = KeptProblems()
     if stored is not None:  # by a model that must be what it was: the first data set shows it
         model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
@@ -225,6 +233,8 @@ def simulate_pairs(
                     coupled=coupled,
                     keep_samples=keep_samples,
                     shared=shared,
+                    problems=problems,
+                    num_pairs=num_simulations,
                 )
             total.add(pair)
             journal.forget(prefix, keep=("0/problem", "0/fit"))

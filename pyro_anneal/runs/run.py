@@ -21,12 +21,14 @@ from ..chains.tuning import Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
 from ..kernels import State
+from ..kernels.base import needs_gradients
 from ..models.simulation import Arguments
 from ..persistence.journal import Journal
-from ..persistence.randomness import seeded_generator
+from ..persistence.randomness import derived_seed, seeded_generator
+from ..problems.cache import Kept, KeptProblems, prepare_kept
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
-from ..problems.problem import MakeStart, Problem, prepare
+from ..problems.problem import MakeStart, Problem
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
@@ -48,6 +50,10 @@ __all__ = [
 ]
 
 
+# The fit of a problem is a function of model and data alone, so that it need not be repeated.
+_FIT_SEED = 0
+
+
 def make_problem(
     settings: Settings,
     model: Callable[..., Any],
@@ -58,13 +64,15 @@ def make_problem(
     *,
     seed: int,
     make_start: MakeStart | None = None,
+    problems: KeptProblems[Kept] | None = None,
 ) -> Problem:
     """Inspects, fits and captures, and checks that the journal speaks of the same problem."""
     num_chains, size = settings.plan.num_chains, settings.chain_batch_size
     # One increment moves no chain; with a target the steps are not known yet.
     moves = settings.plan.num_steps != 1 or settings.target_gap is not None
     with progress_bar("fit", 340) as bar:
-        problem = prepare(
+        problem = prepare_kept(
+            problems,
             model,
             settings.guide,
             model_args,
@@ -72,14 +80,16 @@ def make_problem(
             num_chains=min(num_chains, size or num_chains),
             batch_plates=settings.batch_plates,
             compile=settings.compile == "density",
-            seed=seed,
+            seed=_FIT_SEED,
             prior_weight=settings.prior_weight,
             progress=bar.update,
             max_rows=size,
             once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
-            gradients=moves and bool(getattr(settings.plan.kernel, "needs_gradients", True)),
+            gradients=moves and needs_gradients(settings.plan.kernel),
             make_start=make_start,
         )
+    # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.
+    torch.manual_seed(derived_seed(seed, "draws"))
     if journal.is_kept:
         journal.identify(f"{prefix}problem", describe_problem(problem))
     return problem
@@ -125,6 +135,8 @@ def freeze(
     num_steps: int | None = None,
     grouping: Grouping | None = None,
     make_start: MakeStart | None = None,
+    problems: KeptProblems[Kept] | None = None,
+    num_runs: int = 1,
 ) -> Frozen:
     """Prepares the problem and runs the pilot.
 
@@ -140,6 +152,8 @@ def freeze(
             asked for: with a target the path is then that of a first round.
         grouping: How the chains of another problem are grouped, to be shared; None to choose.
         make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
+        problems: What other data sets of the call have left for this one.
+        num_runs: Runs of the whole call, of this and of other data sets.
     """
     began = time.perf_counter()
     problem = make_problem(
@@ -151,6 +165,7 @@ def freeze(
         prefix,
         seed=seed,
         make_start=make_start,
+        problems=problems,
     )
     setup_seconds = time.perf_counter() - began
     with progress_bar("pilot", 1.0) as bar:
@@ -169,7 +184,8 @@ def freeze(
             kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
             plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
         path, summary, found = tune(walkers, plan, num_steps=num_steps, once=once)
-    problem = replace(problem, density=loop_for(problem.density, path, settings.compile))
+    density = loop_for(problem.density, path, settings.compile, num_runs=num_runs)
+    problem = replace(problem, density=density)
     how = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)
     if grouping is None:
@@ -218,9 +234,11 @@ def group(
     )
 
 
-def loop_for(density: Any, path: Path, compile: bool | str) -> Any:
+def loop_for(density: Any, path: Path, compile: bool | str, *, num_runs: int = 1) -> Any:
     """Compiles a density's loop where that repays itself; an earlier round may have done so."""
-    return density if isinstance(density, LoopedDensity) else with_loop(density, path, compile)
+    if isinstance(density, LoopedDensity):
+        return density
+    return with_loop(density, path, compile, num_runs=num_runs)
 
 
 def _steps_run_by(density: Any) -> str:

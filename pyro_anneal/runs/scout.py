@@ -22,7 +22,10 @@ from ..kernels import Density, Kernel, State
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..problems.bases import FittedBase, MixtureBase
+from ..problems.gaussian import follow_newton
+from ..problems.mixtures import distinct
 from ..problems.problem import Problem
+from ..problems.rows import Rows, rows_at_once
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
 
@@ -34,6 +37,9 @@ _REMEDY = (
     "more steps (guide=None; populations are then resampled where the pilot calls for it), pass a "
     "guide that covers the modes, or compare starts (cross_check=True)"
 )
+
+# Unseen particles at which Gaussians are fitted, and dimensions up to which they are.
+_MOST_FITS, _MOST_DIMENSIONS = 8, 64
 
 SETTINGS = Pilot(num_chains=64, num_moves=4, ess_fraction=0.5, max_stages=60)
 
@@ -109,27 +115,33 @@ def scout_run(
         seen = scout(from_prior, problem.draw_prior, density, kernel, seed=seed)
         if seen is None:
             return {}
-        chains = [
-            problem.pack({name: value[k] for name, value in run.posterior.items()})
-            for k in range(run.num_chains)
-        ]
         with torch.no_grad():
-            end = density(torch.stack(chains))
+            end = density(problem.pack_chains(run.posterior))
         base = problem.base
         if isinstance(base, MixtureBase) and isinstance(base.first, FittedBase):
-            found = _diagnose_defensive(run, end, seen, base.first)
+            unseen, known = _unseen_defensive(run, end, seen, base.first)
         else:
-            found = diagnose_scouting(run, end, seen)
+            unseen, known = _unseen(end, seen)
+        found = _verdict(run, seen, unseen, known)
+        if found is None and bool(unseen.any()) and not problem.layout.batch:
+            found = _by_fits(problem, run, seen, unseen, known, density, seed)
         return {} if found is None else asdict(found)
 
     found = journal.once("scout", compute)
     return Diagnostic(**found) if found else None
 
 
-def _diagnose_defensive(
+def _unseen(end: State, found: Scouting, *, margin: float = 10.0) -> tuple[Tensor, Tensor]:
+    """Marks the particles out of the base's reach; no mass is known there."""
+    unseen = found.state.log_base < end.log_base.amin(0) - margin
+    unseen &= found.state.log_target >= end.log_target.amin(0)
+    return unseen, torch.zeros_like(end.log_base[0])
+
+
+def _unseen_defensive(
     run: AnnealedRun, end: State, found: Scouting, fit: FittedBase, *, margin: float = 10.0
-) -> Diagnostic | None:
-    """Compares likewise where the prior is mixed into the base.
+) -> tuple[Tensor, Tensor]:
+    """Marks them likewise where the prior is mixed into the base.
 
     The base then has density everywhere, and what counts is the fit: mass out of its reach that
     the run's own chains found, by their weights, is not missed.
@@ -146,7 +158,7 @@ def _diagnose_defensive(
     dense = torch.where(inside.any(0), of_fit, end.log_target.amin(0))
     outside &= found.state.log_target >= dense
     weights = run.log_weights.to(end.log_target).softmax(0)
-    return _verdict(run, found, outside, (weights * ~inside).sum(0))
+    return outside, (weights * ~inside).sum(0)
 
 
 def diagnose_scouting(
@@ -177,9 +189,62 @@ def diagnose_scouting(
     Returns:
         A warning whose value is the largest share of unseen particles over the batch, or None.
     """
-    unseen = found.state.log_base < end.log_base.amin(0) - margin
-    unseen &= found.state.log_target >= end.log_target.amin(0)
-    return _verdict(run, found, unseen, torch.zeros_like(end.log_base[0]), min_mass, tolerance)
+    unseen, known = _unseen(end, found, margin=margin)
+    return _verdict(run, found, unseen, known, min_mass, tolerance)
+
+
+def _by_fits(
+    problem: Problem,
+    run: AnnealedRun,
+    found: Scouting,
+    unseen: Tensor,
+    known: Tensor,
+    density: Density,
+    seed: int,
+    *,
+    min_mass: float = 0.1,
+    margin: float = 10.0,
+) -> Diagnostic | None:
+    """Measures what unseen places hold where the scout's own evidence is too noisy to tell.
+
+    Gaussians are fitted there. The evidence lower bound of one whose draws the base does not reach
+    bounds the mass that the run misses, whatever the scout found.
+    """
+    if problem.layout.dim > _MOST_DIMENSIONS:
+        return None
+    rows = Rows(density, rows_at_once(problem.density, problem.layout.dim), 0)
+    if rows.is_dear:
+        return None
+    best = torch.where(unseen, found.state.log_target, -torch.inf).argsort(descending=True)
+    points = found.state.position[best[: min(int(unseen.sum()), _MOST_FITS)]]
+    generator = seeded_generator(points.device, seed, "fits of the scout")
+    fits = follow_newton(rows, points, generator, num_steps=15)
+    fit = problem.base.first if isinstance(problem.base, MixtureBase) else problem.base
+    if not isinstance(fit, FittedBase) or not bool(fits.elbo.isfinite().any()):
+        return None
+    several = distinct(fits, None)
+    noise = torch.randn(
+        (16, *several.loc.shape), dtype=points.dtype, device=points.device, generator=generator
+    )
+    draws = several.loc + (several.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        own = [fit.log_density(fit.draw()) for _ in range(run.num_chains)]
+        reach = torch.stack([fit.log_density(draw) for draw in draws.flatten(0, 1)])
+    out_of_reach = (reach.view(draws.shape[:2]) < torch.stack(own).amin() - margin).all(0)
+    if not bool(out_of_reach.any()):
+        return None
+    excess = several.elbo[out_of_reach].double().logsumexp(0) - run.lower / run.scale
+    if not float(excess.exp() - known) >= min_mass:
+        return None
+    share = float(unseen.double().mean())
+    return Diagnostic(
+        name="modes",
+        severity="warning",
+        message=f"{share:.0%} of the particles that came down from the prior ended where the start "
+        f"has no density, and Gaussians fitted there hold at least {float(excess.exp()):.2g} times "
+        f"the run's evidence. {_REMEDY}",
+        value=share,
+    )
 
 
 def _verdict(

@@ -104,7 +104,7 @@ def test_ais_for_pairs_runs_the_compiled_loop():
     assert made.mode == "loop"  # forward and in reverse, for both batches
     torch.testing.assert_close(loop.pair_lower, steps.pair_lower, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loop.pair_upper, steps.pair_upper, rtol=1e-9, atol=1e-9)
-    low, high = loop.interval(0.999)
+    low, high = loop.normal_interval(0.999)
     assert low < 0.5 * math.log(5.0) < high
 
 

@@ -23,6 +23,19 @@ def test_readme_is_one_page_with_code():
     assert len(BLOCKS) == 1
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/glossary.md"])
+def test_links_lead_somewhere(page):
+    """Files and headings that a page links to exist; the documentation's build checks the rest."""
+    here = (ROOT / page).parent
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = target.partition("#")
+        linked = (here / path) if path else ROOT / page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in slugs, target
+
+
 def test_first_screen(capsys):
     """The evidence of eight schools is printed, and right (CASES: -36.130816, by quadrature)."""
     namespace = {}

@@ -1,6 +1,7 @@
 """Graphs of one chain's densities against the model itself, and everything that must not pass."""
 
 import math
+from collections import OrderedDict
 
 import pyro
 import pyro.distributions as dist
@@ -20,6 +21,12 @@ K = 4
 needs_compiler = pytest.mark.skipif(
     compiler_problem(torch.device("cpu")) is not None, reason="needs a C++ compiler"
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Captures anew whatever other tests have captured."""
+    monkeypatch.setattr("pyro_anneal.graphs.captured._GRAPHS", OrderedDict())
 
 
 def standard(u):

@@ -107,7 +107,7 @@ def test_chains_at_once_are_chains_one_by_one(monkeypatch):
 
     run()  # prepares, which draws
     at_once = run()
-    (entry,) = [kept for entries in loss._cache._entries.values() for kept in entries]
+    (entry,) = [kept for entries in loss._cache._kept._entries.values() for kept in entries]
     assert entry.differentiable[3] is not None
     entry.differentiable[3] = None
     assert run() == pytest.approx(at_once, rel=1e-9)

@@ -8,7 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_anneal import AnnealedImportance, AnnealingWarning, mi
+from pyro_anneal import AnnealedImportance, AnnealingWarning, MutualInformation, mi
+from pyro_anneal.mi.ais import _check_sides
 
 NARROW = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.05))
 TRUTH = 0.5 * math.log1p(400.0)
@@ -131,3 +132,42 @@ def test_mutual_information_in_rounds(tmp_path):
     with pytest.warns(AnnealingWarning, match="above the target"):
         short = _ais(model).mutual_information(x, target_std_error=0.001, max_simulations=2)
     assert short.num_pairs == 100
+
+
+def _two_modes():
+    """|z| is seen and its sign is not: I is that of the folded normal, by quadrature below."""
+    return mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.abs(), 0.2))
+
+
+def _one_mode(x):
+    return dist.Normal(x, 0.25)
+
+
+def test_prior_weight_mends_a_guide_that_misses_a_mode():
+    # I = h(|z| + e) - h(e)
+    grid = torch.linspace(-2.0, 8.0, 4001, dtype=torch.double)
+    z = torch.linspace(0.0, 8.0, 4001, dtype=torch.double)
+    weight = 2.0 * dist.Normal(0.0, 1.0).log_prob(z).exp() * (z[1] - z[0])
+    weight[0] *= 0.5
+    density = (dist.Normal(z, 0.2).log_prob(grid.unsqueeze(1)).exp() * weight).sum(1)
+    entropy = -torch.special.xlogy(density, density).sum() * (grid[1] - grid[0])
+    truth = float(entropy - dist.Normal(0.0, 0.2).entropy())
+    options = {"num_chains": 8, "num_steps": 40, "resampling": False, "compile": False}
+    mended = mi.AIS(_two_modes(), _one_mode, prior_weight=0.5, **options)
+    est = mended.estimate(num_pairs=150, seed=0)
+    assert est.lower - 4.5 * est.lower_std_error < truth < est.upper + 4.5 * est.upper_std_error
+    plain = mi.AIS(_two_modes(), _one_mode, **options).estimate(num_pairs=150, seed=0)
+    assert est.gap < 0.5 * plain.gap
+    for weight, guide, message in ((1.0, _one_mode, "must lie in"), (0.5, None, "pass guide=")):
+        with pytest.raises(ValueError, match=message):
+            mi.AIS(_two_modes(), guide, prior_weight=weight)
+
+
+def test_wide_and_crossed_bounds_are_found():
+    z = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    wide = mi.AIS(NARROW, num_chains=1, num_steps=2, compile=False)
+    assert "gap" in [d.name for d in wide.estimate(num_pairs=20, seed=0).diagnostics]
+    values = {"pair_lower": torch.full((30,), 2.0), "pair_upper": 1.0 + 0.1 * torch.randn(30)}
+    (crossed,) = _check_sides(MutualInformation(method="AIS", **values))
+    assert crossed.name == "agreement"
+    assert not _check_sides(MutualInformation(method="AIS", pair_lower=z, pair_upper=z + 0.1))

@@ -6,11 +6,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from integrals import integrate
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, autoguide
 from pyro.optim import Adam
 from scipy import stats
-from test_models import integrate
 from torch import nn
 
 from pyro_anneal import AnnealedImportance

@@ -1,6 +1,7 @@
 """Starts that hold: the defensive mixture, and the cross-check from the prior."""
 
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -158,3 +159,23 @@ def test_both_phases_are_in_the_fit(width, share, dim):
     assert abs(float(run.lower)) < 0.02 + 5.0 * float(run.std_error)
     assert float(run.std_error) < 0.03
     assert run.diagnostics == ()
+
+
+def far_modes(loc):
+    """Unit Gaussians far apart, normalized, under a wide prior."""
+    prior = dist.Normal(torch.zeros(loc.shape[-1]), 40.0).to_event(1)
+    x = pyro.sample("x", prior)
+    modes = dist.Normal(loc, 1.0).to_event(1).log_prob(x).logsumexp(0) - math.log(len(loc))
+    pyro.factor("modes", modes - prior.log_prob(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"prior_weight": 0.5}])
+def test_missed_modes_of_many_are_flagged(options, seed):
+    generator = torch.Generator().manual_seed(0)
+    loc = (torch.rand(40, 50, generator=generator) * 2.0 - 1.0) * 40.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AnnealingWarning)
+        run = engine(far_modes, num_steps=100, **{"seed": seed, **options}).run(loc)
+    assert abs(float(run.lower)) < 0.2 or "modes" in {found.name for found in run.diagnostics}

@@ -68,8 +68,10 @@ def main():
             for num_steps in (None, 1000):
                 lines.append(measure(name, seed, num_steps))
                 print(" | ".join(str(value) for value in lines[-1].values()), flush=True)
-    text = ",\n".join(json.dumps(line) for line in lines)
-    options.save.write_text(f'{{"torch": "{torch.__version__}", "runs": [\n{text}\n]}}\n')
+                text = ",\n".join(json.dumps(line) for line in lines)
+                options.save.write_text(
+                    f'{{"torch": "{torch.__version__}", "runs": [\n{text}\n]}}\n'
+                )
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ class AnnealedImportance(Settings):
             max_simulations: Data sets at which to give up on ``target_std_error``, with a warning.
             bounds: Bounds on log p(x) to use, as for :meth:`sandwich`.
             control_variates: Whether log densities of sites whose entropies are known serve as
-                control variates, from 20 pairs on. Their coefficients are left-one-out, so bounds
+                control variates, from 50 pairs on. Their coefficients are left-one-out, so bounds
                 stay bounds in expectation.
             **kwargs: Arguments of model and guide.
 

@@ -249,7 +249,7 @@ class Bound(nn.Module, ABC):
             seed: Seed of simulated pairs, particles and chains, which then leaves the global
                 generator as it was; None draws from that.
             control_variates: Whether log densities of simulated pairs whose entropies are known
-                serve as control variates, from 20 pairs on, with coefficients that leave bounds
+                serve as control variates, from 50 pairs on, with coefficients that leave bounds
                 what they are. Given pairs are taken as they come: they need not follow the model.
             progress_bar: Whether to show one, over batches.
 

@@ -180,7 +180,7 @@ def ais_eig(
         num_chains: Number K of chains per pair.
         num_steps: Number T of annealing steps.
         control_variates: Whether log densities of sites whose entropies are known serve as control
-            variates, from 20 pairs on; left-one-out coefficients keep bounds what they are.
+            variates, from 50 pairs on; left-one-out coefficients keep bounds what they are.
         progress_bar: Whether to show progress.
         **options: Further options of :class:`~pyro_anneal.AnnealedImportance`.
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 __all__ = ["MIN_PAIRS", "leave_one_out_control"]
 
-# With fewer pairs the noise of the coefficients outweighs what they remove.
-MIN_PAIRS = 20
+# With 20 pairs nominal 95% intervals of controlled values covered 91 to 92%, with 50 they covered
+# 94 to 96% (benchmarks/mi_coverage.py): the coefficients must not add their own noise.
+MIN_PAIRS = 50
 _RIDGE = 1e-9
 
 
@@ -31,13 +32,13 @@ def leave_one_out_control(values: Tensor, controls: Tensor) -> Tensor:
         controls: C quantities of mean zero, shape ``[C, N, *batch]``.
 
     Returns:
-        Corrections in nats, shape ``[N, *batch]``; zeros for fewer than 20 pairs, without controls,
+        Corrections in nats, shape ``[N, *batch]``; zeros for fewer than 50 pairs, without controls,
         or where some value is not finite.
 
     Example:
-        >>> noise = torch.linspace(-1.0, 1.0, 40)
+        >>> noise = torch.linspace(-1.0, 1.0, 60)
         >>> control = leave_one_out_control(3.0 + 2.0 * noise, noise.unsqueeze(0))
-        >>> torch.allclose(control, 2.0 * noise)
+        >>> torch.allclose(control, 2.0 * noise, atol=1e-4)
         True
     """
     zero = torch.zeros_like(values)

@@ -94,8 +94,9 @@ class AnnealedImportance(Settings):
             that the guide misses.
         cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
             particles down from the prior where the guide was fitted, and warns if they end in
-            modes that it misses; True also starts as many chains from the prior, and says so if
-            they find more evidence (double the cost); False compares with nothing.
+            modes that it misses; True also starts as many chains from the prior, or beside
+            ``guide=None`` from a fit, and says so if they find more evidence (double the cost);
+            False compares with nothing.
         compile: ``"auto"`` compiles the annealing loop where counts of steps and operations say that
             this repays its ten seconds; True compiles the loop, or the density where the loop
             cannot be; ``"unrolled"`` the loop of a small model element by element, slower to compile
@@ -160,8 +161,8 @@ class AnnealedImportance(Settings):
             found = diagnostics.diagnose(run)
             if self.cross_check:
                 found = (*found, *self._scout(frozen, run, journal))
-            if self.cross_check is True and self.guide is not None:
-                found = (*found, *self._compare_with_prior(run, arguments, journal))
+            if self.cross_check is True:
+                found = (*found, *self._compare_starts(run, arguments, journal))
         diagnostics.warn(found)
         return replace(run, diagnostics=found, provenance=_provenance("run", began, journal, run))
 
@@ -397,21 +398,23 @@ class AnnealedImportance(Settings):
         found = scout_run(frozen.problem, run, frozen.path.kernel, frozen.seed, journal)
         return () if found is None else (found,)
 
-    def _compare_with_prior(
+    def _compare_starts(
         self, run: AnnealedRun, arguments: Arguments, journal: Journal
     ) -> tuple[diagnostics.Diagnostic, ...]:
-        """Runs the same chains from the prior and compares what both starts found."""
-        settings, prefix = replace(self, guide=None), "from the prior/"
+        """Runs the same chains from the prior, or from a fit, and compares what both found."""
+        names = ("the guide", "the prior") if self.guide is not None else ("the prior", "a fit")
+        settings = replace(self, guide=None if self.guide is not None else "auto")
+        prefix = f"from {names[1]}/"
         frozen = freeze(
             settings, self.model, arguments, arguments, journal, prefix, seed=journal.seed
         )
 
         def anneal(frozen: Frozen, suffix: str) -> Done:
-            stream = f"forward from the prior{suffix}"
+            stream = f"forward from {names[1]}{suffix}"
             return run_forward(frozen, journal, prefix, stream=stream, keep_samples=False)
 
-        _, done = in_rounds(frozen, anneal, task="run from the prior")
-        found = diagnostics.diagnose_starts(run, done.runs[0])
+        _, done = in_rounds(frozen, anneal, task=f"run from {names[1]}")
+        found = diagnostics.diagnose_starts(run, done.runs[0], names=names)
         return () if found is None else (found,)
 
     def _sandwich(

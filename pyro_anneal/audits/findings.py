@@ -19,8 +19,8 @@ __all__ = ["diagnose_evidence", "diagnose_inference"]
 # Split R-hat above which chains count as unmixed, effective draws that a half should have, the
 # tail index beyond which a mean of weights is unreliable (Vehtari et al. 2024), and nats.
 _R_HAT, _LEAST_EFFECTIVE, _PARETO_K, _TOLERANCE, _STD_ERROR = 1.05, 100.0, 0.7, 0.05, 0.025
-# Standard errors that make a contradiction.
-_SIGMAS = 5.0
+# Standard errors that make a contradiction, and nats of a harmonic mean's that make it worthless.
+_SIGMAS, _VAGUE = 5.0, 0.25
 # Adjusted p-values below which ranks are suspicious, or wrong; nats, likewise for a guide; and the
 # standard errors by which a divergence is lowered first, by the side that it comes from.
 _SUSPICIOUS_P, _FAILED_P = 0.03, 0.005
@@ -113,7 +113,9 @@ def _contradictions(result: EvidenceFromSamples) -> list[Diagnostic]:
         )
         found.append(_finding("agreement", text, _distance(bridge, annealed)))
     thames = result.thames
-    if _excess(thames, bridge) > 0.0:
+    vague = thames.std_error > _VAGUE  # and then its own error is not known either
+    apart = (thames.value - bridge.value).abs() > _margin(thames, bridge)
+    if bool((apart & ~vague).any()):
         text = (
             "the truncated harmonic mean and bridge sampling differ by "
             f"{_distance(thames, bridge):.3g} nats, beyond their errors: the posterior is far from "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from ..runs.progress import follow_call
 from ..runs.progress import progress_bar as stage
 from .bridge import series_ess
 from .findings import diagnose_inference
-from .reading import read_draws
+from .reading import read_draws, values_by_name
 from .simulated import Densities, SimulatedData, simulate_data
 from .uniformity import divergence_limit, rank, uniformity_p_value
 
@@ -77,12 +78,12 @@ class _Audit:
             )
             if self.layout is None:
                 self.layout = self._inspect(data)
-            found = None
+            called = None
             if self.is_guide is None:
-                self.is_guide, found = self._kind(data)
+                self.is_guide, called = self._kind(data)
             if self.is_guide:
                 return self._from_guide(data, seed)
-            draws = self._draws(data) if found is None else found
+            draws = self._draws(data, self._call(data) if called is None else called)
             return self._from_draws(data, draws, seed)
 
     def _inspect(self, data: SimulatedData) -> Layout:
@@ -95,38 +96,52 @@ class _Audit:
             )
         return layout
 
-    def _kind(self, data: SimulatedData) -> tuple[bool, Any]:
+    def _kind(self, data: SimulatedData) -> tuple[bool, tuple[Any, set[str]] | None]:
         """Tells a guide, which samples sites, from a function that returns draws."""
         if is_autoguide(self.inference):
             check_guide(self.inference)
             return True, None
         assert self.layout is not None
-        found = self._call(data)
+        called = self._call(data)
+        found = called[0]
         shapes = {site.name: len(site.value_shape) for site in self.layout.model_sites}
         if isinstance(found, Mapping):
             ranks = {name: torch.as_tensor(found[name]).dim() for name in shapes if name in found}
             if any(ranks[name] > shapes[name] for name in ranks) or not ranks:
-                return False, found
+                return False, called
         elif callable(getattr(found, "get_samples", None)) or hasattr(found, "posterior"):
-            return False, found
+            return False, called
         check_guide(self.inference)
         return True, None
 
-    def _call(self, data: SimulatedData) -> Any:
+    def _call(self, data: SimulatedData) -> tuple[Any, set[str]]:
+        """Calls the inference; returns what it returns, and the sites that handlers have reached."""
         args, kwargs = data.arguments
-        with poutine.block(), data.shown(self.fixed), torch.enable_grad():
-            return self.inference(*args, **kwargs)
+        if _takes_model(self.inference):
+            kwargs = {**kwargs, "model": data.held}
+        with poutine.block(), data.shown(self.fixed) as seen, torch.enable_grad():
+            found = self.inference(*args, **kwargs)
+        return found, seen
 
-    def _draws(self, data: SimulatedData) -> Any:
-        found = self._call(data)
-        if not isinstance(found, Mapping):
-            return found
+    def _draws(self, data: SimulatedData, called: tuple[Any, set[str]]) -> Any:
+        """Checks that draws were made with the simulated data and the fixed sites."""
+        found, seen = called
+        remedy = (
+            "Pyro's MCMC hides its model from the handlers around it. Give the inference a keyword "
+            "parameter model, and let it run that: it gets the model with all this in place"
+        )
+        unread = [name for name in data.hidden if name not in seen]
+        if unread and not _takes_model(self.inference):
+            raise ValueError(
+                f"the inference takes no data and did not read the simulated value of {unread}: "
+                f"{remedy}; or pass the data as an argument"
+            )
+        given = values_by_name(found) if self.fixed else {}
         for name, value in self.fixed.items():
-            if name in found and not bool((torch.as_tensor(found[name]) == value).all()):
+            if name in given and not bool((torch.as_tensor(given[name]) == value).all()):
                 raise ValueError(
                     f'the inference returned its own draws of site "{name}", which simulate_from '
-                    "holds fixed: it does not run the model under Pyro's handlers; leave "
-                    "simulate_from out, or let the inference hold that site as well"
+                    f"holds fixed. {remedy}"
                 )
         return found
 
@@ -231,6 +246,13 @@ class _Audit:
         return _Outcome(ranks, uniforms, count, lower, upper)
 
 
+def _takes_model(inference: Callable[..., Any]) -> bool:
+    try:
+        return "model" in inspect.signature(inference).parameters
+    except (TypeError, ValueError):  # no signature
+        return False
+
+
 def _tensors(data: SimulatedData, arguments: Arguments) -> dict[str, Tensor]:
     """Collects the tensors that change with the data, by place."""
     found = {f"site {name}": value for name, value in data.simulation.observed.items()}
@@ -261,7 +283,9 @@ def check_inference(
     Simulated data look like the prior's, not like yours. With ``simulate_from`` latent sites,
     usually hyperparameters, are held at values near their posterior given your data: in the
     simulation, and in every Pyro program that the inference runs. The audit then is of the
-    inference of the *other* sites, for data such as yours.
+    inference of the *other* sites, for data such as yours. Pyro's MCMC hides its model from such
+    handlers: an inference with a keyword parameter ``model`` is given the model with those sites
+    held, and data in place where no argument holds them.
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018) for ranks; Modrak et al. (2023) for
     the joint density among them; Grosse, Ancha and Roy (2016), *Measuring the reliability of MCMC

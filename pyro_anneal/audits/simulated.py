@@ -44,6 +44,17 @@ class Fixed(Messenger):  # type: ignore[misc]
         msg["infer"] = {**msg["infer"], "_deterministic": True}
 
 
+class _Shown(Messenger):  # type: ignore[misc]
+    """Remembers which sites Pyro programs inside have reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.names.add(msg["name"])
+
+
 @dataclass(frozen=True, eq=False)
 class SimulatedData:
     """One simulated data set, and how model and inference see it."""
@@ -53,11 +64,17 @@ class SimulatedData:
     arguments: Arguments  # for the inference: simulated data in place of the observed
     hidden: dict[str, Tensor]  # data that no argument holds
 
+    held: Callable[..., Any]  # the model for the inference: sites fixed, hidden data in place
+
     @contextlib.contextmanager
-    def shown(self, fixed: Mapping[str, Tensor]) -> Iterator[None]:
-        """Shows Pyro programs inside what the arguments do not: fixed sites, and hidden data."""
-        with Fixed(fixed), poutine.condition(data=self.hidden):
-            yield
+    def shown(self, fixed: Mapping[str, Tensor]) -> Iterator[set[str]]:
+        """Shows Pyro programs inside what the arguments do not: fixed sites, and hidden data.
+
+        Yields:
+            Names of the sites that were reached; ``MCMC.run`` hides its own from all handlers.
+        """
+        with _Shown() as seen, Fixed(fixed), poutine.condition(data=self.hidden):
+            yield seen.names
 
 
 def simulate_data(
@@ -99,7 +116,8 @@ def simulate_data(
     shown = guide_arguments(arguments, simulation, make_args)
     hidden = {} if holds_data or make_args is not None else simulation.observed
     conditioned = poutine.condition(held, data=simulation.observed)
-    return SimulatedData(simulation, conditioned, shown, hidden)
+    given = conditioned if hidden else held
+    return SimulatedData(simulation, conditioned, shown, hidden, given)
 
 
 class Densities:

@@ -41,6 +41,9 @@ _REMEDY = (
 # Unseen particles at which Gaussians are fitted, and dimensions up to which they are.
 _MOST_FITS, _MOST_DIMENSIONS = 8, 64
 
+# Mass that the run's own chains found in those places is known to this factor only.
+_DOUBT = 1.5
+
 SETTINGS = Pilot(num_chains=64, num_moves=4, ess_fraction=0.5, max_stages=60)
 
 
@@ -234,7 +237,7 @@ def _by_fits(
     if not bool(out_of_reach.any()):
         return None
     excess = several.elbo[out_of_reach].double().logsumexp(0) - run.lower / run.scale
-    if not float(excess.exp() - known) >= min_mass:
+    if not float(excess.exp() - _DOUBT * known) >= min_mass:
         return None
     share = float(unseen.double().mean())
     return Diagnostic(
@@ -259,7 +262,9 @@ def _verdict(
     share = unseen.double().mean(0)
     excess = found.log_evidence - run.lower / run.scale
     errors = run.std_error.nan_to_num(0.0) / run.scale
-    missed = (share * excess.exp() - known >= min_mass) | (excess > tolerance + 5.0 * errors)
+    missed = (share * excess.exp() >= min_mass + _DOUBT * known) | (
+        excess > tolerance + 5.0 * errors
+    )
     if not bool(missed.any()):
         return None
     of_batch = f" for {missed.double().mean().item():.0%} of the batch" if share.dim() else ""

@@ -197,6 +197,37 @@ def test_data_in_a_closure_reach_pyro_programs():
     assert audit(model, inference, num_simulations=50).verdict == "ok"
 
 
+def _few_draws(model, *args):
+    nuts = NUTS(model)
+    mcmc = MCMC(nuts, num_samples=20, warmup_steps=5, disable_progbar=True)
+    mcmc.run(*args)
+    return mcmc
+
+
+def test_mcmc_is_told_what_handlers_hold():
+    """MCMC hides its model from handlers: an error says so, and a parameter ``model`` mends it."""
+    options = {"num_simulations": 2, "simulate_from": {"tau": 3.0}}
+    with pytest.raises(ValueError, match=r'its own draws of site "tau".*keyword parameter model'):
+        audit(schools, lambda y: _few_draws(schools, y), SCHOOLS, **options)
+    found = audit(schools, lambda y, model: _few_draws(model, y), SCHOOLS, **options)
+    assert set(found.ranks) == {"mu", "theta", "log_joint"}
+
+    def closure():
+        conjugate(X)
+
+    with pytest.raises(ValueError, match=r"did not read the simulated value of \['x'\]"):
+        audit(closure, lambda: _few_draws(closure), num_simulations=2)
+    read = []
+
+    def inference(model):
+        read.append(poutine.trace(model).get_trace().nodes["x"]["value"])
+        return _few_draws(model)
+
+    audit(closure, inference, num_simulations=2)
+    assert len(read) == 2
+    assert not any(torch.equal(x, X) for x in read)
+
+
 def test_a_guide_fitted_to_other_data_fails():
     """An AutoGuide does not look at its arguments: what was fitted to one x is wrong for another."""
     pyro.clear_param_store()

@@ -86,6 +86,24 @@ def test_both_identities():
         assert 1e-4 < error < 0.05
 
 
+def test_many_dimensions():
+    """150 dimensions: a base of low rank, and the truth between the bounds."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(150), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    torch.manual_seed(5)
+    x = 1.1 * torch.randn(150)
+    truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x).sum()
+    draws = {"z": 0.8 * x + math.sqrt(0.2) * torch.randn(1500, 150)}
+    found = evidence_from_samples(model, draws, x, exact=True, num_steps=100, **QUICK)
+    assert "low rank" in found.base
+    assert abs(found.estimate.value - truth) < 5.0 * found.estimate.std_error < 0.15
+    low, high = found.interval()
+    assert low < truth < high
+
+
 def test_a_sampler_of_one_tail_is_contradicted():
     """Draws of the upper third alone: the bridge is wrong, annealing is not, and it says so."""
     torch.manual_seed(2)

@@ -246,7 +246,7 @@ def test_a_cross_check_has_rounds_of_its_own(monkeypatch):
     monkeypatch.setattr(
         diagnostics,
         "diagnose_starts",
-        lambda run, other: others.append(other) or compare(run, other),
+        lambda run, other, **names: others.append(other) or compare(run, other, **names),
     )
     run = AnnealedImportance(
         far_from_the_prior, near_the_posterior, target_gap=0.15, cross_check=True, seed=0, **QUIET

@@ -11,7 +11,8 @@ import torch
 from scipy.integrate import quad
 
 from pyro_anneal import AnnealedImportance, AnnealingWarning
-from pyro_anneal.problems import several
+from pyro_anneal.problems import fitted, several
+from pyro_anneal.problems.content import Remembered
 from pyro_anneal.problems.problem import prepare
 
 X = torch.tensor(9.0)
@@ -46,6 +47,7 @@ def engine(model, **options):
 def one_fit(monkeypatch):
     """Fits one Gaussian and no more, as in many dimensions or on many data."""
     monkeypatch.setattr(several, "_MOST_DIMENSIONS", 0)
+    monkeypatch.setattr(fitted, "_FITS", Remembered())  # no fit that other tests left
 
 
 def test_several_fits_find_both_modes():
@@ -96,6 +98,16 @@ def test_cross_check_says_that_starts_disagree(one_fit):
     ):
         run = engine(two_modes, cross_check=True).run(X)
     assert [found.name for found in run.diagnostics] == ["modes", "starts"]
+
+
+def test_cross_check_of_the_prior_finds_the_spike():
+    """Chains from the prior see the slab alone; a fit knows both phases."""
+    options = {"num_chains": 16, "num_steps": 100, "progress_bar": False, "seed": 0}
+    with pytest.warns(AnnealingWarning, match="starting from a fit finds 2.* nats more evidence"):
+        run = AnnealedImportance(spike_and_slab, None, cross_check=True, **options).run(
+            0.05, 0.9, 10
+        )
+    assert [found.name for found in run.diagnostics] == ["starts"]
 
 
 def test_cross_check_passes_an_easy_posterior():

@@ -20,7 +20,6 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.md"))
 # Without outputs until `python tutorials/build.py --execute` has run them.
 NOT_YET_EXECUTED = {
     "02_vae",
-    "03_discrete_latents",
     "04_mutual_information",
     "05_mi_from_samples",
     "07_energy_priors",

@@ -80,7 +80,7 @@ def bridge(
         ValueError: If a posterior draw has no finite ratio.
 
     Example:
-        >>> float(bridge(torch.full((4,), -2.0), torch.full((1, 8), -2.0)).value)
+        >>> round(float(bridge(torch.full((4,), -2.0), torch.full((1, 8), -2.0)).value), 9)
         -2.0
     """
     if not bool(draws.isfinite().all()):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..graphs.captured import CapturedDensity
 from ..graphs.inductor import compiler_problem
+from ..graphs.recorded import RecordedDensity
 from ..kernels import Kernel
 from .program import LoopedDensity
 from .step_graph import UNROLL_UP_TO
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-def loop_problem(density: Any, kernel: Kernel) -> str | None:
+def loop_problem(density: RecordedDensity, kernel: Kernel) -> str | None:
     """Says why chunks of this density and kernel cannot be compiled, or None if they may be.
 
     Args:
@@ -51,7 +52,7 @@ _COMPILE_SECONDS = 5.0
 _COMPILE_SECONDS_PER_OPERATION = 0.02
 
 
-def repays_compilation(density: CapturedDensity, kernel: Kernel, num_moves: int) -> bool:
+def repays_compilation(density: RecordedDensity, kernel: Kernel, num_moves: int) -> bool:
     """Decides from counts whether a compiled loop saves more dispatching than compiling costs.
 
     Args:
@@ -75,7 +76,7 @@ _UNROLLED_STEP_SAVES = 5e-6
 _UNROLLED_OPERATION_SAVES = 1e-11  # per chain
 
 
-def repays_unrolling(density: CapturedDensity, kernel: Kernel, num_moves: int) -> bool:
+def repays_unrolling(density: RecordedDensity, kernel: Kernel, num_moves: int) -> bool:
     """Decides from counts whether a step taken apart saves more than compiling it costs besides.
 
     Args:
@@ -103,13 +104,13 @@ class _Path(Protocol):
 
 
 def with_loop(
-    density: Any,
+    density: RecordedDensity,
     path: _Path,
     compile: bool | str,
     *,
     num_runs: int = 1,
     fallback: Callable[[], object] | None = None,
-) -> Any:
+) -> RecordedDensity:
     """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
 
     Args:
@@ -142,14 +143,14 @@ def with_loop(
     return LoopedDensity(density, unroll=unroll, fallback=fallback)
 
 
-def describe_mode(density: Any) -> str:
+def describe_mode(density: RecordedDensity) -> str:
     """Says how a density is evaluated: ``"graph"``, ``"compiled loop"``, ..."""
     if isinstance(density, LoopedDensity) and density.loop_mode is not None:
         return f"compiled {density.loop_mode}"
     return str(density.mode)
 
 
-def loop_notes(density: Any) -> tuple[str, ...]:
+def loop_notes(density: RecordedDensity) -> tuple[str, ...]:
     """Says why a loop that was wanted could not be compiled."""
     if isinstance(density, LoopedDensity) and density.loop_reason is not None:
         return (f"the annealing loop could not be compiled ({density.loop_reason})",)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..chains.path import Carry, StepTable
-from ..graphs.captured import CapturedDensity
+from ..graphs.exits import Exit
+from ..graphs.recorded import LogDensities, Mode, RecordedDensity
 from ..graphs.repetition import repeated_dims
 from ..kernels import Kernel, State, Tuning
 from .runners import Run, as_cuda_graph, as_loop, step_by_step
@@ -68,7 +69,7 @@ class LoopedDensity:
 
     def __init__(
         self,
-        density: CapturedDensity,
+        density: RecordedDensity,
         problem: str | None = None,
         *,
         unroll: bool = False,
@@ -84,10 +85,75 @@ class LoopedDensity:
         """Evaluates K chains."""
         return self.density(position)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "density":  # not set yet, while being copied
-            raise AttributeError(name)
-        return getattr(self.density, name)
+    @property
+    def num_evaluations(self) -> int:
+        """Calls so far; each evaluates all chains once."""
+        return self.density.num_evaluations
+
+    @num_evaluations.setter
+    def num_evaluations(self, count: int) -> None:
+        self.density.num_evaluations = count
+
+    @property
+    def mode(self) -> Mode:
+        """How single evaluations are made."""
+        return self.density.mode
+
+    @property
+    def reason(self) -> str | None:
+        """Why the mode is no faster one, or None."""
+        return self.density.reason
+
+    @property
+    def example(self) -> Tensor:
+        """A position of one chain."""
+        return self.density.example
+
+    @property
+    def num_chains(self) -> int:
+        """Number K of chains that the density was prepared for."""
+        return self.density.num_chains
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """Values that left the recording."""
+        return self.density.exits
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The live tensors that the density reads."""
+        return self.density.constants
+
+    @property
+    def code(self) -> str | None:
+        """The operations recorded for one chain, or None without a graph."""
+        return self.density.code
+
+    def check(self, positions: Tensor) -> None:
+        """Compares the graph with the model itself."""
+        self.density.check(positions)
+
+    def serves(self, replacements: Mapping[Tensor, Tensor] | None = None) -> bool:
+        """Tells whether the graph is right for other data."""
+        return self.density.serves(replacements)
+
+    def rebind(
+        self, replacements: Mapping[Tensor, Tensor], function: LogDensities | None = None
+    ) -> RecordedDensity:
+        """Returns the density alone on other data."""
+        return self.density.rebind(replacements, function)
+
+    def graph_and_inputs(self, num_chains: int) -> tuple[fx.GraphModule, list[Tensor]]:
+        """Returns the graph of K chains, and its inputs."""
+        return self.density.graph_and_inputs(num_chains)
+
+    def chain_graph_and_inputs(self) -> tuple[fx.GraphModule, list[Tensor]]:
+        """Returns the graph of one chain, and its inputs."""
+        return self.density.chain_graph_and_inputs()
+
+    def compile(self) -> None:
+        """Compiles single evaluations."""
+        self.density.compile()
 
     def run_chunk(
         self,
@@ -275,7 +341,7 @@ def _compile(
 def _check(
     program: _Program,
     kernel: Kernel,
-    density: CapturedDensity,
+    density: RecordedDensity,
     state: State,
     noise: Sequence[Tensor],
     table: StepTable,

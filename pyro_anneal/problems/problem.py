@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..graphs.captured import capture
 from ..graphs.purity import undisturbed
+from ..graphs.recorded import RecordedDensity
 from ..graphs.recording import evaluate_or_nan
 from ..graphs.rewriting import Impure
 from ..kernels import State
@@ -57,7 +58,7 @@ class Problem:
     model: ModelDensity
     base: Base
     function: PathDensity  # one chain, through Pyro
-    density: Any  # K chains, captured: a Density with mode, reason and num_evaluations
+    density: RecordedDensity  # of K chains
     fit_gradients: int  # spent on guide="auto", per batch element
     inspected: Layout  # before a fit chose coordinates
     from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
@@ -488,7 +489,8 @@ def assemble(
     else:
         base = GuideBase(guide, model_density, guide_args)
     function = PathDensity(model_density, base)
-    return Problem(layout, model_density, base, function, None, 0, layout)
+    unrecorded: Any = None  # until the problem is finished
+    return Problem(layout, model_density, base, function, unrecorded, 0, layout)
 
 
 def _started(problem: Problem, start: FittedStart) -> Problem:

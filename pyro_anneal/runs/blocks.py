@@ -18,6 +18,7 @@ from torch import Tensor
 from ..chains.loop import Progress, run_chains
 from ..chains.path import Carry, Direction, Path, StepStatistics
 from ..chains.resampling import Lineage, Reference, Resampling
+from ..graphs.recorded import RecordedDensity
 from ..kernels import State
 from ..persistence.files import to_host
 from ..persistence.journal import Journal
@@ -55,7 +56,7 @@ def split(num_chains: int, size: int | None) -> list[range]:
 
 
 def anneal_blocks(
-    density: Any,
+    density: RecordedDensity,
     path: Path,
     blocks: Sequence[range],
     start: Callable[[range], State],
@@ -144,7 +145,7 @@ class _Block:
 
     def __init__(
         self,
-        density: Any,
+        density: RecordedDensity,
         path: Path,
         direction: Direction,
         seed: int,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..chains.blockwise import Blockwise
 from ..chains.path import Path
+from ..kernels import Density
 from ..models.sites import is_factor, latent_sites, observed_sites
 from ..models.validation import validation_disabled
 from ..persistence.randomness import draw_seed, seeded_generator
@@ -49,7 +50,7 @@ class Continuation:
         problem, path = self.problem, self.path
         count, device = len(self.position), self.position.device
         generator = seeded_generator(device, draw_seed() if seed is None else seed, "continue")
-        density = problem.density
+        density: Density = problem.density
         density = density if self.max_rows is None else Blockwise(density, self.max_rows)
         with torch.no_grad():
             indices = resample_indices(self.log_weights, count, generator=generator)

@@ -20,6 +20,7 @@ from ..chains.resampling import Reference, Resampling, systematic_ancestors
 from ..chains.tuning import Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
+from ..graphs.recorded import RecordedDensity
 from ..kernels import State
 from ..kernels.base import needs_gradients
 from ..models.simulation import Arguments
@@ -186,7 +187,7 @@ def freeze(
         path, summary, found = tune(walkers, plan, num_steps=num_steps, once=once)
     density = loop_for(problem.density, path, settings.compile, num_runs=num_runs)
     problem = replace(problem, density=density)
-    how = {"density evaluated as": problem.density.mode}
+    how: dict[str, str] = {"density evaluated as": problem.density.mode}
     how["steps run by"] = _steps_run_by(problem.density)
     if grouping is None:
         grouping = group(
@@ -234,7 +235,9 @@ def group(
     )
 
 
-def loop_for(density: Any, path: Path, compile: bool | str, *, num_runs: int = 1) -> Any:
+def loop_for(
+    density: RecordedDensity, path: Path, compile: bool | str, *, num_runs: int = 1
+) -> RecordedDensity:
     """Compiles a density's loop where that repays itself; an earlier round may have done so."""
     if isinstance(density, LoopedDensity):
         return density

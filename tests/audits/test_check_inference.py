@@ -68,7 +68,7 @@ def test_exact_inference_is_ok(inference):
     assert abs(upper) < 5.0 * error + 0.2 if not found.is_guide else abs(upper) < 1e-6
 
 
-@pytest.mark.parametrize("width", [0.6, 1.6])
+@pytest.mark.parametrize("width", [0.6, pytest.param(1.6, marks=pytest.mark.slow)])
 def test_divergence_of_a_guide_is_bounded(width):
     found = audit(conjugate, guide_of(width), X, num_simulations=60)
     lower, upper, below, above = found.jeffreys
@@ -82,8 +82,8 @@ def test_divergence_of_a_guide_is_bounded(width):
     "inference",
     [
         draws_of(0.5),
-        draws_of(2.0),
-        draws_of(1.0, shift=1.0),
+        pytest.param(draws_of(2.0), marks=pytest.mark.slow),
+        pytest.param(draws_of(1.0, shift=1.0), marks=pytest.mark.slow),
         draws_of(1.0, fold=True),
     ],
     ids=["narrow", "wide", "shifted", "half"],
@@ -184,6 +184,7 @@ def test_hyperparameters_held_at_the_fit():
         audit(schools, gibbs_like, SCHOOLS, simulate_from={"sigma": 1.0})
 
 
+@pytest.mark.slow
 def test_data_in_a_closure_reach_pyro_programs():
     def model():
         conjugate(X)
@@ -228,6 +229,7 @@ def test_mcmc_is_told_what_handlers_hold():
     assert not any(torch.equal(x, X) for x in read)
 
 
+@pytest.mark.slow
 def test_a_guide_fitted_to_other_data_fails():
     """An AutoGuide does not look at its arguments: what was fitted to one x is wrong for another."""
     pyro.clear_param_store()

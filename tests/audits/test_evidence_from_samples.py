@@ -86,6 +86,7 @@ def test_both_identities():
         assert 1e-4 < error < 0.05
 
 
+@pytest.mark.slow
 def test_many_dimensions():
     """150 dimensions: a base of low rank, and the truth between the bounds."""
 
@@ -117,6 +118,7 @@ def test_a_sampler_of_one_tail_is_contradicted():
     assert abs(found.estimate.value - SHARED_EVIDENCE) > 0.1
 
 
+@pytest.mark.slow
 def test_chains_apart_are_flagged():
     torch.manual_seed(3)
     draws = shared_draws(2, 500)["rate"].sort().values
@@ -240,6 +242,7 @@ def test_the_bridge_is_right_and_knows_its_error():
     assert 0.85 < scores.std() < 1.15
 
 
+@pytest.mark.slow
 def test_the_bridge_counts_dependent_draws():
     """Of an autoregression the error is that of the effective number, not of the draws."""
     generator = torch.Generator().manual_seed(1)

@@ -85,7 +85,7 @@ def test_the_interval_survives_every_rule_of_stopping():
 
 @pytest.mark.parametrize("sigma", [0.2, 1.0, 2.5])
 def test_the_interval_covers_where_the_error_decides(sigma):
-    """Log-normal weights, whose low standard errors go with low evidence, and Student's tails."""
+    """Log-normal weights, whose low standard errors go with low evidence."""
     generator = torch.Generator().manual_seed(1)
     covered, repetitions, goal = 0, 400, Goal(0.05, 5, 16)
     for _ in range(repetitions):

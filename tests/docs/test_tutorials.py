@@ -21,7 +21,6 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.md"))
 NOT_YET_EXECUTED = {
     "02_vae",
     "04_mutual_information",
-    "05_mi_from_samples",
     "07_energy_priors",
 }
 

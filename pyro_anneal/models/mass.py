@@ -115,7 +115,10 @@ def _problem(fn: Distribution, support: Support) -> str | None:
     try:
         with _generator_of_its_own():
             draws = fn.sample((_DRAWS if size <= _LARGEST_BATCH else 8,))
-        log_prob, transform = fn.log_prob(draws), bijection_onto(support)
+            log_prob, again = fn.log_prob(draws), fn.log_prob(draws)
+        if bool(((again != log_prob) & ~(again.isnan() & log_prob.isnan())).any()):
+            return None  # an estimate, which is refused by name where it is annealed
+        transform = bijection_onto(support)
         at_edge = saturates(transform, draws)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
         return None  # no sample_shape: nothing can be said

@@ -19,7 +19,6 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.md"))
 
 # Without outputs until `python tutorials/build.py --execute` has run them.
 NOT_YET_EXECUTED = {
-    "02_vae",
     "04_mutual_information",
     "07_energy_priors",
 }

@@ -96,7 +96,8 @@ class Comparison(Result):
         .. math:: \bigl[L_i - U_j - 2 m,\; U_i - L_j + 2 m\bigr], \qquad m = \log(4 / \alpha)
 
         Each of the four bounds misses by m with probability at most ``alpha / 4`` (Markov); for a
-        model whose rounds were looked at n times m is larger by n log 2 (``looks``). Ends are infinite for models without an upper bound.
+        model whose rounds were looked at n times m is larger by n log 2 (``looks``). Ends are
+        infinite for models without an upper bound.
 
         Args:
             level: Probability of coverage, in (0, 1), for each pair of models.
@@ -108,7 +109,7 @@ class Comparison(Result):
             ValueError: If ``level`` is not in (0, 1).
         """
         _check_level(level)
-        looks = torch.tensor(self.looks or (0,) * len(self.names), dtype=self.lower.dtype)
+        looks = self.lower.new_tensor(self.looks or (0,) * len(self.names))
         margins = math.log(4.0 / (1.0 - level)) + math.log(2.0) * looks
         low = (self.lower - margins).unsqueeze(1) - (self.upper + margins).unsqueeze(0)
         low = low.masked_fill(torch.eye(len(self.names), dtype=torch.bool, device=low.device), 0.0)

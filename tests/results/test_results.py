@@ -324,10 +324,10 @@ def test_mutual_information_brackets_the_truth():
     assert estimate.lower < truth + 5 * estimate.lower_std_error
     assert estimate.upper > truth - 5 * estimate.upper_std_error
     assert estimate.upper - estimate.lower < 0.1
-    low, high = estimate.interval(0.95)
+    low, high = estimate.normal_interval(0.95)
     assert low < truth < high
     z = NormalDist().inv_cdf(0.975)
-    assert low == pytest.approx((estimate.lower - z * estimate.lower_std_error).item())
+    assert low == pytest.approx((estimate.lower - z * estimate.lower_std_error).item(), abs=1e-4)
     assert estimate.upper_interval(0.95)[1] == high
     assert estimate.terms["variational"] + estimate.terms["contrastive"] == pytest.approx(
         estimate.lower.item()

@@ -196,7 +196,7 @@ def test_findings_of_all_batches_are_one_warning():
 
 
 @pytest.mark.filterwarnings("ignore::pyro_anneal.diagnostics.AnnealingWarning")
-def test_a_run_of_any_length_holds_one_batch_at_a_time():
+def test_a_run_of_any_length_holds_two_batches_at_most():
     alive, most = weakref.WeakSet(), []
 
     def endless():
@@ -212,7 +212,7 @@ def test_a_run_of_any_length_holds_one_batch_at_a_time():
         annealed(num_steps=5).run_batches(endless())
     finally:
         gc.enable()
-    assert max(most) == 1
+    assert max(most) <= 2  # the batch at hand, and the one that the kept recording was made for
 
 
 # --- pairs ------------------------------------------------------------------------------------

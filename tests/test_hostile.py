@@ -879,6 +879,7 @@ def test_simulated_data_do_not_depend_on_values_that_are_replaced():
         assert torch.equal(sandwich(data=data).lower, plain.lower)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the density is evaluated slowly")
 def test_a_likelihood_in_numpy_is_slow_and_right():
     result = run(numpy_inside, num_chains=64, num_steps=4)

@@ -128,6 +128,7 @@ def test_rounds_stop_at_the_target_and_leave_their_runs():
     assert vars(ais) == told
 
 
+@pytest.mark.slow
 def test_a_better_start_takes_fewer_steps_and_a_nearer_target_more():
     steps = {
         (guide, target): AnnealedImportance(
@@ -214,6 +215,7 @@ def test_a_sandwich_reaches_its_gap_and_simulations_share_the_steps(tmp_path):
         assert len(other.forward.rounds) == len(first.forward.rounds)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # wide on purpose
 def test_batches_share_the_steps_of_the_first(tmp_path):
     options = {"num_chains": 4, "target_gap": 0.6, "kernel": HMC(1), "seed": 0, **QUIET}

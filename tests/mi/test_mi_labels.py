@@ -39,7 +39,7 @@ CRITICS = {
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, pytest.param(torch.bool, marks=pytest.mark.slow)])
 def test_labels_train_critics(critic, dtype):
     z = torch.randn(512)
     y = (z + 0.5 * torch.randn(512) > 0).to(dtype)

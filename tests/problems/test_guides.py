@@ -393,7 +393,7 @@ def labelling(x):
         pyro.sample("z", dist.Normal(loc[k.long()] + 0.2 * x, 0.8))
 
 
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("marked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_guides_that_draw_enumerated_sites_are_summed_over_them(marked):
     x = torch.tensor([0.5, 2.0, -1.0])
     wide = (1.0 + 0.49) ** 0.5

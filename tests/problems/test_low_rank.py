@@ -50,6 +50,7 @@ def test_a_gaussian_of_low_rank_is_recovered():
     assert fit.scale.stretch.shape[-1] < 100
 
 
+@pytest.mark.slow
 def test_batch_elements_of_low_rank_are_fitted_apart():
     target = lopsided(140, 3, batch=(2,))
     fit = fit_low_rank(target, torch.zeros(2, 140), seed=0)

@@ -163,7 +163,12 @@ def spike_and_slab(width, share, dim):
 
 
 @pytest.mark.parametrize(
-    ("width", "share", "dim"), [(0.01, 0.9, 10), (0.1, 0.9, 10), (0.05, 0.3, 5)]
+    ("width", "share", "dim"),
+    [
+        (0.01, 0.9, 10),
+        pytest.param(0.1, 0.9, 10, marks=pytest.mark.slow),
+        pytest.param(0.05, 0.3, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_both_phases_are_in_the_fit(width, share, dim):
     """Their evidence is 1 by construction; one phase alone gives log of its share."""

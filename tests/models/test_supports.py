@@ -16,6 +16,9 @@ from pyro_anneal import AnnealedImportance
 from pyro_anneal.models.coordinates import bijection
 from pyro_anneal.models.supports import normalized_support
 from pyro_anneal.models.validation import validation_disabled
+from pyro_anneal.problems.problem import prepare
+
+NOTHING: tuple = ((), {})
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning"),
@@ -368,9 +371,14 @@ def test_guides_of_the_same_support_are_accepted(dtype):
         lambda: dist.Gamma(2.0, 1.0),
         lambda: dist.Cauchy(0.0, 1.0),
     ):
-        run(
-            one_latent(prior, around, 3.0),
-            lambda prior=prior: pyro.sample("z", prior()),
-            num_chains=4,
-            num_steps=2,
-        )
+        model = one_latent(prior, around, 3.0)
+        problems = [
+            prepare(
+                model, guide, NOTHING, NOTHING,
+                num_chains=4, batch_plates="auto", compile=False, seed=0,
+            )
+            for guide in (lambda prior=prior: pyro.sample("z", prior()), None)
+        ]  # fmt: skip
+        position = problems[1].draw(4)
+        accepted, own = (problem.density(position).log_base for problem in problems)
+        torch.testing.assert_close(accepted, own, rtol=1e-4, atol=1e-4)

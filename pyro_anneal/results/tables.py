@@ -85,14 +85,14 @@ def format_share(share: float) -> str:
         share: The share, in [0, 1].
 
     Returns:
-        Whole percents, or one digit of a smaller share.
+        Whole percents; two digits of a share below a tenth.
 
     Example:
-        >>> [format_share(share) for share in (0.0, 0.0005, 0.007, 0.253, 1.0)]
-        ['0%', '0.05%', '0.7%', '25%', '100%']
+        >>> [format_share(share) for share in (0.0, 0.0005, 0.022, 0.253, 1.0)]
+        ['0%', '0.05%', '2.2%', '25%', '100%']
     """
     percent = 100.0 * share
-    return f"{percent:.1g}%" if 0.0 < percent < 0.95 else f"{percent:.0f}%"
+    return f"{percent:.2g}%" if 0.0 < percent < 10.0 else f"{percent:.0f}%"
 
 
 def format_fields(title: str, fields: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> str:

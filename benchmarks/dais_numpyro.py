@@ -71,12 +71,11 @@ def main(inputs, output):
         seconds = time.process_time() - began
         params = svi.get_params(state)
         keys = jax.random.split(jax.random.PRNGKey(1000 + seed), count)
-        loss = Trace_ELBO()
-        values = jax.lax.map(
-            lambda key, params=params, guide=guide: -loss.loss(key, params, model, guide, *args),
-            keys,
-        )
-        values = np.asarray(values)
+
+        def weigh(key, params=params, guide=guide):
+            return -Trace_ELBO().loss(key, params, model, guide, *args)
+
+        values = np.asarray(jax.lax.map(weigh, keys))
         row = {"seed": seed, "bound": float(values.mean()), "se": float(values.std() / count**0.5)}
         results.append(row | {"ms per step": 1e3 * seconds / steps})
     versions = {"numpyro": numpyro.__version__, "jax": jax.__version__}

@@ -27,7 +27,13 @@ Evidence = AnnealedRun | EvidenceOfBatches | EvidenceFromSamples | tuple[Anneale
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Comparison(Result):
-    """Models ordered by evidence, the best first. Everything is in nats, summed over the batch."""
+    """Models ordered by evidence, the best first, as :func:`compare` returns them.
+
+    Everything is in nats and summed over the batch. ``log_bayes_factors[i, j]`` is the log evidence
+    of model i minus that of model j, in the order of ``names``: 3 nats are odds of 20 to 1.
+    ``probabilities`` are those of the models once the data are seen. Print the comparison for a
+    table, or :meth:`plot` it.
+    """
 
     names: tuple[str, ...]
     lower: Tensor  # lower bounds on the log evidence, [M]
@@ -37,10 +43,10 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
-    provenance: Provenance | None = None  # of all runs together, see provenances for each
-    # How each model's evidence was computed, by its name; a reverse run's is beside its forward
-    # run's, by the name with " (reverse)". Runs that have no record are left out.
-    provenances: dict[str, Provenance] = field(default_factory=dict)
+    provenance: Provenance | None = None  # of all runs together
+    provenances: dict[str, Provenance] = field(
+        default_factory=dict
+    )  # of each, by "a", "a (reverse)"
     looks: tuple[int, ...] = ()  # of each model's rounds (AnnealedRun.num_looks); empty: none
 
     @property

@@ -176,15 +176,15 @@ class Comparison(Result):
                 row.append(_format_ends(guaranteed_low[i, 0], guaranteed_high[i, 0]))
             rows.append(row if i else [*row[:3], "", row[4], *([""] if guaranteed else [])])
         title = f"Comparison of {len(self.names)} models (nats; Bayes factors against the first)"
-        notes = list(self.notes)
+        footer = []
         if self.log_prior is not None:
             prior = self.log_prior.exp().tolist()
             shares = ", ".join(f"{n} {p:.3g}" for n, p in zip(self.names, prior, strict=True))
-            notes.insert(0, f"prior probabilities: {shares}")
-        notes.append(f"verdict: {self.verdict}")
+            footer.append(("prior probabilities", shares))
+        footer.append(("verdict", self.verdict))
         if self.provenance is not None and self.provenance.seconds:
-            notes.append(f"wall time: {self.provenance.describe_seconds()}")
-        return Table(title, rows, notes, header)
+            footer.append(("wall time", self.provenance.describe_seconds()))
+        return Table(title, rows, self.notes, header, footer)
 
 
 def compare(

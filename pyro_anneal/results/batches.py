@@ -135,8 +135,11 @@ class EvidenceOfBatches(Result):
             ("lower bound per datum", per_datum),
             ("single-sample bound (sum)", format_value(self.single.sum().item())),
             ("effective sample size", ess),
-            ("cost", f"{self.num_gradients} gradients per chain and batch, {self.seconds:.2f} s"),
         ]
+        cost = f"{self.num_gradients} gradients per chain and batch"
+        if self.provenance is None:
+            cost += f", {self.seconds:.2f} s"
+        fields.append(("cost", cost))
         title = (
             f"EvidenceOfBatches: {len(self.lower)} data in {self.num_batches} batches, "
             f"{self.num_chains} chains, {self.num_steps} steps"

@@ -278,7 +278,8 @@ class MutualInformation(Result):
             low, high = self.normal_interval(0.95)
             fields.append(("95% interval (asymptotic over pairs)", f"[{low:.3f}, {high:.3f}]"))
         fields += [
-            (name.replace("_", " ") + " term", f"{float(v):.3f}") for name, v in self.terms.items()
+            (name.replace("_", " ") + " term", format_value(float(v)))
+            for name, v in self.terms.items()
         ]
         if self.ceiling is not None:
             at = ", and the estimate sits on it" if self.saturated else ""

@@ -76,7 +76,7 @@ def format_value(value: float, std_error: float | None = None) -> str:
         '-309.924'
     """
     if std_error is None or math.isnan(std_error):
-        return f"{value:.3f}"
+        return f"{value:.3f}" if abs(value) >= 0.0005 else "0.000"
     digits = 3
     if 0.0 < std_error < math.inf:
         digits = min(max(1 - math.floor(math.log10(std_error)), 3), 9)

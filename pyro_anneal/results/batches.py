@@ -25,7 +25,9 @@ class EvidenceOfBatches(Result):
 
     .. math:: \log p(x_1, \dots, x_N) = \sum_n \log p(x_n) \ge \sum_n L_n
 
-    in expectation, for data that are independent given the model's parameters.
+    in expectation, for data that are independent given the model's parameters. ``lower`` has one
+    bound per datum, in the order of the batches, ``total`` is their sum, and :meth:`interval` is
+    about that sum.
     """
 
     lower: Tensor  # IM lower bounds, nats, [N]

@@ -58,7 +58,7 @@ class MutualInformation(Result):
         notes: What the directions depend on beyond independent exact pairs, and what I is about.
         measurements: Further measured numbers, by name.
         diagnostics: Findings about the estimate, or about the sandwich behind it.
-        provenance: How it was computed, where a call of ``AnnealedImportance`` did.
+        provenance: How it was computed: settings, seed, versions, seconds.
 
     Example:
         >>> estimate = MutualInformation(

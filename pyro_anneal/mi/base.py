@@ -310,7 +310,7 @@ class Bound(nn.Module, ABC):
 
     def _settings(self) -> dict[str, str]:
         """Describes the numbers that this bound was made with, by option."""
-        settings = {}
+        settings: dict[str, str] = {}
         for name, value in vars(self).items():
             if isinstance(value, PathOptions):
                 plan = value.plan

@@ -718,7 +718,9 @@ def test_a_failed_compilation_falls_back_to_the_graph(monkeypatch):
     def fail(*args):
         raise RuntimeError("inductor broke")
 
-    monkeypatch.setattr("pyro_anneal.graphs.captured_density.compiler_problem", lambda device: None)
+    monkeypatch.setattr(
+        "pyro_anneal.graphs.captured_density.compiler_problem", lambda device: None
+    )
     monkeypatch.setattr("pyro_anneal.graphs.captured_density.compile_graph", fail)
     density = capture(schools(), torch.zeros(10), num_chains=K, compile=True)
     assert density.mode == "graph"

@@ -165,6 +165,7 @@ def measure(model, args, truth, *, seed, steps, options):
         "std_error": round(float(run.std_error), 4),
         "ess": round(float(run.ess), 1),
         "steps": [each.num_steps for each in run.rounds or (run,)],
+        "chains": [each.num_chains for each in run.rounds or (run,)],
         "lineages": None if run.num_lineages is None else int(run.num_lineages.min()),
         "warnings": [d.name for d in run.diagnostics if d.severity == "warning"],
         "gradients": {"fit": run.fit_gradients},

@@ -135,6 +135,8 @@ class AnnealedRun(Result):
     population_size: int = 1  # neighbouring chains that resampled among each other
     ancestors: Tensor | None = None  # the first ancestor of each resampled chain, [K, *batch]
     num_resamplings: Tensor | None = None  # of each population, [R, *batch]
+    # What the ends of resampled chains tell of their first ancestors, from 0 to 1, [1, *batch].
+    lineage_memory: Tensor | None = None
     # Blocks of chains for the guaranteed interval, and how many of them are kept: for each element
     # of the batch, and for their sum. Chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)

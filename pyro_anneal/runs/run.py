@@ -16,7 +16,7 @@ from ..chains.budget import choose_blocks
 from ..chains.grouping import Grouping, choose_grouping
 from ..chains.path import Direction, Path, StepStatistics
 from ..chains.plan import Plan
-from ..chains.resampling import Reference, Resampling, systematic_ancestors
+from ..chains.resampling import Reference, Resampling, lineage_memory, systematic_ancestors
 from ..chains.tuning import Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
@@ -510,6 +510,9 @@ def _result(
         population_size=1 if resampling is None else resampling.population_size,
         ancestors=None if ends.lineage is None else ends.lineage.ancestors,
         num_resamplings=None if ends.lineage is None else ends.lineage.num_resamplings,
+        lineage_memory=None
+        if ends.lineage is None
+        else lineage_memory(ends.position, ends.lineage.ancestors).unsqueeze(0),
         blocks=frozen.grouping.blocks[:],
         total_blocks=frozen.grouping.total_blocks[:],
         data_digest=digest_of_data(layout.observed),

@@ -24,6 +24,9 @@ from .traces import Arguments
 
 __all__ = ["DifferentiableAIS"]
 
+_LARGEST_STEP = 1.0
+_SMALLEST_STEP = 2.0**-24
+
 
 class DifferentiableAIS(ParticleELBO, torch.nn.Module):
     r"""Anneals from guide to posterior by Hamiltonian steps without a Metropolis test.
@@ -65,8 +68,14 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
     Args:
         num_particles: Number K of chains.
         num_steps: Number T of leapfrogs.
-        step_size: Step size to begin with, at every temperature.
+        step_size: Step size to begin with, at every temperature. None finds it at the first
+            evaluation, halving until single leapfrogs from the guide's draws keep 80% of their
+            energy both at beta = 0 and at beta = 1: without a Metropolis test, steps that are too
+            large do not fail, they diverge, and take the training with them.
         damping: Share gamma of the momentum that is kept, to begin with, in (0, 1).
+        dim: Size D of the latents of one row in unconstrained space. With it, each coordinate
+            learns a scale of its own, shared by all steps: a diagonal mass matrix. Latents of
+            unequal spread need it.
         reverse: Module ``(position, momentum, beta) -> correction``, all of shape
             ``[K, *batch, D]``, such as :class:`ReverseScore`; None for the kernel's own reversal.
         name: Name of the path's parameters in Pyro's parameter store.
@@ -88,19 +97,22 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         ['logit_increments', 'log_step_size', 'logit_damping']
     """
 
+    is_set: Tensor
+
     def __init__(
         self,
         num_particles: int = 1,
         num_steps: int = 8,
         *,
-        step_size: float = 0.1,
+        step_size: float | None = None,
         damping: float = 0.9,
+        dim: int | None = None,
         reverse: torch.nn.Module | None = None,
         name: str = "differentiable_ais",
         **options: Unpack[PyroOptions],
     ) -> None:
         num_steps = as_count("num_steps", num_steps)
-        if not 0.0 < as_real("step_size", step_size) < math.inf:
+        if step_size is not None and not 0.0 < as_real("step_size", step_size) < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
         if not 0.0 < as_real("damping", damping) < 1.0:
             raise ValueError(f"damping must lie strictly between 0 and 1, got {damping}")
@@ -113,8 +125,13 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         self.name = name
         self.reverse = reverse
         self.logit_increments = torch.nn.Parameter(torch.zeros(num_steps))
-        self.log_step_size = torch.nn.Parameter(torch.full((num_steps,), math.log(step_size)))
+        start = math.log(_LARGEST_STEP if step_size is None else step_size)
+        self.log_step_size = torch.nn.Parameter(torch.full((num_steps,), start))
+        # Whether the first step size is still to be found; a buffer, so that a state has it.
+        self.register_buffer("is_set", torch.tensor(step_size is not None))
         self.logit_damping = torch.nn.Parameter(torch.tensor(math.log(damping / (1.0 - damping))))
+        size = 1 if dim is None else as_count("dim", dim)
+        self.log_scale = torch.nn.Parameter(torch.zeros(size)) if dim is not None else None
         self._cache = ProblemCache(1, compile=False)
 
     @property
@@ -148,9 +165,30 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
             chains = _OneByOne(function)
         else:
             chains = _Recorded(recorded, recorded.inputs(prepared.replacements(tensors)))
+        if not self.is_set:
+            self._find_step_size(chains, position.detach())
         log_weights = self._anneal(chains, position, learning)
         bound = (log_mean_exp(log_weights) * start.scale).sum()
         return Evaluation(-bound.detach(), -bound if learning else None)
+
+    @torch.no_grad()
+    def _find_step_size(self, chains: _Chains, position: Tensor) -> None:
+        """Halves the step size until single leapfrogs at both ends of the path keep the energy."""
+        state = _evaluate(chains, position, False)
+        momentum = torch.randn_like(position)
+        self.log_step_size.fill_(0.0)
+        scale = self._step_sizes(position)[0]
+        step = _LARGEST_STEP
+        while step > _SMALLEST_STEP:
+            accepted = [
+                _leapfrog_acceptance(chains, state, position, momentum, step * scale, end)
+                for end in (0, 1)
+            ]
+            if min(accepted) >= 0.8:
+                break
+            step *= 0.5
+        self.log_step_size.fill_(math.log(step))
+        self.is_set.fill_(True)
 
     def _guide_traces(
         self, guide: Fn, arguments: Arguments, subsamples: Trace, first: Any
@@ -168,7 +206,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
     def _anneal(self, chains: _Chains, position: Tensor, learning: bool) -> Tensor:
         """Moves K chains from ``[K, *batch, D]``; returns their log-weights ``[K, *batch]``."""
         betas = self.betas.to(position)
-        step_sizes = self.log_step_size.to(position).exp()
+        step_sizes = self._step_sizes(position)
         damping = torch.sigmoid(self.logit_damping).to(position)
         variance = 1.0 - damping.square()
         momentum = torch.randn_like(position)
@@ -194,6 +232,18 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
                 )
             momentum = refreshed
         return log_weight + state[1]
+
+    def _step_sizes(self, position: Tensor) -> Tensor:
+        """Returns the step sizes of all steps, shape ``[T]`` or, by coordinate, ``[T, D]``."""
+        sizes = self.log_step_size.to(position)
+        if self.log_scale is None:
+            return sizes.exp()
+        if len(self.log_scale) != position.shape[-1]:
+            raise ValueError(
+                f"dim={len(self.log_scale)} scales were set, but the latents of one row have size "
+                f"{position.shape[-1]} in unconstrained space; use dim={position.shape[-1]}"
+            )
+        return (sizes[:, None] + self.log_scale.to(position)).exp()
 
 
 class _Chains(Protocol):
@@ -221,6 +271,23 @@ class _OneByOne:
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         log_base, log_target = zip(*(self.function(chain) for chain in position), strict=True)
         return torch.stack(log_base), torch.stack(log_target)
+
+
+def _leapfrog_acceptance(
+    chains: _Chains,
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    position: Tensor,
+    momentum: Tensor,
+    step: Tensor,
+    end: int,
+) -> float:
+    """Computes the mean acceptance of one leapfrog at beta = ``end``; 0 where it leaves all sense."""
+    middle = momentum + 0.5 * step * state[2 + end]
+    moved = _evaluate(chains, position + step * middle, False)
+    last = middle + 0.5 * step * moved[2 + end]
+    kinetic = 0.5 * (momentum.square() - last.square()).sum(-1)
+    gain = moved[end] - state[end] + kinetic
+    return float(gain.clamp(max=0.0).exp().nan_to_num(0.0).mean())
 
 
 def _evaluate(

@@ -101,7 +101,7 @@ def test_training_that_was_cut_short_goes_on_with_the_same_numbers(name, tmp_pat
             else:
                 trainer.run(model, guide, loss.differentiable_loss, images.train)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(*results)
+    assert (results[0] - results[1]).abs().max() == 0.0
 
 
 def test_the_belief_net_is_judged_by_the_evidence_of_all_states():

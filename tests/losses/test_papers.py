@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "papers"))
 
 import aiwae
 import common
-import eim
+import eim_priors
 import nets
 import tvo
 
@@ -41,8 +41,16 @@ CASES = {
         ],
         7,
     ),
-    "eim": (eim, [*NET, "--hidden-energy", "5", "--proposals", "8", "--eval-particles", "5"], 4),
-    "eim, grey": (eim, [*NET, "--hidden-energy", "5", "--proposals", "8", "--continuous"], 4),
+    "eim": (
+        eim_priors,
+        [*NET, "--hidden-energy", "5", "--proposals", "8", "--eval-particles", "5"],
+        4,
+    ),
+    "eim, grey": (
+        eim_priors,
+        [*NET, "--hidden-energy", "5", "--proposals", "8", "--continuous"],
+        4,
+    ),
 }
 
 

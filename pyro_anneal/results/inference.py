@@ -129,6 +129,7 @@ class InferenceCheck(Result):
         names = [label for name, value in self.p_values.items() for label in labels(name, value)]
         adjusted = torch.cat([p.reshape(-1) for p in self.adjusted_p_values.values()])
         worst = int(adjusted.argmin())
+        fewest, most = str(int(self.num_ranked.min())), str(int(self.num_ranked.max()))
         upper = "Jeffreys divergence at most" + ("" if self.is_guide else ", of a density fitted")
         fields = [
             ("verdict", self.verdict),
@@ -139,7 +140,7 @@ class InferenceCheck(Result):
             (upper, format_value(found.upper.item(), found.upper_std_error.item())),
             ("quantities ranked", str(len(names))),
             ("least adjusted p-value", f"{adjusted[worst].item():.2g} ({names[worst]})"),
-            ("draws ranked", f"{int(self.num_ranked.min())} to {int(self.num_ranked.max())}"),
+            ("draws ranked per data set", fewest if fewest == most else f"{fewest} to {most}"),
         ]
         if self.provenance is not None:
             fields.append(("wall time", self.provenance.describe_seconds()))

@@ -3,14 +3,12 @@
 ``python benchmarks/misses.py [--seeds 0 1 2] [--steps T] NAME ...`` runs the problems whose names
 contain one of the NAMEs and merges into ``benchmarks/results/misses.json``: per problem and seed
 the bound minus the truth, standard error, steps of the rounds, warnings, and CPU seconds of one
-thread. A miss is *silent* if it exceeds 0.1 nat and five standard errors... of nothing: of 0.1 nat
-alone, without a warning.
+thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import sys

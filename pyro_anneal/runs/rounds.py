@@ -172,7 +172,7 @@ def _is_sound(history: list[Done]) -> bool:
 def _stalls(history: list[Done]) -> bool:
     """Asks whether the variance of single chains falls too slowly with the number of steps."""
     first, last = history[0].runs[0], history[-1].runs[0]
-    if len(history) < 3 or last.batch_shape or last.num_chains < 8:
+    if len(history) < 2 or last.batch_shape or last.num_chains < 8:
         return False
     numbers = sum(value.numel() for value in last.posterior.values())
     if 4 * numbers > _MOST_NUMBERS:

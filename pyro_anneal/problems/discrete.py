@@ -269,28 +269,34 @@ def _discrete_parts(
     own = [lattice.only("binary", "one-hot"), lattice.only("integer")]
     own = [part for part in own if part.blocks]
     if names == set(layout.lifted):
-        many: tuple[Kernel, ...] = tuple(DiscreteLangevin(lattice=part) for part in own)
-        by_colour = _by_colour(many, own, colour)
-        return [many] if by_colour is None else [many, by_colour]
+        exact: tuple[Kernel, ...] = tuple(DiscreteLangevin(lattice=part) for part in own)
+        return _with_conditionals([exact], exact, own, colour)
     informed = [_is_informed(model, example, part) for part in own]
     if not any(informed):
         return [single]
     kinds = [DiscreteLangevin if good else SingleSite for good in informed]
     many = tuple(kind(lattice=part) for kind, part in zip(kinds, own, strict=True))
-    by_colour = _by_colour(many, own, colour) if informed[0] else None
-    return [many, single if by_colour is None else by_colour]
+    if not informed[0]:
+        return [many, single]
+    return _with_conditionals([many, single], many, own, colour)
 
 
-def _by_colour(
-    parts: tuple[Kernel, ...], lattices: list[Lattice], colour: Colour
-) -> tuple[Kernel, ...] | None:
-    """Draws zeros, ones and categories from their conditionals where a few colours suffice.
+def _with_conditionals(
+    options: list[tuple[Kernel, ...]],
+    parts: tuple[Kernel, ...],
+    lattices: list[Lattice],
+    colour: Colour,
+) -> list[tuple[Kernel, ...]]:
+    """Draws zeros, ones and categories from their conditionals where few colours suffice.
 
-    With one colour a long step of the discrete Langevin kernel is the same.
+    Short pilots of kernels that change little at a time miss slow memory and promise too much, so
+    up to four colours are taken without asking; more compete. With one colour a long step of the
+    discrete Langevin kernel is the same.
     """
     if any(block.kind == "integer" for block in lattices[0].blocks):
-        return None
+        return options
     colours = colour(lattices[0])
     if colours is None or max(colours) == 0:
-        return None
-    return (ChromaticGibbs(colours, lattices[0]), *parts[1:])
+        return options
+    by_colour = (ChromaticGibbs(colours, lattices[0]), *parts[1:])
+    return [by_colour] if max(colours) < 4 else [options[0], by_colour]

@@ -86,9 +86,9 @@ def check_pure(function: LogDensities, position: Tensor, *, gradients: bool = Tr
         if not torch.allclose(one, two, rtol=rtol, atol=rtol, equal_nan=True):
             raise Impure(
                 f"the density gave two different results at the same position ({name}: {one} and "
-                f"{two}): annealing needs a deterministic density; look for other sources of "
-                "randomness, for data written in place, and for attributes that change with each "
-                "evaluation"
+                f"{two}): annealing needs a deterministic density; call .eval() on modules with "
+                "dropout or batch normalization, and look for other sources of randomness, for "
+                "data written in place, and for attributes that change with each evaluation"
             )
     return result
 

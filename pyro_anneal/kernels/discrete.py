@@ -153,10 +153,19 @@ _PROPOSALS: dict[Kind, type[_Rule]] = {"binary": _Binary, "one-hot": _OneHot, "i
 class DiscreteLangevin:
     r"""Moves all discrete coordinates at once by locally informed proposals.
 
-    Zeros and ones and one-hot vectors follow :math:`q(k | j)` above, integers a rounded Langevin
-    step. Reversible. One step costs one gradient: that of the present state is cached. Proposals
-    read gradients, the acceptance only log densities of integers, so a gradient that is wrong, or
-    zero, costs acceptance and never exactness.
+    The gradient of the log density, as if the discrete coordinates were real numbers, says which
+    changes look promising, and many of them are proposed at once; a Metropolis test accepts or
+    rejects them together. A variable of state j, whose conditional probabilities by that gradient
+    are :math:`\pi_k`, is proposed to change to k with probability
+    :math:`\pi_k (1 - e^{-h / \sqrt{\pi_j \pi_k}})`; integers take a rounded Langevin step. The
+    step size h is tuned by the pilot.
+
+    The kernel is reversible. One transition costs one gradient, since that of the present state is
+    kept. The test reads only log densities at discrete states, so a gradient that is wrong or zero
+    costs acceptance, and never makes the kernel inexact.
+
+    Source: Zanella (2020), *Informed proposals for local MCMC in discrete spaces*; Sun, Dai,
+    Schuurmans et al. (2023), *Discrete Langevin samplers via Wasserstein gradient flow*.
 
     Args:
         target_accept: Acceptance probability that the pilot steers the step sizes toward.
@@ -249,9 +258,10 @@ def _step_of(block: Block, tuning: Tuning) -> Tensor:
 class SingleSite:
     r"""Random-scan Metropolis: changes one discrete variable, chosen at random, at a time.
 
-    A one-hot vector moves to another category, all alike; an integer by a rounded symmetric step.
-    It reads no gradient, so it serves densities whose gradient says nothing about a flip. Each of
-    the ``num_moves`` moves is reversible and so is their product, all being the same.
+    A categorical variable is proposed to change to any other category, with equal probabilities; an
+    integer by a rounded symmetric step. The kernel reads no gradient, so it serves densities whose
+    gradient says nothing about the effect of a change. A transition makes ``num_moves`` such moves,
+    each with a Metropolis test of its own, and is reversible.
 
     Args:
         num_moves: Changes tried per transition; each costs one evaluation.

@@ -84,14 +84,17 @@ def accept(
 class HMC:
     r"""Hamiltonian Monte Carlo: fresh momentum, L leapfrogs, Metropolis test.
 
-    Reversible with respect to the path's density at any beta, step size and mass. One step costs
-    exactly ``num_leapfrog`` gradients.
+    This is the default kernel for continuous latents. A transition draws a momentum, follows the
+    gradient of the log density for ``num_leapfrog`` steps, and accepts or rejects where it arrives.
+    Step sizes and a scale per coordinate are tuned by the pilot, for each beta. The kernel is
+    reversible with respect to the path's density at any beta, step size and scale, and one
+    transition costs exactly ``num_leapfrog`` gradients.
 
     Source: Neal (2011), *MCMC using Hamiltonian dynamics*, sections 3.2 and 4.2 (jitter).
 
     Args:
-        num_leapfrog: Leapfrogs per transition. Few leapfrogs and many temperatures win for
-            annealing.
+        num_leapfrog: Leapfrogs per transition. At the same cost, more temperatures with few
+            leapfrogs give tighter bounds than fewer temperatures with many.
         target_accept: Acceptance probability that the pilot steers the step sizes toward.
         jitter: Each chain multiplies its step size by a number uniform on ``1 - jitter`` to
             ``1 + jitter``, drawn anew at each transition. Without it, L leapfrogs of one length can

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.places import user_line
 from ..models.validation import validation_disabled
-from .recording import Outputs, evaluate, evaluate_or_nan
+from .evaluation import LogDensities, Outputs, evaluate, evaluate_or_nan
 from .rewriting import Impure, is_random
 
 __all__ = ["check_pure", "rows_meet_at", "undisturbed", "worst_difference"]
 
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .base import Density, Info, Kernel, State, Tuning
-from .hmc import accept
+from .base import Density, Info, State, Tuning
 from .lattice import Block, Lattice, bound
-from .noise import Noise, draw_step
+from .metropolis import MetropolisKernel, accept
+from .noise import Noise
 
 __all__ = ["ChromaticGibbs"]
 
@@ -50,7 +50,7 @@ def _log_prob(block: Block, grad: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChromaticGibbs:
+class ChromaticGibbs(MetropolisKernel):
     r"""Draws zeros, ones and categories from their conditionals, one colour of variables after another.
 
     For Ising models, Boltzmann machines and other models that are linear in each variable while the
@@ -107,11 +107,6 @@ class ChromaticGibbs:
         """Nothing is steered."""
         return None
 
-    @property
-    def moves_chains_alone(self) -> bool:
-        """Chains do not see each other, so a step may be recorded for one of them."""
-        return True
-
     def on(self, lattice: Lattice) -> ChromaticGibbs:
         """Returns the kernel that moves the coordinates of ``lattice``."""
         return replace(self, lattice=lattice)
@@ -120,10 +115,6 @@ class ChromaticGibbs:
         """A uniform number per coordinate, one per colour's test, and one for the direction."""
         dim = state.position.shape[-1]
         return Noise("uniform", (dim,)), Noise("uniform", (self._num_colours,)), Noise("uniform")
-
-    def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws what is declared, for one step."""
-        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,
@@ -168,7 +159,3 @@ class ChromaticGibbs:
             )
         colours = torch.tensor((*self.colours, -1), dtype=torch.long, device=like.device)
         return colours[lattice.variables(like)]
-
-    def reversal(self) -> Kernel:
-        """Returns the kernel itself: it satisfies detailed balance."""
-        return self

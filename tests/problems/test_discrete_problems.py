@@ -168,7 +168,7 @@ def test_kernels_suit_the_latents():
     with pytest.raises(ValueError, match="the model has none"):
         kernels(continuous, SingleSite())
 
-    class Strange(HMC.__mro__[1]):
+    class Strange:
         num_gradients, target_accept = 1, None
 
     with pytest.raises(ValueError, match="Strange does not know of discrete latents"):

@@ -30,7 +30,7 @@ _UNSOUND = frozenset(
 )
 # Relative variance of a chain's weight below which more chains are as good as more steps, the least
 # power of T with which it must fall for more steps, and the numbers that positions may fill.
-_FEW_ENOUGH, _FALLS, _MOST_NUMBERS = 1.0, 0.7, 1_000_000
+_FEW_ENOUGH, _FALLS, _MOST_NUMBERS = 3.0, 0.7, 1_000_000
 # Rounds whose weights vary by less, relative to their mean, say something about each other.
 _COMPARABLE, _MOST_ERRORS = 1.0, 4.0
 

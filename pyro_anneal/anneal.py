@@ -80,7 +80,8 @@ class AnnealedImportance(Settings):
             take the T of the first. The last round is the result, whose ``rounds`` are all of them.
             ``interval`` takes into account that the decision to stop saw the result.
         max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
-            first, which is 16 to 64.
+            first, which is 16 to 64. Where :meth:`run` measures that errors of chains do not fall
+            with T, as between modes, the number of chains grows in place of T.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.

@@ -15,7 +15,7 @@ from pyro_anneal import AnnealedImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COUNT = int(os.environ.get("RANDOM_MODELS", "200"))
-DEFAULT = 10  # models that the default suite runs, at about half a second each
+DEFAULT = 6  # models that the default suite runs, at about half a second each
 FOUND: list[int] = []  # seeds of what the generator found, mended since
 
 

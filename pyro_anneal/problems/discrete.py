@@ -184,7 +184,7 @@ def kernels_for(
         seed: Seed of the points at which gradients are tried out.
 
     Returns:
-        The kernel alone, unless the model has discrete latents: then the kernel with their lattice,
+        The kernel alone, or where the model has discrete latents the kernel with their lattice,
         or, if it moves continuous coordinates only, composites of it and of discrete kernels, among
         which a pilot may choose; the first is the one to take without.
 

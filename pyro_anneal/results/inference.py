@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -149,7 +150,7 @@ class InferenceCheck(Result):
         )
         return Table(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws ranks against a uniform distribution; returns a matplotlib figure."""
         from .drawn_plot import plot_ranks
 

@@ -209,7 +209,7 @@ def find_copies(
         original: The user's data, by site.
 
     Returns:
-        The copies. Empty also where the model cannot be followed: it leaves torch, or fails where
+        The copies. Empty also where the model cannot be followed, as it leaves torch, or fails where
         values are variables.
     """
     data = _pooled(

@@ -251,11 +251,9 @@ def _is_library_name(name: str | None) -> bool:
 
 def _holds_state(value: Any) -> bool:
     """Tells whether an object of a library holds state of a model: a handler, say."""
-    messengers = (
-        pyro.poutine.messenger.Messenger,
-        pyro.poutine.subsample_messenger.SubsampleMessenger,
-    )
-    is_handler = isinstance(value, messengers[0]) and not isinstance(value, messengers[1])
+    poutine = pyro.poutine
+    is_plate = isinstance(value, poutine.indep_messenger.IndepMessenger)
+    is_handler = isinstance(value, poutine.messenger.Messenger) and not is_plate
     return is_handler or isinstance(value, types.SimpleNamespace)
 
 

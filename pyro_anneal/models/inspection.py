@@ -41,6 +41,7 @@ from .sites import (
     density_sites,
     is_factor,
     is_flat,
+    is_partly_masked,
     latent_sites,
     mark_points,
     observed_sites,
@@ -381,6 +382,16 @@ def inspect_model(
             check_normalized(f'latent site "{name}"', node["fn"])
     if improper:
         notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
+    masked = [
+        name
+        for name, node in nodes.items()
+        if is_partly_masked(node) and not name.endswith("_unobserved")
+    ]
+    if masked:
+        notes += (
+            f"masks of latent sites {masked} are left out: all elements have their prior (a "
+            "constant mask=False makes a prior flat)",
+        )
     unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
     dims = [
         frame.dim

@@ -290,6 +290,19 @@ def test_a_context_that_masks_latents_makes_them_flat_too():
     assert near(run(model), truth)
 
 
+def test_masks_of_some_elements_of_a_latent_are_left_out_and_noted():
+    def model():
+        with pyro.plate("rows", 2):
+            with poutine.mask(mask=torch.tensor([True, False])):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([0.5, 0.7]))
+
+    result = run(model, num_chains=8, num_steps=5)
+    truth = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([0.5, 0.7]))
+    torch.testing.assert_close(result.log_evidence, truth, rtol=0, atol=1e-6)
+    assert any("masks of latent sites ['z'] are left out" in note for note in result.notes)
+
+
 def test_scalar_masks_of_missing_data_are_no_flat_priors():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -388,10 +388,8 @@ def inspect_model(
         if is_partly_masked(node) and not name.endswith("_unobserved")
     ]
     if masked:
-        notes += (
-            f"masks of latent sites {masked} are left out: all elements have their prior (a "
-            "constant mask=False makes a prior flat)",
-        )
+        left_out = f"masks of latent sites {masked} are left out: all elements have their prior"
+        notes += (f"{left_out} (a constant mask=False makes a prior flat)",)
     unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
     dims = [
         frame.dim

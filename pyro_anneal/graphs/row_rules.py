@@ -602,6 +602,11 @@ def likelihood_of_class(call: Call) -> Result:
     return (rows, None)
 
 
+def as_pairs(call: Call) -> Result:
+    """Views complex numbers as pairs, along a new last axis."""
+    return call.rows(call["self"])
+
+
 def searched(call: Call) -> Result:
     """Finds places in a constant list."""
     boundaries = call.get("boundaries", "sorted_sequence")
@@ -628,7 +633,8 @@ def _table() -> dict[str, Rule]:
             (
                 "_to_copy clone detach alias lift_fresh lift_fresh_copy copy tril triu masked_fill where "
                 "_prelu_kernel polygamma complex real imag conj _conj _neg_view resolve_conj resolve_neg "
-                "addcmul addcdiv lerp nan_to_num clamp angle"
+                "addcmul addcdiv lerp nan_to_num clamp angle log_sigmoid_forward "
+                "hardswish polar special_ndtr floor_divide"
             ),
         ),
         (
@@ -705,6 +711,7 @@ def _table() -> dict[str, Rule]:
         ),
         (likelihood_of_class, "nll_loss_forward"),
         (searched, "bucketize searchsorted"),
+        (as_pairs, "view_as_real"),
         (
             constant,
             (

@@ -256,7 +256,8 @@ def build(choose, *, small=False):
     source = choose.pick(["argument", "list", "array", "closure", "attribute", "float64"])
     model, arguments = _model(structure, latents, source)
     flat = any("flat" in x.tags for x in latents if x is not None)
-    start = choose.pick(["auto"] if flat else [None, None, None, None, "auto", "guide"])
+    starts = [None, None, "guide"] if small else [None, None, None, None, "auto", "guide"]
+    start = choose.pick(["auto"] if flat else starts)
     guide = _guide(model) if start == "guide" else start
     kernel = choose.pick(["default"] * 5 + ["random walk", "one step"])
     options = {"num_chains": 48, "num_steps": 8, "batch_plates": "auto" if rowwise else []}

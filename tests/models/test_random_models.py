@@ -12,7 +12,8 @@ from random_models import Seeded, build, judge
 pytestmark = pytest.mark.filterwarnings("ignore")
 FIRST = int(os.environ.get("RANDOM_MODELS_FIRST", "10000"))
 COUNT = int(os.environ.get("RANDOM_MODELS", "200"))
-STRUCTURES, NUMBERS = 17, 3  # of the default suite: 51 models, those of a structure share a graph
+# Of the default suite: structures that are quick to record, of which four models share a graph.
+STRUCTURES, NUMBERS = (1, 2, 3, 4, 5, 7, 12, 14, 15, 16, 17, 20, 21), 4
 FOUND = [  # seeds of what the generator found, mended since
     100001,  # data in float64 beside latents in float32 and an enumerated site
     100076,  # a guide with a Wishart: matrices that round beyond the edge
@@ -37,13 +38,14 @@ def check(model, seed):
 
 def test_no_quiet_error():
     flagged = 0
-    for structure in range(STRUCTURES):
+    for structure in STRUCTURES:
         for numbers in range(NUMBERS):
             model = build(Seeded(structure, numbers=numbers), small=True)
             flagged += check(model, seed=numbers)
-    assert flagged <= 0.4 * STRUCTURES * NUMBERS  # were all flagged, nothing would be tested
+    assert flagged <= 0.2 * len(STRUCTURES) * NUMBERS  # were all flagged, nothing would be tested
 
 
+@pytest.mark.slow  # each has a test of its kind besides
 @pytest.mark.parametrize("seed", FOUND)
 def test_what_was_found(seed):
     check(build(Seeded(seed)), seed)

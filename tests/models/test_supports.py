@@ -228,6 +228,13 @@ def test_components_of_different_support_are_refused():
         run(one_latent(prior, around, 1.0))
 
 
+def test_matrices_that_round_beyond_the_edge_have_no_finite_coordinate():
+    transform = bijection(dist.Wishart(torch.tensor(4.0), torch.eye(2)))
+    inside, beyond = torch.eye(2), torch.tensor([[1.0, 1.0 + 1e-12], [1.0 + 1e-12, 1.0]])
+    u = transform.inv(torch.stack([inside, beyond]))
+    assert u.isnan().all(-1).tolist() == [False, True]
+
+
 def test_a_density_without_draws_starts_from_a_fit():
     prior = lambda: dist.VonMises3D(torch.tensor([0.5, 1.0, 0.0]))
     model = one_latent(prior, lambda z: dist.Normal(z[0], 1.0), 1.0)

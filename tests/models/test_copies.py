@@ -215,6 +215,7 @@ CLEAN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # four chains, two steps
 @pytest.mark.parametrize("name", CLEAN)
 def test_values_that_agree_by_chance_do_no_harm(name):
     model, arguments = CLEAN[name]

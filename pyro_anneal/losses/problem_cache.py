@@ -93,7 +93,7 @@ class Prepared(Kept):
         """Compares the recorded graph with the model as it is now, at one position."""
         density = self.problem.density
         if density.mode == "eager":
-            return False
+            return True  # nothing is recorded
         try:
             density.rebind(self.replacements(tensors), function).check(self.example.unsqueeze(0))
         except ValueError:
@@ -126,7 +126,7 @@ class ProblemCache:
     all. What no tensor says (attributes, closures, globals of Python) is watched for changes
     (:class:`~pyro_anneal.problems.watched.Watched`). Where that is too much, or changes at every call,
     the graph is compared with the model at one point per call instead, else at calls 2, 4, 8 and so
-    on.
+    on. Where the two differ, the density is recorded anew and, with a warning, compared at every call.
 
     Args:
         num_chains: Number K of chains.
@@ -141,6 +141,7 @@ class ProblemCache:
         self._kept: KeptProblems[Prepared] = KeptProblems(size)
         self._changes: Counter[str] = Counter()
         self._ignored: set[str] = set()
+        self._always = False  # whether every call is compared with the model
 
     def get(
         self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
@@ -158,8 +159,7 @@ class ProblemCache:
             The prepared problem, and the captured density on the present data and parameters.
 
         Raises:
-            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`, and if model or guide use
-                data that the captured graph does not read as tensors.
+            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`.
         """
         prepared, tensors = self.prepared(model, guide, arguments, subsamples, scales)
         common = scales.is_common
@@ -169,13 +169,7 @@ class ProblemCache:
         if density.mode == "eager":
             fresh = self._prepare(model, guide, arguments, subsamples, tensors, common)
             return fresh, fresh.problem.density
-        replacements = prepared.replacements(tensors)
-        if prepared.num_calls & (prepared.num_calls - 1):  # no power of two
-            return prepared, density.rebind(replacements)
-        function = self.function(prepared, model, guide, arguments, subsamples, common)
-        density = density.rebind(replacements, function)
-        density.check(prepared.example.unsqueeze(0))
-        return prepared, density
+        return prepared, density.rebind(prepared.replacements(tensors))
 
     def prepared(
         self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
@@ -186,15 +180,35 @@ class ProblemCache:
         key = None if key is None else (*key, scales.key)
         common = scales.is_common
         found = self._kept.find(key, tensors)
-        if found is not None and (self._ignored or not found.watched.is_complete):
+        if found is not None and self._is_due(found):
             function = self.function(found, model, guide, arguments, subsamples, common)
-            found = found if found.agrees(function, tensors) else None
+            if not found.agrees(function, tensors):
+                self._always = self._warn_of_hidden_values()
+                found = None
         if found is None:
             self._count_changes(key)
             found = self._prepare(model, guide, arguments, subsamples, tensors, common)
             self._kept.add(key, found)
         found.num_calls += 1
         return found, tensors
+
+    def _is_due(self, found: Prepared) -> bool:
+        """Tells whether a graph is to be compared with the model at the coming call."""
+        number = found.num_calls + 1
+        unseen = bool(self._ignored) or self._always or not found.watched.is_complete
+        return unseen or number & (number - 1) == 0
+
+    def _warn_of_hidden_values(self) -> bool:
+        if not (self._always or self._ignored):
+            warnings.warn(
+                "the density that was recorded is no longer that of the model: it depends on values "
+                "that cannot be watched (a file, the environment, a library's state); from now on "
+                "it is compared with the model at one point per call. Pass what the densities "
+                "depend on as a tensor among the arguments",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return True
 
     def _count_changes(self, key: Any) -> None:
         """Ignores what changes again and again, and says so."""

@@ -213,7 +213,7 @@ class Problem:
         named = f"at site(s) {sites} the log density" if sites else "the log density"
         raise ValueError(
             f"{named} {problem}: check the data for NaN or values outside the support, and the "
-            "guide for mass where the model has none"
+            "guide for mass where the model has none, or for draws that round to the edge of a support"
         )
 
     def _culprits(self, position: Tensor) -> list[str]:

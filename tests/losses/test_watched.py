@@ -1,5 +1,6 @@
 """Python values that change between calls of a loss: attributes, closures, globals, containers."""
 
+import os
 import warnings
 
 import numpy as np
@@ -161,6 +162,23 @@ def test_what_always_changes_is_named_and_checked():
         truth = -dist.Normal(0.0, 1.25**0.5).log_prob(X).sum()
         assert loss.loss(model, guide, X) == pytest.approx(float(truth), abs=1e-6)
         assert recorded
+
+
+@pytest.mark.slow
+def test_what_cannot_be_watched_is_compared_and_then_followed(monkeypatch):
+    monkeypatch.setenv("NOISE", "1.0")
+    model, guide = pair(lambda: os.environ["NOISE"])
+    loss = AIWAE(2, num_steps=1, compile=False)
+    values = []
+    for number, noise in enumerate(("1.0", "1.0", "0.5", "0.5", "0.5", "2.0"), 1):
+        monkeypatch.setenv("NOISE", noise)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            values.append(loss.loss(model, guide, X))
+        assert any("cannot be watched" in str(w.message) for w in caught) == (number == 4)
+    for value, noise in zip(values[3:], (0.5, 0.5, 2.0), strict=True):  # the third is not noticed
+        truth = -dist.Normal(0.0, (1.0 + noise**2) ** 0.5).log_prob(X).sum()
+        assert value == pytest.approx(float(truth), abs=1e-6)
 
 
 def test_objects_made_anew_with_the_same_content_are_no_change():

@@ -25,6 +25,7 @@ from ..models.autoguides import is_autoguide
 from ..models.discrete import DiscreteMap
 from ..models.sites import TRANSPORT, Layout
 from ..models.transport import Transport, TransportDensity
+from ..persistence.randomness import own_randomness
 from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
 from ..problems.cache import Kept, KeptProblems, key_of, tensors_of
 from ..problems.discrete import lattice_of
@@ -105,7 +106,7 @@ class Prepared(Kept):
         if count not in self.differentiable:
             found = None
             if self.problem.density.mode != "eager":
-                with contextlib.suppress(Exception):  # whatever vmap does not know
+                with contextlib.suppress(Exception), own_randomness(0):  # what vmap does not know
                     found = DifferentiableDensity(function, self.example, count)
             self.differentiable[count] = found
         return self.differentiable[count]
@@ -181,8 +182,10 @@ class ProblemCache:
         common = scales.is_common
         found = self._kept.find(key, tensors)
         if found is not None and self._is_due(found):
-            function = self.function(found, model, guide, arguments, subsamples, common)
-            if not found.agrees(function, tensors):
+            with own_randomness(0):
+                function = self.function(found, model, guide, arguments, subsamples, common)
+                agrees = found.agrees(function, tensors)
+            if not agrees:
                 self._always = self._warn_of_hidden_values()
                 found = None
         if found is None:
@@ -249,6 +252,18 @@ class ProblemCache:
         return PathDensity(density, GuideBase(wrapped, density, arguments))
 
     def _prepare(
+        self,
+        model: Fn,
+        guide: Fn,
+        arguments: Arguments,
+        subsamples: Any,
+        tensors: dict[str, Tensor],
+        common_scale: bool,
+    ) -> Prepared:
+        with own_randomness(0):  # a training that goes on in another process prepares anew
+            return self._prepared_anew(model, guide, arguments, subsamples, tensors, common_scale)
+
+    def _prepared_anew(
         self,
         model: Fn,
         guide: Fn,

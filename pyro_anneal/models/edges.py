@@ -20,7 +20,7 @@ from pyro.distributions import transforms as T
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch import distributions as families
-from torch.distributions import TransformedDistribution
+from torch.distributions import Transform, TransformedDistribution
 from torch.nn.functional import logsigmoid
 
 from .charts import BendTransform
@@ -71,14 +71,14 @@ def _is_image(fn: Distribution) -> bool:
     )
 
 
-def same_kind(first: Any, second: Any) -> bool:
+def same_kind(first: Distribution, second: Distribution) -> bool:
     """Tells whether two bijections are one sigmoid, exponential or stick-breaking transform."""
     kinds = {type(_leaf(first)), type(_leaf(second))}
     known = {T.SigmoidTransform, T.StickBreakingTransform, T.ExpTransform}
     return len(kinds) == 1 and kinds <= known
 
 
-def _leaf(transform: Any) -> Any:
+def _leaf(transform: Transform) -> Transform:
     while isinstance(transform, T.IndependentTransform):
         transform = transform.base_transform
     if isinstance(transform, T.ComposeTransform) and len(transform.parts) == 1:
@@ -123,7 +123,7 @@ def _tail_rates(fn: Distribution) -> tuple[Tensor, Tensor] | None:
     return _tail_rates(base_distribution(fn.base_dist)) if _is_image(fn) else None
 
 
-def exact_log_det(transform: Any, u: Tensor, value: Tensor) -> Tensor:
+def exact_log_det(transform: Transform, u: Tensor, value: Tensor) -> Tensor:
     """Computes log |dz/du|, also where ``value`` has rounded to an edge."""
     if isinstance(_leaf(transform), T.StickBreakingTransform):
         log_share, log_rest, _ = _sticks(u)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from pyro.ops import packed
@@ -13,7 +13,7 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from .sites import plate_frames
-from .types import Trace
+from .types import Node, Trace
 
 __all__ = ["Summed", "sum_out"]
 
@@ -31,9 +31,9 @@ class Summed(NamedTuple):
 
 def sum_out(
     trace: Trace,
-    sites: Iterable[tuple[str, Mapping[str, Any]]],
+    sites: Iterable[tuple[str, Node]],
     enumerated: Iterable[str],
-    log_prob: Callable[[Mapping[str, Any]], Tensor],
+    log_prob: Callable[[Node], Tensor],
 ) -> Summed:
     """Sums enumerated sites out of the product of some sites' densities.
 

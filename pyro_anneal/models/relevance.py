@@ -9,7 +9,6 @@ latent function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -39,7 +38,7 @@ class _Put(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-def unread_sites(model: Fn, arguments: Arguments, first: Any, second: Any) -> tuple[str, ...]:
+def unread_sites(model: Fn, arguments: Arguments, first: Trace, second: Trace) -> tuple[str, ...]:
     """Names the latents that reach no observed site.
 
     A site is read where the gradient of an observed site's log density with respect to its value is
@@ -97,7 +96,7 @@ def _is_missing_data(name: str, trace: Trace) -> bool:
 
 def _trace(
     model: Fn, arguments: Arguments, values: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Node], dict[str, Node]]:
     """Runs the model at given values; returns its latent and its observed sites."""
     args, kwargs = arguments
     with validation_disabled(), poutine.block(), _Put(values):

@@ -26,6 +26,7 @@ from ..models.precision import in_float64
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
 from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
+from ..models.types import Fn
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -46,7 +47,7 @@ from .precision import why_float64
 
 __all__ = ["MakeStart", "Problem", "assemble", "finish", "prepare", "reason_for_float64"]
 
-Guide = Callable[..., Any] | Literal["auto"] | None
+Guide = Fn | Literal["auto"] | None
 MakeStart = Callable[[ModelDensity, Tensor], FittedStart]  # from the model and a finite position
 
 
@@ -240,7 +241,7 @@ class Problem:
 
 
 def prepare(
-    model: Callable[..., Any],
+    model: Fn,
     guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,
@@ -478,7 +479,7 @@ def _hidden_sites_named(model: ModelDensity, base: Base) -> Iterator[None]:
 
 
 def assemble(
-    model: Callable[..., Any],
+    model: Fn,
     guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import bounds
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -117,7 +117,7 @@ class EvidenceOfBatches(Result):
         names = ("lower", "std_error", "single", "ess")
         return {}, {"batch": batch} | {name: getattr(self, name) for name in names}
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the evidence per datum; see :func:`pyro_anneal.results.plotting.plot_batches`."""
         from .plotting import plot_batches
 

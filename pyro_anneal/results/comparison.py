@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_real
+from ..models.types import Figure
 from .base import Columns, Result
 from .batches import EvidenceOfBatches
 from .drawn import EvidenceFromSamples
@@ -146,7 +147,7 @@ class Comparison(Result):
             return None
         return record.seed if what == "seed" else record.seconds.get("total")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws a forest of the log Bayes factors against the best model.
 
         See :func:`pyro_anneal.results.plotting.plot_comparison`.
@@ -382,7 +383,7 @@ def _shared_digest(entries: Mapping[str, object], allow: bool) -> tuple[str, str
     return "", f"{text}: Bayes factors compare models of the same data only"
 
 
-def _parts(entry: Any) -> tuple[Any, ...]:
+def _parts(entry: object) -> tuple[Any, ...]:
     """Returns the results of an entry that have a digest of their data."""
     if isinstance(entry, EvidenceFromSamples):
         return (entry.forward,)

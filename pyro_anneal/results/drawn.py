@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_real
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -192,7 +193,7 @@ class EvidenceFromSamples(Result):
         notes = [*self.notes, *(d.message for d in self.diagnostics)]
         return Table(title, fields, notes)
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws bounds and estimates with two standard errors; returns a matplotlib figure."""
         from .drawn_plot import plot_evidence_from_samples
 

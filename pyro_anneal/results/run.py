@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import bounds
 from ..arguments import as_count, as_real, as_seed
+from ..models.types import Figure
 from ..weights import (
     effective_sample_size,
     log_mean_exp,
@@ -147,7 +148,7 @@ class AnnealedRun(Result):
     measured_gap: float | None = None
     continuation: Continues | None = field(default=None, metadata={"saved": False})
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leaves out what lasts only as long as the process."""
         return self.__dict__ | {"continuation": None}
 
@@ -613,7 +614,7 @@ class AnnealedRun(Result):
             seed=seed,
         )
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the run; see :func:`pyro_anneal.results.plotting.plot_run`."""
         from .plotting import plot_run
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .. import bounds
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -21,14 +23,18 @@ _LOWER = ("IM lower", "CR lower", "single lower")
 _UPPER = ("IM upper", "CR upper", "single upper")
 
 
-def check_names(names: Any) -> None:
+def check_names(names: object) -> None:
     """Checks the names of the two bounds that a sandwich shall report.
 
     Raises:
         ValueError: If they are not one of a lower and one of an upper bound, in this order.
     """
-    is_pair = isinstance(names, tuple | list) and len(names) == 2
-    if not is_pair or names[0] not in _LOWER or names[1] not in _UPPER:
+    if (
+        not isinstance(names, tuple | list)
+        or len(names) != 2
+        or names[0] not in _LOWER
+        or names[1] not in _UPPER
+    ):
         raise ValueError(
             f"bounds must be a pair of one of {list(_LOWER)} and one of {list(_UPPER)}, got {names!r}"
         )
@@ -218,7 +224,11 @@ class Sandwich(Result):
 
     def _columns(self) -> tuple[Columns, Columns]:
         index, forward = self.forward._columns()
-        columns: dict[str, Any] = {"lower": self.lower, "upper": self.upper, "gap": self.gap}
+        columns: dict[str, Tensor | Sequence[object]] = {
+            "lower": self.lower,
+            "upper": self.upper,
+            "gap": self.gap,
+        }
         columns |= self.bounds
         columns |= {
             "bennett": self.bennett,
@@ -314,7 +324,7 @@ class Sandwich(Result):
             seed=seed,
         )
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the sandwich; see :func:`pyro_anneal.results.plotting.plot_sandwich`."""
         from .plotting import plot_sandwich
 

@@ -205,7 +205,7 @@ def find_copies(
         original: The user's data, by site.
 
     Returns:
-        The copies. Empty also where the model cannot be followed: it computes with closures outside
+        The copies. Empty also where the model cannot be followed, as it computes with closures outside
         of torch, or fails where values are variables and where they are others.
     """
     data = _pooled(

@@ -34,6 +34,7 @@ from .sites import (
     Site,
     density_sites,
     is_flat,
+    is_partly_masked,
     latent_sites,
 )
 from .supports import can_be_sampled, is_improper
@@ -109,6 +110,14 @@ def inspect_model(
     improper, unsampled = _check_priors(trace, sites)
     if improper:
         notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
+    masked = [
+        site.name
+        for site in sites
+        if is_partly_masked(trace.nodes[site.name]) and not site.name.endswith("_unobserved")
+    ]
+    if masked:
+        left_out = f"masks of latent sites {masked} are left out: all elements have their prior"
+        notes += (f"{left_out} (a constant mask=False makes a prior flat)",)
     device = next(site["unscaled_log_prob"].device for _, site in density_sites(trace))
     layout = Layout(
         sites=tuple(sites),

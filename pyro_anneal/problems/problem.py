@@ -214,7 +214,7 @@ class Problem:
         named = f"at site(s) {sites} the log density" if sites else "the log density"
         raise ValueError(
             f"{named} {problem}: check the data for NaN or values outside the support, and the "
-            "guide for mass where the model has none"
+            "guide for mass where the model has none, or for draws that round to the edge of a support"
         )
 
     def _culprits(self, position: Tensor) -> list[str]:
@@ -307,9 +307,15 @@ def prepare(
             model, hand_written, model_args, guide_args, batch_plates=batch_plates
         )
     if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
+        remedy = 'use guide="auto" or a guide with a density'
+        if guide == "auto":
+            remedy = (
+                'guide="auto" fits nothing beside discrete latents; enumerate those, or pass a '
+                "guide that samples all latents"
+            )
         raise ValueError(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
-            'chains cannot start from it; use guide="auto" or a guide with a density'
+            f"chains cannot start from it; {remedy}"
         )
     problem = assemble(model, guide, model_args, guide_args, layout)
     coupling = find_coupling(

@@ -1,0 +1,73 @@
+"""What native code does, one stage after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .values import Expression, Value
+
+__all__ = ["DensityCall", "Loop", "Member", "Product", "Read", "Scatter", "Stage"]
+
+Read = Callable[[Value, Sequence[str]], Expression]  # an element of a value
+
+
+@dataclass(frozen=True)
+class Member:
+    """One operation inside a loop.
+
+    Attributes:
+        result: Where its result goes if anybody else reads it.
+        inputs: What it reads at the loop's own element.
+        elsewhere: What it reads at other elements, from memory.
+        emit: Makes the expression of one element.
+        reduced: Of a sum, how it begins and what joins two terms; None for none.
+        dims: Dimensions of the loop that a sum runs over.
+    """
+
+    result: Value
+    inputs: tuple[Value, ...]
+    elsewhere: tuple[Value, ...]
+    emit: Callable[[Read, Sequence[str]], Expression]
+    reduced: tuple[float, str] | None = None
+    dims: tuple[int, ...] = ()
+
+
+@dataclass
+class Loop:
+    """Operations that share a loop over the elements of a shape."""
+
+    shape: tuple[int, ...]
+    members: list[Member] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of matrices, by batch; ``added`` to what is there."""
+
+    result: Value  # [b, m, l]
+    left: Value  # [b, m, n]
+    right: Value  # [b, n, l]
+    added: Value | None = None
+
+
+@dataclass(frozen=True)
+class DensityCall:
+    """Both log densities and both gradients at a position."""
+
+    position: Value
+    results: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Adds rows to an array at places that data name."""
+
+    result: Value
+    start: Value
+    places: tuple[Value | None, ...]
+    rows: Value
+    accumulate: bool
+
+
+Stage = Loop | Product | DensityCall | Scatter

@@ -23,6 +23,8 @@ from torch import Tensor, fx
 
 from ..kernels import State
 from ..models.places import user_line
+from ..native.evaluation import DensitySource, NativeDensity, density_source, ready
+from ..native.values import CannotGenerate
 from .exits import Exit, PositionLeft
 from .inductor import compile_graph, compiler_problem
 from .purity import check_pure, rows_meet_at, undisturbed, worst_difference
@@ -53,8 +55,23 @@ class _Program:
         self.prologue, self.body = split(traced.graph)
         self.run: Callable[..., Outputs] = self.body
         self.own = traced.constants[num_constants:]  # made by the passes, never rebound
+        self.native: _Native | None = None  # of the graph of one chain, once asked for
         # Of the values of the first evaluation, for which the body may be compiled.
         self.layouts: list[tuple[torch.Size, tuple[int, ...]]] | None = None
+
+
+class _Native:
+    """The graph of one chain as native code, or why there is none."""
+
+    def __init__(self, body: fx.GraphModule, example: Tensor, values: Sequence[Tensor]) -> None:
+        self.source: DensitySource | None = None
+        self.density: NativeDensity | None = None
+        self.reason: str | None = None
+        try:
+            self.source = density_source(body, example, values)
+            self.density = NativeDensity(self.source)
+        except CannotGenerate as error:
+            self.reason = str(error)
 
 
 class _Evaluator:
@@ -63,6 +80,7 @@ class _Evaluator:
     def __init__(self, program: _Program, constants: Sequence[Tensor]) -> None:
         self.program = program
         self.values: list[Tensor] = []
+        self._ready: list[Tensor] | None = None
         self.refresh(constants)
 
     @property
@@ -91,6 +109,14 @@ class _Evaluator:
                 )
             values[at] = _with_strides(strides, values[at])
         self.values = values
+        self._ready = None
+
+    @property
+    def ready(self) -> list[Tensor]:
+        """The values as native code reads them."""
+        if self._ready is None:
+            self._ready = [ready(value) for value in self.values]
+        return self._ready
 
     def __call__(self, position: Tensor) -> Outputs:
         return self.program.run(position.contiguous(), *self.values)
@@ -117,6 +143,7 @@ class CapturedDensity:
         compile: bool,
         reason: str | None,
         gradients: bool = True,
+        native: bool = False,
     ) -> None:
         self.function = function
         self.example = example
@@ -129,18 +156,20 @@ class CapturedDensity:
         self.exits: tuple[Exit, ...] = () if traced is None else traced.exits
         self._compile = False
         self._looped = False
+        self._wants_native = native and example.device.type == "cpu"
         self._programs: dict[int | None, _Program] = {}  # shared by all that have this graph
         self._evaluators: dict[int | None, _Evaluator] = {}
         if compile:
             self.compile()
-        if traced is not None:
-            self._evaluator(num_chains)
+        self._prepare()
 
     @property
     def mode(self) -> Mode:
         """How densities are evaluated, from fast to slow: compiled, graph, graph-loop, eager."""
         if self._trace is None:
             return "eager"
+        if self._native() is not None:
+            return "compiled"
         if self._looped:
             return "graph-loop"
         return "compiled" if self._compile else "graph"
@@ -148,6 +177,9 @@ class CapturedDensity:
     def compile(self) -> None:
         """Compiles evaluations from now on, where that is possible."""
         if self._trace is None or self._looped or self._compile:
+            return
+        self._wants_native = self.example.device.type == "cpu"
+        if self._native() is not None:
             return
         problem = compiler_problem(self.example.device)
         if problem is not None:
@@ -301,7 +333,7 @@ class CapturedDensity:
         if not other.serves():
             return None
         try:
-            other._evaluator(num_chains)
+            other._prepare()
         except ValueError:  # a shape that follows from values
             return None
         return other
@@ -328,10 +360,11 @@ class CapturedDensity:
         Raises:
             ValueError: If there is no graph of K chains.
         """
-        if self.mode in ("eager", "graph-loop"):
-            raise ValueError(f"no graph of {num_chains} chains: {self.reason}")
-        evaluator = self._evaluator(num_chains)
-        return evaluator.body, list(evaluator.values)
+        if self.mode not in ("eager", "graph-loop"):
+            evaluator = self._evaluator(num_chains)
+            if not self._looped:
+                return evaluator.body, list(evaluator.values)
+        raise ValueError(f"no graph of {num_chains} chains: {self.reason}")
 
     def chain_graph_and_inputs(self) -> tuple[fx.GraphModule, list[Tensor]]:
         """Returns the graph of one chain, for vectorization by other means than vmap.
@@ -347,6 +380,13 @@ class CapturedDensity:
             raise ValueError(f"no graph of one chain: {self.reason}")
         evaluator = self._evaluator(None)
         return evaluator.body, list(evaluator.values)
+
+    def native_source_and_inputs(self) -> tuple[DensitySource, list[Tensor]] | None:
+        """Returns the density in C++ and what all chains share, or None where there is none."""
+        native = self._native()
+        if native is None or native.source is None:
+            return None
+        return native.source, self._evaluator(None).ready
 
     def check(self, positions: Tensor) -> None:
         """Compares the graph with the model itself.
@@ -390,6 +430,21 @@ class CapturedDensity:
                     "out of batch_plates to treat it jointly"
                 )
 
+    def _prepare(self) -> None:
+        """Makes what evaluates the chains, where there is a graph."""
+        if self._trace is not None and self._native() is None:
+            self._evaluator(self.num_chains)
+
+    def _native(self) -> _Native | None:
+        """Finds or makes native code; None if it is not wanted or cannot be made."""
+        if not self._wants_native or self._trace is None:
+            return None
+        evaluator = self._evaluator(None)
+        if evaluator.program.native is None:
+            evaluator.program.native = _Native(evaluator.body, self.example, evaluator.values)
+        native = evaluator.program.native
+        return None if native.density is None else native
+
     def _evaluator(self, num_chains: int | None) -> _Evaluator:
         """Finds or makes the graph of K chains; of one chain for None, or if vmap fails."""
         assert self._trace is not None
@@ -422,6 +477,13 @@ class CapturedDensity:
     def _outputs(self, position: Tensor) -> Outputs:
         if self._trace is None:
             return self._eager(position)
+        native = self._native()
+        if native is not None and native.density is not None:
+            position = position.detach().contiguous()
+            log_base, log_target, grad_base, grad_target = native.density(
+                position, self._evaluator(None).ready
+            )
+            return log_base, log_target, grad_base, grad_target
         evaluator = self._evaluator(len(position))
         try:
             with torch.no_grad():
@@ -473,6 +535,7 @@ def capture(
     num_chains: int,
     compile: bool = False,
     gradients: bool = True,
+    native: bool = False,
 ) -> CapturedDensity:
     r"""Turns the log densities of one chain into an evaluator of K chains.
 
@@ -488,6 +551,7 @@ def capture(
         compile: Whether to compile with inductor.
         gradients: Whether gradients are needed; they are zeros if not, and a function that leaves
             torch will do.
+        native: Whether a small graph on a CPU becomes native code, which takes a moment.
 
     Returns:
         The evaluator. Its ``mode`` is ``"compiled"``, ``"graph"``, ``"graph-loop"`` (chain by
@@ -509,9 +573,11 @@ def capture(
     """
     example = example.detach().contiguous()
     options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
+    options |= {"native": native or compile}
     with undisturbed(example.device), torch.inference_mode(False):
-        recording = _recorded_again(function, example, compile, gradients)
-        density = _kept(function, example, recording, compile=compile, **options)
+        recording = _recorded_again(function, example, _kind(example, compile, **options))
+        kind = _kind(example, compile, **options)
+        density = _kept(function, example, recording, num_chains=num_chains, kind=kind)
         if density is None:
             density = _captured(function, example, recording, compile=compile, **options)
     if density.mode in ("graph-loop", "eager"):
@@ -531,9 +597,11 @@ def _captured(
     num_chains: int,
     compile: bool,
     gradients: bool,
+    native: bool,
 ) -> CapturedDensity:
     """Checks, records and vectorizes a function for the first time."""
     options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
+    options["native"] = native
     check_pure(function, example, gradients=gradients)
     traced, reason = None, None
     exits: tuple[Exit, ...] = ()
@@ -555,8 +623,11 @@ def _captured(
                 function, example, traced, compile=compile, reason=None, **options
             )
             mismatch = density._mismatch(function, _probes(example))
+            if mismatch is not None and density.native_source_and_inputs() is not None:
+                density._wants_native = False
+                mismatch = density._mismatch(function, _probes(example))
             if mismatch is None:
-                _keep(density, example, recording, compile, gradients)
+                _keep(density, recording, _kind(example, compile, **options))
             else:
                 density._trace = None
                 density.reason = (
@@ -581,9 +652,12 @@ _PER_KIND = 16
 _MOST_GUARDED = 10_000  # numbers
 
 
-def _kind(example: Tensor, compile: bool, gradients: bool) -> tuple[Any, ...]:
+def _kind(
+    example: Tensor, compile: bool, *, gradients: bool, native: bool, num_chains: int
+) -> tuple[Any, ...]:
+    """Tells apart what is recorded and compiled in other ways, whatever the number of chains."""
     shape = (tuple(example.shape), example.dtype, example.device)
-    return (*shape, compile, gradients, torch.get_num_threads())
+    return (*shape, compile, gradients, native, torch.get_num_threads())
 
 
 def _content(recording: Recording) -> tuple[Any, ...]:
@@ -592,11 +666,12 @@ def _content(recording: Recording) -> tuple[Any, ...]:
 
 
 def _recorded_again(
-    function: LogDensities, example: Tensor, compile: bool, gradients: bool
+    function: LogDensities, example: Tensor, kind: tuple[Any, ...]
 ) -> Recording | None:
     """Records a function if graphs of its kind are kept, which may be its own."""
-    if _kind(example, compile, gradients) not in _GRAPHS:
+    if kind not in _GRAPHS:
         return None
+    gradients: bool = kind[4]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -611,13 +686,12 @@ def _kept(
     recording: Recording | None,
     *,
     num_chains: int,
-    compile: bool,
-    gradients: bool,
+    kind: tuple[Any, ...],
 ) -> CapturedDensity | None:
     """Finds the graphs of an equal recording, and puts the data in."""
     if recording is None:
         return None
-    kind, content = _kind(example, compile, gradients), _content(recording)
+    content = _content(recording)
     found = _GRAPHS[kind].get(content)
     if found is None:
         return None
@@ -625,17 +699,11 @@ def _kept(
     return found.on_recording(function, example, recording, num_chains=num_chains)
 
 
-def _keep(
-    density: CapturedDensity,
-    example: Tensor,
-    recording: Recording,
-    compile: bool,
-    gradients: bool,
-) -> None:
+def _keep(density: CapturedDensity, recording: Recording, kind: tuple[Any, ...]) -> None:
     guards = None if density._trace is None else density._trace.guards
     if guards is not None and sum(value.numel() for value in guards.values) > _MOST_GUARDED:
         return  # they hold the data
-    kind, content = _kind(example, compile, gradients), _content(recording)
+    content = _content(recording)
     kept = _GRAPHS.setdefault(kind, {})
     kept[content] = density.without_data()
     while len(kept) > _PER_KIND:

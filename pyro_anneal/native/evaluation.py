@@ -91,8 +91,6 @@ def density_source(
     return DensitySource(text, lanes, scratch, (shape, dtype), results, schedule.work, len(inputs))
 
 
-
-
 _EVALUATE = """
 extern "C" void run(i64 count, i64 begin, i64 end, void **p, char *scratch) {{
   {number} position[{size}] __attribute__((aligned(128)));
@@ -142,7 +140,8 @@ class NativeDensity:
             scalar=SCALARS[dtype],
             size=torch.Size(shape).numel(),
             declarations=" ".join(
-                f"{vectors[k]} r{k}[{max(sizes[k], 1)}] __attribute__((aligned(128)));" for k in outs
+                f"{vectors[k]} r{k}[{max(sizes[k], 1)}] __attribute__((aligned(128)));"
+                for k in outs
             ),
             names=", ".join(f"r{k}" for k in outs),
             num_inputs=1 + source.num_shared,

@@ -52,7 +52,19 @@ _ONE = {
     "exp2": "v_exp2({0})",
     **{
         name: f"v_{name}({{0}})"
-        for name in "sin cos tan asin acos atan sinh cosh asinh acosh atanh".split()
+        for name in [
+            "sin",
+            "cos",
+            "tan",
+            "asin",
+            "acos",
+            "atan",
+            "sinh",
+            "cosh",
+            "asinh",
+            "acosh",
+            "atanh",
+        ]
     },
 }
 _NAMES = {  # aten name and overload to a formula of operands in the result's type

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .rules import ELEMENTWISE, elementwise
-from .stages import DensityCall, Loop, Member, Product, Read, Scatter, Stage
+from .stages import DensityCall, Loop, Member, Product, Read, Scan, Scatter, Stage
 from .structured import RULES as _STRUCTURED
 from .values import CannotGenerate, Expression, Value
 from .views import view_of
@@ -32,7 +32,7 @@ def evaluate_density(position: Any) -> Any:
 
 def shape_of(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
     """Finds the shape and the type of a node's tensor."""
-    meta = node.meta.get("val", node.meta.get("tensor_meta"))
+    meta: Any = node.meta.get("val", node.meta.get("tensor_meta"))
     if not hasattr(meta, "dtype"):
         raise CannotGenerate(f"the shape of {node.target} is not known")
     return tuple(int(size) for size in meta.shape), meta.dtype
@@ -132,13 +132,13 @@ class Schedule:
             return self._reduce(target, args, kwargs, shape, dtype)
         short = str(target).removeprefix("aten.")
         if short in ELEMENTWISE:
-            return self._map(target, args, kwargs, shape, dtype)
+            return self.map(target, args, kwargs, shape, dtype)
         rule = _STRUCTURED.get(target)
         if rule is None:
             raise CannotGenerate(f"no native code for {target}")
         return rule(self, args, kwargs, shape, dtype)
 
-    def _map(
+    def map(
         self,
         target: Any,
         args: Any,
@@ -146,6 +146,7 @@ class Schedule:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> Value:
+        """Adds an operation on single numbers."""
         inputs = tuple(arg for arg in args if isinstance(arg, Value))
         if any(isinstance(arg, Value) for arg in kwargs.values()):
             raise CannotGenerate(f"{target} with a tensor by name")
@@ -244,7 +245,7 @@ class Schedule:
         assert whole is not None
         if not average:
             return whole
-        return self._map(aten.div.Scalar, [whole, count], {}, shape, dtype)
+        return self.map(aten.div.Scalar, [whole, count], {}, shape, dtype)
 
     def _log_sigmoid(self, node: fx.Node, x: Value) -> tuple[Value, Value]:
         def emit(read: Read, at: Sequence[str]) -> Expression:
@@ -264,10 +265,11 @@ class Schedule:
         self.work += _size(shape) * left.shape[2]
         return self._alone(Product(result, left, right, added), result)[0]  # type: ignore[no-any-return]
 
-    def scatter(self, scatter: Scatter) -> Value:
-        """Adds rows to an array."""
-        self.work += scatter.rows.size + scatter.start.size
-        return self._alone(scatter, scatter.result)[0]  # type: ignore[no-any-return]
+    def alone(self, stage: Scan | Scatter) -> Value:
+        """Adds a stage that shares no loop."""
+        self.work += stage.result.size
+        self._alone(stage, stage.result)
+        return stage.result
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, *, is_vector: bool) -> Value:
         """Names an array."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .values import Expression, Value
 
-__all__ = ["DensityCall", "Loop", "Member", "Product", "Read", "Scatter", "Stage"]
+__all__ = ["DensityCall", "Loop", "Member", "Product", "Read", "Scan", "Scatter", "Stage"]
 
 Read = Callable[[Value, Sequence[str]], Expression]  # an element of a value
 
@@ -61,13 +61,23 @@ class DensityCall:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Adds rows to an array at places that data name."""
+    """Puts elements of ``rows``, or adds them, where ``place`` says for each of their indices."""
 
     result: Value
     start: Value
-    places: tuple[Value | None, ...]
     rows: Value
+    place: Callable[[Read, Sequence[str]], list[str]]
     accumulate: bool
 
 
-Stage = Loop | Product | DensityCall | Scatter
+@dataclass(frozen=True)
+class Scan:
+    """Joins each element with the one before it along a dimension."""
+
+    result: Value
+    source: Value
+    dim: int
+    join: str
+
+
+Stage = Scan | Loop | Product | DensityCall | Scatter

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .stages import Read, Scatter
+from .stages import Read, Scan, Scatter
 from .values import CannotGenerate, Expression, Value, converted, literal
+from .views import expanded
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -178,19 +179,94 @@ def _gather(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: tor
     return schedule.member((), (source, index), emit, shape, dtype)
 
 
+def _scattered(
+    schedule: Schedule,
+    start: Value,
+    rows: Value,
+    place: Callable[[Read, Sequence[str]], list[str]],
+    accumulate: bool,
+) -> Value:
+    if rows.dtype is not start.dtype:
+        raise CannotGenerate("rows of another type")
+    place(lambda value, at: value.at(at), ["0"] * len(rows.shape))  # refused now or never
+    is_vector = start.is_vector or rows.is_vector
+    result = schedule.new(start.shape, start.dtype, is_vector=is_vector)
+    return schedule.alone(Scatter(result, start, rows, place, accumulate))
+
+
 def _index_put(
     schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
 ) -> Value:
     start, places, rows = args[:3]
     accumulate = bool(args[3]) if len(args) > 3 else bool(kwargs.get("accumulate", False))
-    places = tuple(places)
-    if any(index is None for index in places) or rows.dtype is not dtype:
+    if any(index is None for index in places):
         raise CannotGenerate("rows put at some dimensions")
-    for index in places:
-        _place_of(index, lambda value, at: value.at(at), ["0"] * 9, 1)
-    is_vector = start.is_vector or rows.is_vector
-    result = schedule.new(shape, dtype, is_vector=is_vector)
-    return schedule.scatter(Scatter(result, start, places, rows, accumulate))
+    named = torch.broadcast_shapes(*(index.shape for index in places))
+    rows = expanded(rows, (*named, *shape[len(places) :]))
+
+    def place(read: Read, at: Sequence[str]) -> list[str]:
+        own = [
+            _place_of(index, read, at[: len(named)], size)
+            for index, size in zip(places, shape, strict=False)
+        ]
+        return [*own, *at[len(named) :]]
+
+    return _scattered(schedule, start, rows, place, accumulate)
+
+
+def _along(schedule: Schedule, start: Value, dim: int, index: Value, rows: Value) -> Value:
+    """Adds rows along one dimension, each to the place that its own index names."""
+    dim %= len(start.shape)
+    sizes = zip(rows.shape, index.shape, strict=True)
+    rows = rows.viewed([min(pair) for pair in sizes], rows.strides)
+
+    def place(read: Read, at: Sequence[str]) -> list[str]:
+        return _moved(at, dim, _place_of(index, read, at, start.shape[dim]))
+
+    return _scattered(schedule, start, rows, place, True)
+
+
+def _scatter_add(
+    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+) -> Value:
+    return _along(schedule, *args)
+
+
+def _index_add(
+    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+) -> Value:
+    start, dim, index, rows = args
+    if kwargs.get("alpha", 1) != 1 or len(index.shape) != 1:
+        raise CannotGenerate("rows added with a factor")
+    dim %= len(shape)
+    strides = [0] * len(rows.shape)
+    strides[dim] = index.strides[0]
+    return _along(schedule, start, dim, index.viewed(rows.shape, strides), rows)
+
+
+def _embedding_backward(
+    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+) -> Value:
+    rows, index, _, padding, scaled = args
+    if padding >= 0 or scaled:
+        raise CannotGenerate("an embedding with options")
+    start = Value.filled(0.0, dtype, shape)
+    return _index_put(schedule, (start, [index], rows, True), {}, shape, dtype)
+
+
+def _diagonal_backward(
+    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+) -> Value:
+    source, _, shift, first, second = args
+    first, second = first % len(shape), second % len(shape)
+
+    def emit(read: Read, at: Sequence[str]) -> Expression:
+        rest = [index for dim, index in enumerate(at) if dim not in (first, second)]
+        element = read(source, [*rest, at[first] if shift >= 0 else at[second]])
+        test = f"{at[second]} - {at[first]} == {shift}"
+        return _alternatives([(test, element)], literal(0.0, dtype))
+
+    return schedule.member((), (source,), emit, shape, dtype)
 
 
 def _batched(value: Value) -> Value:
@@ -233,7 +309,49 @@ def _addmm(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torc
     return _unbatched(schedule.product(left, right, added, dtype), shape)
 
 
+def _scan(join: str) -> Rule:
+    def rule(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+        source, dim = args[:2]
+        if not shape:
+            raise CannotGenerate("a cumulative sum of one number")
+        if source.dtype is not dtype:
+            source = schedule.map(aten._to_copy.default, (source,), {}, shape, dtype)
+        result = schedule.new(shape, dtype, is_vector=source.is_vector)
+        return schedule.alone(Scan(result, source, dim % len(shape), join))
+
+    return rule
+
+
+def _triangle(*, upper: bool) -> Rule:
+    def rule(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+        source, shift = [*args, 0][:2]
+
+        def emit(read: Read, at: Sequence[str]) -> Expression:
+            test = f"{at[-1]} - {at[-2]} {'>=' if upper else '<='} {shift}"
+            return _alternatives([(test, read(source, at))], literal(0.0, dtype))
+
+        return schedule.member((source,), (), emit, shape, dtype)
+
+    return rule
+
+
+def _arange(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+    start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
+
+    def emit(read: Read, at: Sequence[str]) -> Expression:
+        index = converted(Expression(f"((i64){at[0]})", torch.int64, False), dtype)
+        first, width = literal(start, dtype), literal(step, dtype)
+        return Expression(f"({first.code} + {width.code} * {index.code})", dtype, False)
+
+    return schedule.member((), (), emit, shape, dtype)
+
+
 RULES: dict[Any, Rule] = {
+    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
+    aten.cumsum.default: _scan("{0} + {1}"),
+    aten.cumprod.default: _scan("{0} * {1}"),
+    aten.tril.default: _triangle(upper=False),
+    aten.triu.default: _triangle(upper=True),
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.slice_backward.default: _slice_backward,
@@ -246,6 +364,10 @@ RULES: dict[Any, Rule] = {
     aten.gather.default: _gather,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
+    aten.scatter_add.default: _scatter_add,
+    aten.index_add.default: _index_add,
+    aten.embedding_dense_backward.default: _embedding_backward,
+    aten.diagonal_backward.default: _diagonal_backward,
     aten.mm.default: _product,
     aten.mv.default: _product,
     aten.dot.default: _product,

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["SCALARS", "SUFFIX", "CannotGenerate", "Expression", "Value", "converted", "literal", "strides_of"]
+__all__ = [
+    "SCALARS",
+    "SUFFIX",
+    "CannotGenerate",
+    "Expression",
+    "Value",
+    "converted",
+    "literal",
+    "strides_of",
+]
 
 SUFFIX = {torch.float32: "f", torch.float64: "d", torch.int64: "l", torch.bool: "b"}
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.int64: "i64", torch.bool: "int"}

@@ -9,7 +9,7 @@ import torch
 
 from .values import CannotGenerate, Value
 
-__all__ = ["view_of"]
+__all__ = ["expanded", "view_of"]
 
 aten = torch.ops.aten
 Copy = Callable[[Value], Value]
@@ -31,7 +31,8 @@ def _permuted(value: Value, dims: Sequence[int]) -> Value:
     return value.viewed([value.shape[d] for d in order], [value.strides[d] for d in order])
 
 
-def _expanded(value: Value, shape: Sequence[int]) -> Value:
+def expanded(value: Value, shape: Sequence[int]) -> Value:
+    """Repeats a value along dimensions of one element and new ones."""
     missing = len(shape) - len(value.shape)
     old = [(1, 0)] * missing + list(zip(value.shape, value.strides, strict=True))
     strides = [0 if n == 1 and new != 1 else s for (n, s), new in zip(old, shape, strict=True)]
@@ -117,7 +118,7 @@ def view_of(target: Any, args: Any, shape: tuple[int, ...], copied: Copy) -> Any
             raise CannotGenerate(f"a view of {list(value.shape)} as {list(shape)}")
         return view
     if target is aten.expand.default:
-        return _expanded(value, shape)
+        return expanded(value, shape)
     if target is aten.permute.default:
         return _permuted(value, rest[0])
     if target in (aten.transpose.int, aten.t.default):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from .schedule import Schedule, squeezed
-from .stages import DensityCall, Loop, Member, Product, Scatter
+from .stages import DensityCall, Loop, Member, Product, Scan, Scatter
 from .values import SCALARS, SUFFIX, CannotGenerate, Expression, Value, literal
 
-__all__ = ["cast", "c_type", "write_function"]
+__all__ = ["c_type", "cast", "write_function"]
 
 # Elements up to which an array lies on the stack, and bytes of all the others together.
 _ON_STACK, _MOST_SCRATCH = 64, 2**23
@@ -52,7 +52,8 @@ class _Writer:
     def body(self, stored: set[str] | None) -> list[str]:
         """Writes all stages; ``stored`` names the arrays that are read, None for not yet known."""
         self.lines = []
-        for self.stage, stage in enumerate(self.schedule.stages):
+        for number, stage in enumerate(self.schedule.stages):
+            self.stage = number
             self.locals = {}
             if isinstance(stage, Loop):
                 self._loop(stage, stored)
@@ -60,6 +61,8 @@ class _Writer:
                 self._product(stage)
             elif isinstance(stage, Scatter):
                 self._scatter(stage)
+            elif isinstance(stage, Scan):
+                self._scan(stage)
             else:
                 self._call(stage)
         self.stage = len(self.schedule.stages)
@@ -81,7 +84,9 @@ class _Writer:
 
     def _loop(self, loop: Loop, stored: set[str] | None) -> None:
         opening, at = self._nest(loop.shape)
-        before, inside, after = [], [], []
+        before: list[str] = []
+        inside: list[str] = []
+        after: list[str] = []
         for member in loop.members:
             self.made[member.result.name] = (self.stage, member.result)
             where = [i if n != 1 else "0" for i, n in zip(at, loop.shape, strict=True)]
@@ -128,9 +133,7 @@ class _Writer:
             inside.append(f"{name} = {join.format(name, element.code)};")
             after.append(f"{result.name}[0] = {name};")
             return
-        place = result.at(
-            ["0" if d in member.dims else index for d, index in enumerate(at)]
-        ).code
+        place = result.at(["0" if d in member.dims else index for d, index in enumerate(at)]).code
         before.append(f"for (i64 i = 0; i < {result.size}; i++) {result.name}[i] = {begin.code};")
         inside.append(f"{place} = {join.format(place, element.code)};")
 
@@ -165,20 +168,21 @@ class _Writer:
         begin = self.read(start, at)
         begin = begin.widened() if result.is_vector else begin
         self.lines += [*opening, f"{result.at(at).code} = {begin.code};", "}" * len(opening)]
-        index = [value for value in stage.places if value is not None]
-        width = max(len(value.shape) for value in index)
-        places = torch.broadcast_shapes(*(value.shape for value in index))
-        shape = (*places, *result.shape[len(index) :])
-        opening, at = self._nest(shape)
-        where = [
-            f"row({self.read(value, at[:width]).code}, {size})"
-            for value, size in zip(index, result.shape, strict=False)
-        ]
-        place = result.at([*where, *at[width:]]).code
+        opening, at = self._nest(rows.shape)
+        place = result.at(stage.place(self.read, at)).code
         element = self.read(rows, at)
         element = element.widened() if result.is_vector else element
         join = "+=" if stage.accumulate else "="
         self.lines += [*opening, f"{place} {join} {element.code};", "}" * len(opening)]
+
+    def _scan(self, stage: Scan) -> None:
+        result, dim = stage.result, stage.dim
+        self.made[result.name] = (self.stage, result)
+        opening, at = self._nest(result.shape)
+        before = result.at([*at[:dim], f"({at[dim]} - 1)", *at[dim + 1 :]]).code
+        element = self.read(stage.source, at).code
+        joined = f"{at[dim]} == 0 ? {element} : {stage.join.format(before, element)}"
+        self.lines += [*opening, f"{result.at(at).code} = {joined};", "}" * len(opening)]
 
     def _call(self, stage: DensityCall) -> None:
         if self.density is None:

@@ -280,6 +280,31 @@ static void product(i64 m, i64 n, i64 l, A a, B b, O o) {
 }
 """
 
+_FACTORS = """
+template <class V, class A, class O, class R>
+static void cholesky(i64 n, A a, O o, R r) {
+  for (i64 j = 0; j < n; j++)
+    for (i64 i = j; i < n; i++) {
+      V sum = a(i, j);
+      for (i64 k = 0; k < j; k++) sum -= r(i, k) * r(j, k);
+      o(i, j, i > j ? sum / r(j, j) : v_sqrt(sel(gt(sum, nil(sum)), sum, nil(sum) - 1)));
+    }
+}
+template <class V, class A, class B, class O, class R>
+static void solve(i64 n, i64 m, bool upper, bool unit, A a, B b, O o, R r) {
+  for (i64 j = 0; j < m; j++)
+    for (i64 p = 0; p < n; p++) {
+      i64 i = upper ? n - 1 - p : p;
+      V sum = b(i, j);
+      for (i64 q = 0; q < p; q++) {
+        i64 k = upper ? n - 1 - q : q;
+        sum -= a(i, k) * r(k, j);
+      }
+      o(i, j, unit ? sum : sum / a(i, i));
+    }
+}
+"""
+
 
 def prelude(lanes: int) -> str:
     """Returns what native code begins with.
@@ -290,5 +315,5 @@ def prelude(lanes: int) -> str:
     Returns:
         C++ source.
     """
-    parts = (_TYPES, _CONVERSIONS, _ROUTINES, _EXPONENTIALS, _PRODUCTS)
+    parts = (_TYPES, _CONVERSIONS, _ROUTINES, _EXPONENTIALS, _PRODUCTS, _FACTORS)
     return f"#define W {lanes}\n" + "".join(parts)

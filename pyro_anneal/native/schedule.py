@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from .rules import ELEMENTWISE, elementwise
-from .stages import DensityCall, Loop, Member, Product, Read, Scan, Scatter, Stage
+from .stages import Cholesky, DensityCall, Loop, Member, Product, Read, Scan, Scatter, Solve, Stage
 from .structured import RULES as _STRUCTURED
+from .structured import SEVERAL as _SEVERAL
 from .values import CannotGenerate, Expression, Value
 from .views import view_of
 
@@ -116,12 +117,16 @@ class Schedule:
         args, kwargs = self._value(node.args), self._value(node.kwargs)
         target: Any = node.target
         if target is operator.getitem:
+            if args[0][args[1]] is None:
+                raise CannotGenerate("which element is the largest")
             return args[0][args[1]]
         if target is evaluate_density:
             results = tuple(self._new(*one, is_vector=True) for one in self._density)
             return self._alone(DensityCall(args[0], results), *results)
         if target is aten.log_sigmoid_forward.default:
-            return self._log_sigmoid(node, args[0])
+            return self._log_sigmoid(args[0])
+        if target in _SEVERAL:
+            return _SEVERAL[target](self, args, kwargs, (), None)
         shape, dtype = shape_of(node)
         if target in _FILLED:
             return Value.filled(_FILLED[target](args), dtype, shape)
@@ -247,7 +252,7 @@ class Schedule:
             return whole
         return self.map(aten.div.Scalar, [whole, count], {}, shape, dtype)
 
-    def _log_sigmoid(self, node: fx.Node, x: Value) -> tuple[Value, Value]:
+    def _log_sigmoid(self, x: Value) -> tuple[Value, Value]:
         def emit(read: Read, at: Sequence[str]) -> Expression:
             element = read(x, at)
             return Expression(f"v_logsigmoid({element.code})", x.dtype, element.is_vector)
@@ -265,9 +270,20 @@ class Schedule:
         self.work += _size(shape) * left.shape[2]
         return self._alone(Product(result, left, right, added), result)[0]  # type: ignore[no-any-return]
 
-    def alone(self, stage: Scan | Scatter) -> Value:
+    def reshaped(self, value: Value, shape: Sequence[int]) -> Value:
+        """Returns a view of another shape, of a copy where elements have to move."""
+        known = _size([size for size in shape if size != -1])
+        whole = tuple(value.size // max(known, 1) if size == -1 else size for size in shape)
+        view: Value = view_of(aten.view.default, (value,), whole, self._copied)
+        return view
+
+    def largest(self, source: Value, dim: int, shape: tuple[int, ...]) -> Value:
+        """Adds the largest elements along a dimension."""
+        return self._reduce(aten.amax.default, (source, dim), {}, shape, source.dtype)
+
+    def alone(self, stage: Scan | Scatter | Cholesky | Solve, work: int = 0) -> Value:
         """Adds a stage that shares no loop."""
-        self.work += stage.result.size
+        self.work += max(work, stage.result.size)
         self._alone(stage, stage.result)
         return stage.result
 

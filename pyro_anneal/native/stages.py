@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .values import Expression, Value
 
-__all__ = ["DensityCall", "Loop", "Member", "Product", "Read", "Scan", "Scatter", "Stage"]
+__all__ = ["Cholesky", "DensityCall", "Loop", "Member", "Product", "Read", "Scan", "Scatter", "Solve", "Stage"]
 
 Read = Callable[[Value, Sequence[str]], Expression]  # an element of a value
 
@@ -80,4 +80,23 @@ class Scan:
     join: str
 
 
-Stage = Scan | Loop | Product | DensityCall | Scatter
+@dataclass(frozen=True)
+class Cholesky:
+    """The lower factors of batches of matrices; NaN where one is not positive definite."""
+
+    result: Value  # [b, n, n], zero from the start
+    matrix: Value
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Solves batches of triangular systems ``matrix @ result = right``."""
+
+    result: Value  # [b, n, m]
+    matrix: Value  # [b, n, n]
+    right: Value
+    is_upper: bool
+    is_unit: bool  # ones on the diagonal, which is not read
+
+
+Stage = Cholesky | Solve | Scan | Loop | Product | DensityCall | Scatter

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .stages import Read, Scan, Scatter
+from .stages import Cholesky, Read, Scan, Scatter, Solve
 from .values import CannotGenerate, Expression, Value, converted, literal
-from .views import expanded
+from .views import expanded, transposed
 
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SEVERAL"]
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -346,7 +346,57 @@ def _arange(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: tor
     return schedule.member((), (), emit, shape, dtype)
 
 
+def _matrices(schedule: Schedule, value: Value) -> Value:
+    """Joins the dimensions of a batch of matrices."""
+    return schedule.reshaped(value, (-1, *value.shape[-2:]))
+
+
+def _cholesky(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any) -> Any:
+    if (len(args) > 1 and args[1]) or kwargs.get("upper"):
+        raise CannotGenerate("an upper factor")
+    matrix = _matrices(schedule, args[0])
+    result = schedule.new(matrix.shape, matrix.dtype, is_vector=matrix.is_vector)
+    schedule.alone(Cholesky(result, matrix), work=result.size * matrix.shape[-1] // 3)
+    info = Value.filled(0.0, torch.int64, args[0].shape[:-2])
+    return schedule.reshaped(result, args[0].shape), info
+
+
+def _solve(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+    matrix, right = args[:2]
+    is_upper, is_unit = kwargs["upper"], kwargs.get("unitriangular", False)
+    batch = torch.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
+    matrix = _matrices(schedule, expanded(matrix, (*batch, *matrix.shape[-2:])))
+    right = _matrices(schedule, expanded(right, (*batch, *right.shape[-2:])))
+    from_left = kwargs.get("left", True)
+    result = schedule.new(right.shape, dtype, is_vector=matrix.is_vector or right.is_vector)
+    work = right.size * matrix.shape[-1] // 2
+    if from_left:
+        schedule.alone(Solve(result, matrix, right, is_upper, is_unit), work=work)
+    else:  # result @ matrix = right, transposed
+        turned = [transposed(value) for value in (result, matrix, right)]
+        schedule.alone(Solve(*turned, not is_upper, is_unit), work=work)
+    return schedule.reshaped(result, shape)
+
+
+def _max(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Any:
+    """The largest elements; which they are is not known."""
+    source, dim = args[:2]
+    keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    size = list(source.shape)
+    size[dim] = 1
+    if not keep:
+        del size[dim]
+    return schedule.largest(source, dim, tuple(size)), None
+
+
+# What has several results, or results without a shape.
+SEVERAL: dict[Any, Callable[..., Any]] = {
+    aten.linalg_cholesky_ex.default: _cholesky,
+    aten.max.dim: _max,
+    aten._linalg_check_errors.default: lambda *_: None,
+}
 RULES: dict[Any, Rule] = {
+    aten.linalg_solve_triangular.default: _solve,
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
     aten.cumsum.default: _scan("{0} + {1}"),
     aten.cumprod.default: _scan("{0} * {1}"),

@@ -9,7 +9,7 @@ import torch
 
 from .values import CannotGenerate, Value
 
-__all__ = ["expanded", "view_of"]
+__all__ = ["expanded", "transposed", "view_of"]
 
 aten = torch.ops.aten
 Copy = Callable[[Value], Value]
@@ -37,6 +37,12 @@ def expanded(value: Value, shape: Sequence[int]) -> Value:
     old = [(1, 0)] * missing + list(zip(value.shape, value.strides, strict=True))
     strides = [0 if n == 1 and new != 1 else s for (n, s), new in zip(old, shape, strict=True)]
     return value.viewed(shape, strides)
+
+
+def transposed(value: Value) -> Value:
+    """Turns matrices."""
+    rank = len(value.shape)
+    return _permuted(value, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def _selected(value: Value, dim: int, index: int) -> Value:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .schedule import Schedule, squeezed
-from .stages import DensityCall, Loop, Member, Product, Scan, Scatter
+from .stages import Cholesky, DensityCall, Loop, Member, Product, Scan, Scatter, Solve
 from .values import SCALARS, SUFFIX, CannotGenerate, Expression, Value, literal
 
 __all__ = ["c_type", "cast", "write_function"]
@@ -63,6 +63,8 @@ class _Writer:
                 self._scatter(stage)
             elif isinstance(stage, Scan):
                 self._scan(stage)
+            elif isinstance(stage, (Cholesky, Solve)):
+                self._factor(stage)
             else:
                 self._call(stage)
         self.stage = len(self.schedule.stages)
@@ -183,6 +185,31 @@ class _Writer:
         element = self.read(stage.source, at).code
         joined = f"{at[dim]} == 0 ? {element} : {stage.join.format(before, element)}"
         self.lines += [*opening, f"{result.at(at).code} = {joined};", "}" * len(opening)]
+
+    def _factor(self, stage: Cholesky | Solve) -> None:
+        result = stage.result
+        self.made[result.name] = (self.stage, result)
+        batch, size, columns = result.shape
+        kind, place = c_type(result), result.at(["p", "i", "j"]).code
+
+        def reader(value: Value) -> str:
+            element = self.read(value, ["p", "i", "j"])
+            code = element.widened().code if result.is_vector else element.code
+            return f"[&](i64 i, i64 j) {{ return {code}; }}"
+
+        write = f"[&](i64 i, i64 j, {kind} v) {{ {place} = v; }}"
+        if isinstance(stage, Cholesky):
+            self.lines.append(
+                f"for (i64 i = 0; i < {result.size}; i++) {result.name}[i] = {kind}{{}};"
+            )
+            call = f"cholesky<{kind}>({size}, {reader(stage.matrix)}"
+        else:
+            flags = f"{str(stage.is_upper).lower()}, {str(stage.is_unit).lower()}"
+            call = f"solve<{kind}>({size}, {columns}, {flags}, {reader(stage.matrix)}, "
+            call += reader(stage.right)
+        self.lines.append(
+            f"for (i64 p = 0; p < {batch}; p++) {call}, {write}, {reader(result)});"
+        )
 
     def _call(self, stage: DensityCall) -> None:
         if self.density is None:

@@ -128,8 +128,24 @@ def test_operations_are_those_of_torch(functions, dtype):
 
 MATRIX = torch.linspace(-1.0, 1.3, 12, dtype=torch.float64).reshape(4, 3)
 TABLE = torch.linspace(-2.0, 2.0, 10, dtype=torch.float64).reshape(5, 2)
+EYE = torch.eye(3, dtype=torch.float64)
 LONG = torch.linspace(0.0, 1.0, 90, dtype=torch.float64)
 CODES = torch.tensor([4, 0, 2, 2])
+
+
+def positive(u):
+    return u @ u.mT + 2.0 * EYE
+
+
+def solved(u):
+    """Triangular systems from both sides, one matrix for several right sides, ones understood."""
+    lower, solve = positive(u).tril(), torch.linalg.solve_triangular
+    from_left = solve(lower, u, upper=False) + solve(lower.mT, u, upper=True)
+    from_right = solve(lower, u.mT, upper=False, left=False)
+    unit = solve(lower * 0.1, u, upper=False, unitriangular=True)
+    return from_left + from_right.mT + unit
+
+
 GRAPHS = {
     "sums": lambda u: (u.sum() + u.sum(-1).amax() + u.mean(0).prod()) * u,
     "long sums": lambda u: (u.reshape(-1, 1) * LONG).sum(),
@@ -150,12 +166,14 @@ GRAPHS = {
     "broadcasting": lambda u: torch.where(u > 0, u[:, :1], torch.arange(4.0).double()) * u.exp(),
     "picked": lambda u: u.gather(1, torch.tensor([[0, 3, 1], [1, 1, 2], [2, 0, 0]])),
     "table": lambda u: F.embedding(CODES[2:] - 1, u) * u.index_select(1, CODES - 1 + (CODES == 0))[:2],
+    "factors": lambda u: torch.linalg.cholesky(positive(u)) + torch.linalg.cholesky(positive(u)).diagonal().log().sum(),
+    "triangular systems": solved,
     "nested": lambda u: ((u - u.amax(-1, keepdim=True)).exp().sum(-1).log() * u.amin(0).sum()).tanh(),
     "shared": lambda u: MATRIX * 2.0,
     "masks": lambda u: u * torch.tensor([True, False, True, True]) + (u > 0).any(0).double(),
 }  # fmt: skip
 REFUSED = {
-    "a factor": lambda u: torch.linalg.cholesky_ex(u @ u.t() + torch.eye(3)).L,
+    "an inverse": lambda u: torch.linalg.inv(u @ u.t() + EYE),
     "places by the position": lambda u: u.gather(1, u.argsort(1)),
     "indices with a gap": lambda u: u.reshape(3, 2, 2)[torch.tensor([0, 1]), :, torch.tensor([1])],
 }

@@ -117,8 +117,6 @@ class Schedule:
         args, kwargs = self._value(node.args), self._value(node.kwargs)
         target: Any = node.target
         if target is operator.getitem:
-            if args[0][args[1]] is None:
-                raise CannotGenerate("which element is the largest")
             return args[0][args[1]]
         if target is evaluate_density:
             results = tuple(self._new(*one, is_vector=True) for one in self._density)

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 
 from .values import Expression, Value
 
-__all__ = ["Cholesky", "DensityCall", "Loop", "Member", "Product", "Read", "Scan", "Scatter", "Solve", "Stage"]
+__all__ = [
+    "Cholesky",
+    "DensityCall",
+    "Loop",
+    "Member",
+    "Product",
+    "Read",
+    "Scan",
+    "Scatter",
+    "Solve",
+    "Stage",
+]
 
 Read = Callable[[Value, Sequence[str]], Expression]  # an element of a value
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .stages import Cholesky, Read, Scan, Scatter, Solve
+from .places import PLACES, alternatives, moved, which
+from .stages import Cholesky, Read, Scan, Solve
 from .values import CannotGenerate, Expression, Value, converted, literal
 from .views import expanded, transposed
 
@@ -21,19 +22,6 @@ Shape = tuple[int, ...]
 Rule = Callable[["Schedule", Any, Any, Shape, torch.dtype], Value]
 
 
-def _alternatives(cases: Sequence[tuple[str, Expression]], other: Expression) -> Expression:
-    """Chooses by an index, before the element is read."""
-    is_vector = other.is_vector or any(case.is_vector for _, case in cases)
-    code = (other.widened() if is_vector else other).code
-    for condition, case in reversed(cases):
-        code = f"({condition} ? {(case.widened() if is_vector else case).code} : {code})"
-    return Expression(code, other.dtype, is_vector)
-
-
-def _moved(at: Sequence[str], dim: int, index: str) -> list[str]:
-    return [*at[:dim], index, *at[dim + 1 :]]
-
-
 def _joined(
     schedule: Schedule, parts: Sequence[Value], dim: int, shape: Shape, dtype: Any
 ) -> Value:
@@ -43,10 +31,10 @@ def _joined(
         cases, start = [], 0
         for part in parts:
             index = at[dim] if start == 0 else f"({at[dim]} - {start})"
-            element = converted(read(part, _moved(at, dim, index)), dtype)
+            element = converted(read(part, moved(at, dim, index)), dtype)
             start += part.shape[dim]
             cases.append((f"{at[dim]} < {start}", element))
-        return _alternatives(cases[:-1], cases[-1][1])
+        return alternatives(cases[:-1], cases[-1][1])
 
     return schedule.member((), tuple(parts), emit, shape, dtype)
 
@@ -76,11 +64,11 @@ def _placed(
         if not chosen:
             return zero
         inside = f"{index} >= {chosen.start} && {index} <= {chosen[-1]}"
-        moved = f"({index} - {chosen.start})" if chosen.start else index
+        place = f"({index} - {chosen.start})" if chosen.start else index
         if chosen.step != 1:
-            inside += f" && {moved} % {chosen.step} == 0"
-            moved = f"({moved} / {chosen.step})"
-        return _alternatives([(inside, read(source, _moved(at, dim, moved)))], zero)
+            inside += f" && {place} % {chosen.step} == 0"
+            place = f"({place} / {chosen.step})"
+        return alternatives([(inside, read(source, moved(at, dim, place)))], zero)
 
     return schedule.member((), (source,), emit, shape, dtype)
 
@@ -113,145 +101,15 @@ def _pad(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.
         low[len(shape) - 1 - k] = widths[2 * k]
 
     def emit(read: Read, at: Sequence[str]) -> Expression:
-        moved = [f"({i} - {before})" if before else i for i, before in zip(at, low, strict=True)]
+        where = [f"({i} - {before})" if before else i for i, before in zip(at, low, strict=True)]
         tests = [
             f"{i} >= {before} && {i} < {before + size}"
             for i, before, size in zip(at, low, source.shape, strict=True)
         ]
         inside = " && ".join(tests) or "true"
-        return _alternatives([(inside, read(source, moved))], literal(number, dtype))
+        return alternatives([(inside, read(source, where))], literal(number, dtype))
 
     return schedule.member((), (source,), emit, shape, dtype)
-
-
-def _place_of(index: Value, read: Read, at: Sequence[str], size: int) -> str:
-    """Reads a place that data name."""
-    if index.is_vector or index.dtype is not torch.int64:
-        raise CannotGenerate("places that depend on the position, or a mask of places")
-    return f"row({read(index, at).code}, {size})"
-
-
-def _picked(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
-    """Reads ``x[..., index, ...]`` with one block of indexed dimensions."""
-    source, places = args[0], list(args[1])
-    places += [None] * (len(source.shape) - len(places))
-    indexed = [dim for dim, index in enumerate(places) if index is not None]
-    first, last = indexed[0], indexed[-1]
-    if indexed != list(range(first, last + 1)):
-        raise CannotGenerate("indices with a gap between them")
-    for dim in indexed:
-        _place_of(places[dim], lambda value, at: value.at(at), ["0"] * 9, 1)
-    width = len(shape) - (len(source.shape) - len(indexed))
-
-    def emit(read: Read, at: Sequence[str]) -> Expression:
-        inner = at[first : first + width]
-        moved = [*at[:first]]
-        moved += [_place_of(places[d], read, inner, source.shape[d]) for d in indexed]
-        return read(source, [*moved, *at[first + width :]])
-
-    indices = tuple(places[dim] for dim in indexed)
-    return schedule.member((), (source, *indices), emit, shape, dtype)
-
-
-def _index_select(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
-) -> Value:
-    source, dim, index = args
-    places = [None] * (dim % len(source.shape)) + [index.reshaped((index.size,))]
-    return _picked(schedule, (source, places), {}, shape, dtype)
-
-
-def _embedding(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
-) -> Value:
-    return _picked(schedule, (args[0], [args[1]]), {}, shape, dtype)
-
-
-def _gather(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
-    source, dim, index = args[:3]
-    dim %= len(shape)
-    _place_of(index, lambda value, at: value.at(at), ["0"] * 9, 1)
-
-    def emit(read: Read, at: Sequence[str]) -> Expression:
-        place = _place_of(index, read, at, source.shape[dim])
-        return read(source, _moved(at, dim, place))
-
-    return schedule.member((), (source, index), emit, shape, dtype)
-
-
-def _scattered(
-    schedule: Schedule,
-    start: Value,
-    rows: Value,
-    place: Callable[[Read, Sequence[str]], list[str]],
-    accumulate: bool,
-) -> Value:
-    if rows.dtype is not start.dtype:
-        raise CannotGenerate("rows of another type")
-    place(lambda value, at: value.at(at), ["0"] * len(rows.shape))  # refused now or never
-    is_vector = start.is_vector or rows.is_vector
-    result = schedule.new(start.shape, start.dtype, is_vector=is_vector)
-    return schedule.alone(Scatter(result, start, rows, place, accumulate))
-
-
-def _index_put(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
-) -> Value:
-    start, places, rows = args[:3]
-    accumulate = bool(args[3]) if len(args) > 3 else bool(kwargs.get("accumulate", False))
-    if any(index is None for index in places):
-        raise CannotGenerate("rows put at some dimensions")
-    named = torch.broadcast_shapes(*(index.shape for index in places))
-    rows = expanded(rows, (*named, *shape[len(places) :]))
-
-    def place(read: Read, at: Sequence[str]) -> list[str]:
-        own = [
-            _place_of(index, read, at[: len(named)], size)
-            for index, size in zip(places, shape, strict=False)
-        ]
-        return [*own, *at[len(named) :]]
-
-    return _scattered(schedule, start, rows, place, accumulate)
-
-
-def _along(schedule: Schedule, start: Value, dim: int, index: Value, rows: Value) -> Value:
-    """Adds rows along one dimension, each to the place that its own index names."""
-    dim %= len(start.shape)
-    sizes = zip(rows.shape, index.shape, strict=True)
-    rows = rows.viewed([min(pair) for pair in sizes], rows.strides)
-
-    def place(read: Read, at: Sequence[str]) -> list[str]:
-        return _moved(at, dim, _place_of(index, read, at, start.shape[dim]))
-
-    return _scattered(schedule, start, rows, place, True)
-
-
-def _scatter_add(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
-) -> Value:
-    return _along(schedule, *args)
-
-
-def _index_add(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
-) -> Value:
-    start, dim, index, rows = args
-    if kwargs.get("alpha", 1) != 1 or len(index.shape) != 1:
-        raise CannotGenerate("rows added with a factor")
-    dim %= len(shape)
-    strides = [0] * len(rows.shape)
-    strides[dim] = index.strides[0]
-    return _along(schedule, start, dim, index.viewed(rows.shape, strides), rows)
-
-
-def _embedding_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
-) -> Value:
-    rows, index, _, padding, scaled = args
-    if padding >= 0 or scaled:
-        raise CannotGenerate("an embedding with options")
-    start = Value.filled(0.0, dtype, shape)
-    return _index_put(schedule, (start, [index], rows, True), {}, shape, dtype)
 
 
 def _diagonal_backward(
@@ -264,7 +122,7 @@ def _diagonal_backward(
         rest = [index for dim, index in enumerate(at) if dim not in (first, second)]
         element = read(source, [*rest, at[first] if shift >= 0 else at[second]])
         test = f"{at[second]} - {at[first]} == {shift}"
-        return _alternatives([(test, element)], literal(0.0, dtype))
+        return alternatives([(test, element)], literal(0.0, dtype))
 
     return schedule.member((), (source,), emit, shape, dtype)
 
@@ -310,7 +168,9 @@ def _addmm(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torc
 
 
 def _scan(join: str) -> Rule:
-    def rule(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+    def rule(
+        schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    ) -> Value:
         source, dim = args[:2]
         if not shape:
             raise CannotGenerate("a cumulative sum of one number")
@@ -323,12 +183,14 @@ def _scan(join: str) -> Rule:
 
 
 def _triangle(*, upper: bool) -> Rule:
-    def rule(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+    def rule(
+        schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    ) -> Value:
         source, shift = [*args, 0][:2]
 
         def emit(read: Read, at: Sequence[str]) -> Expression:
             test = f"{at[-1]} - {at[-2]} {'>=' if upper else '<='} {shift}"
-            return _alternatives([(test, read(source, at))], literal(0.0, dtype))
+            return alternatives([(test, read(source, at))], literal(0.0, dtype))
 
         return schedule.member((source,), (), emit, shape, dtype)
 
@@ -379,14 +241,15 @@ def _solve(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torc
 
 
 def _max(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Any:
-    """The largest elements; which they are is not known."""
+    """The largest elements, and which they are."""
     source, dim = args[:2]
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    dim %= len(source.shape)
     size = list(source.shape)
     size[dim] = 1
     if not keep:
         del size[dim]
-    return schedule.largest(source, dim, tuple(size)), None
+    return schedule.largest(source, dim, tuple(size)), which(schedule, source, dim, tuple(size))
 
 
 # What has several results, or results without a shape.
@@ -396,6 +259,7 @@ SEVERAL: dict[Any, Callable[..., Any]] = {
     aten._linalg_check_errors.default: lambda *_: None,
 }
 RULES: dict[Any, Rule] = {
+    **PLACES,
     aten.linalg_solve_triangular.default: _solve,
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
     aten.cumsum.default: _scan("{0} + {1}"),
@@ -407,16 +271,6 @@ RULES: dict[Any, Rule] = {
     aten.slice_backward.default: _slice_backward,
     aten.select_backward.default: _select_backward,
     aten.constant_pad_nd.default: _pad,
-    aten.index.Tensor: _picked,
-    aten._unsafe_index.Tensor: _picked,
-    aten.index_select.default: _index_select,
-    aten.embedding.default: _embedding,
-    aten.gather.default: _gather,
-    aten.index_put.default: _index_put,
-    aten._unsafe_index_put.default: _index_put,
-    aten.scatter_add.default: _scatter_add,
-    aten.index_add.default: _index_add,
-    aten.embedding_dense_backward.default: _embedding_backward,
     aten.diagonal_backward.default: _diagonal_backward,
     aten.mm.default: _product,
     aten.mv.default: _product,

@@ -119,6 +119,8 @@ class _Writer:
     ) -> None:
         assert member.reduced is not None
         start, join = member.reduced
+        if not member.result.dtype.is_floating_point and abs(start) == torch.inf:
+            start = _extreme(member.result.dtype, start > 0)
         result, whole = member.result, member.result.size == 1
         begin = literal(start, result.dtype)
         begin = begin.widened() if result.is_vector else begin
@@ -207,9 +209,7 @@ class _Writer:
             flags = f"{str(stage.is_upper).lower()}, {str(stage.is_unit).lower()}"
             call = f"solve<{kind}>({size}, {columns}, {flags}, {reader(stage.matrix)}, "
             call += reader(stage.right)
-        self.lines.append(
-            f"for (i64 p = 0; p < {batch}; p++) {call}, {write}, {reader(result)});"
-        )
+        self.lines.append(f"for (i64 p = 0; p < {batch}; p++) {call}, {write}, {reader(result)});")
 
     def _call(self, stage: DensityCall) -> None:
         if self.density is None:
@@ -236,6 +236,13 @@ class _Writer:
             f"{target.at(at).code} = {element.code};",
             "}" * len(opening),
         ]
+
+
+def _extreme(dtype: torch.dtype, largest: bool) -> int:
+    if dtype is torch.bool:
+        return int(largest)
+    info = torch.iinfo(dtype)
+    return info.max if largest else info.min + 1
 
 
 def _terms(member: Member) -> int:

@@ -4,8 +4,10 @@ import math
 from itertools import product
 
 import numpy as np
+import pyro
 import pytest
 import torch
+from problems import PROBLEMS
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -16,6 +18,7 @@ from pyro_anneal.graphs.rewriting import lift_constants
 from pyro_anneal.native import library, rules
 from pyro_anneal.native.evaluation import NativeDensity, density_source, ready
 from pyro_anneal.native.values import CannotGenerate, Value, strides_of
+from pyro_anneal.problems.problem import prepare
 
 needs_compiler = pytest.mark.skipif(
     library.compiler_problem() is not None, reason="no C++ compiler"
@@ -155,7 +158,7 @@ GRAPHS = {
     "slices": lambda u: torch.cat([u[:, 1:], u[:, :2], torch.zeros(3, 1)], -1).flip(0),
     "steps": lambda u: u[:, ::2] * u[:, 1::2] + torch.diagonal(u).sum(),
     "stack": lambda u: torch.stack([u[0], torch.arange(4.0).double(), u[2]], 1),
-    "sums so far": lambda u: u.cumsum(0) + u.flip(1).cumsum(1) + u.detach().cumprod(-1),
+    "sums so far": lambda u: u.cumsum(0) + u.flip(1).cumsum(1),
     "triangles": lambda u: u.tril() + 2.0 * u.triu(1) + u[:, :3].tril(-1).sum(),
     "pads": lambda u: F.pad(u, (1, 2), value=0.5).exp(),
     "matrix from the left": lambda u: MATRIX @ u,
@@ -168,13 +171,14 @@ GRAPHS = {
     "table": lambda u: F.embedding(CODES[2:] - 1, u) * u.index_select(1, CODES - 1 + (CODES == 0))[:2],
     "factors": lambda u: torch.linalg.cholesky(positive(u)) + torch.linalg.cholesky(positive(u)).diagonal().log().sum(),
     "triangular systems": solved,
+    "places of each chain": lambda u: u.gather(1, u.argmax(1, keepdim=True)) + TABLE[u[0].max(0)[1]].sum() + u.max(1)[0].sum(),
     "nested": lambda u: ((u - u.amax(-1, keepdim=True)).exp().sum(-1).log() * u.amin(0).sum()).tanh(),
     "shared": lambda u: MATRIX * 2.0,
     "masks": lambda u: u * torch.tensor([True, False, True, True]) + (u > 0).any(0).double(),
 }  # fmt: skip
 REFUSED = {
     "an inverse": lambda u: torch.linalg.inv(u @ u.t() + EYE),
-    "places by the position": lambda u: u.gather(1, u.argsort(1)),
+    "an order": lambda u: u.gather(1, u.argsort(1)),
     "indices with a gap": lambda u: u.reshape(3, 2, 2)[torch.tensor([0, 1]), :, torch.tensor([1])],
 }
 
@@ -273,9 +277,7 @@ def test_views_are_those_of_numpy():
         array = torch.arange(math.prod(shape)).reshape(shape)
         order = rng.permutation(len(shape)).tolist()
         value = Value.array("t", torch.int64, shape, is_vector=True)
-        view = value.viewed(
-            [shape[d] for d in order], [strides_of(shape)[d] for d in order]
-        )
+        view = value.viewed([shape[d] for d in order], [strides_of(shape)[d] for d in order])
         moved = array.permute(order)
         target = tuple(s for s in ((-1, 2), (1, -1), (-1, 1, 1), (-1, 4))[rng.randint(4)])
         if math.prod(shape) % abs(math.prod(target)):
@@ -299,6 +301,35 @@ def test_views_are_those_of_numpy():
 
 def function(u):
     return -0.5 * u.square().sum(-1), -2.0 * (u - 0.3).square().sum(-1) + u.sum(-1).sin()
+
+
+DEFAULT = ("support: simplex", "support: corr_matrix", "support: ordered")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(p, id=p.name, marks=[] if p.name in DEFAULT else pytest.mark.slow)
+        for p in PROBLEMS
+    ],
+)
+def test_known_problems_have_native_code(problem):
+    """Of every support, handler, enumeration and plate: the numbers of the recorded graph."""
+    torch.set_default_dtype(torch.float64)
+    arguments = (problem.args, problem.kwargs)
+    with pyro.validation_enabled(False):
+        prepared = prepare(
+            problem.model, None, arguments, arguments, num_chains=9, batch_plates="auto",
+            compile=False, seed=0,
+        )  # fmt: skip
+    graph = prepared.density
+    density = capture(graph.function, graph.example, num_chains=9, native=True)
+    assert density.native_source_and_inputs() is not None
+    torch.manual_seed(0)
+    position = torch.cat([prepared.draw(5), torch.randn(4, *graph.example.shape)])
+    for got, expected in zip(density(position), graph(position), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 @needs_compiler
@@ -402,7 +433,7 @@ def test_files_of_others_are_not_loaded(cache, monkeypatch):
 
 @needs_compiler
 def test_what_the_compiler_refuses_is_told(cache):
-    with pytest.raises(CannotGenerate, match="the C\\+\\+ compiler failed .*error"):
+    with pytest.raises(CannotGenerate, match=r"the C\+\+ compiler failed .*error"):
         run("no_such_name")
     assert not list(cache.iterdir())
 

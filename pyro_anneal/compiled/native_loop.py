@@ -220,11 +220,11 @@ class NativeLoop:
         ends = [torch.empty_like(x) for x in carried]
         shape = (steps, *state.log_base.shape)
         seen = [
-            torch.empty(shape, dtype=dtype)
+            torch.empty(shape, dtype=dtype, device="cpu")
             for dtype in (torch.float64, self._accepted, torch.bool)
         ]
         tensors = [
-            torch.tensor(steps),
+            torch.tensor(steps, device="cpu"),
             *carried,
             *(part.movedim(1, -1).contiguous() for part in noise),
             *(column.contiguous() for column in table),
@@ -270,7 +270,11 @@ def _step_graph(
     per_chain = [part[:1].contiguous() for part in (*state, *noise)]
     row = [part[0] for part in table[:3]]
     calls = kernel.num_gradients
-    results = [torch.zeros((1, *s), dtype=d) for s, d in source.results for _ in range(calls)]
+    results = [
+        torch.zeros((1, *s), dtype=d, device="cpu")
+        for s, d in source.results
+        for _ in range(calls)
+    ]
     results = [results[k * calls + call] for call in range(calls) for k in range(4)]
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:

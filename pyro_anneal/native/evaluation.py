@@ -80,6 +80,8 @@ def density_source(
     shape, dtype = tuple(position.shape), position.dtype
     if dtype not in (torch.float32, torch.float64):
         raise CannotGenerate(f"positions of type {dtype}")
+    if any(tensor.device.type != "cpu" for tensor in (position, *inputs)):
+        raise CannotGenerate("tensors that are not in the processor's memory")
     lanes = 16 if dtype is torch.float32 else 8
     given = [Value.array("s0", dtype, shape, is_vector=True)]
     given += [shared_value(f"s{number}", tensor) for number, tensor in enumerate(inputs, 1)]
@@ -159,7 +161,8 @@ class NativeDensity:
         """
         count = len(position)
         outputs = tuple(
-            torch.empty((count, *shape), dtype=dtype) for shape, dtype in self.source.results
+            torch.empty((count, *shape), dtype=dtype, device="cpu")
+            for shape, dtype in self.source.results
         )
         self._library.run(
             count,

@@ -238,7 +238,15 @@ def _embedding_backward(
     return _index_put(schedule, (start, [index], rows, True), {}, shape, dtype)
 
 
+def _argmax(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+    source, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim"))
+    if dim is None:
+        raise CannotGenerate("the largest of all elements")
+    return which(schedule, source, dim % len(source.shape), shape)
+
+
 PLACES: dict[Any, Rule] = {
+    aten.argmax.default: _argmax,
     aten.index.Tensor: _picked,
     aten._unsafe_index.Tensor: _picked,
     aten.index_select.default: _index_select,

@@ -235,8 +235,9 @@ def _solve(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torc
     if from_left:
         schedule.alone(Solve(result, matrix, right, is_upper, is_unit), work=work)
     else:  # result @ matrix = right, transposed
-        turned = [transposed(value) for value in (result, matrix, right)]
-        schedule.alone(Solve(*turned, not is_upper, is_unit), work=work)
+        turned = transposed(result)
+        solve = Solve(turned, transposed(matrix), transposed(right), not is_upper, is_unit)
+        schedule.alone(solve, work=work)
     return schedule.reshaped(result, shape)
 
 

@@ -39,8 +39,25 @@ class Sandwich(Result):
     r"""Lower and upper bounds on the log evidence of SIMULATED data.
 
     Each pair (z, x) is drawn from the model, so that z is an exact posterior sample given x: the
-    reverse chains start there. The bounds speak of the simulated x, not of the user's data. For
-    several simulations the first plate of both runs counts them.
+    reverse chains start there. The bounds speak of the simulated x, not of the user's data. They
+    tell how tight the same number of chains and steps is on data such as these. For several
+    simulations the first plate of both runs counts them.
+
+    ``lower`` and ``upper`` are the two bounds that were asked for, ``gap`` is their difference, and
+    ``bounds`` has all bounds that these chains give, by name. ``forward`` and ``reverse`` are the
+    runs themselves, with their own diagnostics and pictures.
+
+    Example:
+        >>> from pyro_anneal import AnnealedImportance
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> ais = AnnealedImportance(model, num_steps=50, progress_bar=False, seed=0)
+        >>> sandwich = ais.sandwich(torch.tensor(2.0))
+        >>> truth = dist.Normal(0.0, 2**0.5).log_prob(sandwich.simulated["x"])
+        >>> low, high = sandwich.interval(0.95)
+        >>> bool(low <= truth <= high)
+        True
     """
 
     forward: AnnealedRun
@@ -258,11 +275,44 @@ class Sandwich(Result):
         )
         return notes
 
-    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+    def posterior_samples(
+        self, num_samples: int, *, thin: int = 10, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Draws posterior samples given the SIMULATED data, by continuing the forward chains.
+
+        See :meth:`pyro_anneal.AnnealedRun.posterior_samples`.
+
+        Args:
+            num_samples: Number n of draws.
+            thin: Transitions of a chain before each of its draws.
+            seed: Seed of the draws; one drawn from torch's global generator if None.
+
+        Returns:
+            Values by site in the model's own space, ``[n, *value_shape]``.
+
+        Raises:
+            ValueError: As there; or if there are several simulated data sets.
+        """
+        return self.forward.posterior_samples(num_samples, thin=thin, seed=seed)
+
+    def to_arviz(
+        self,
+        *,
+        resample: bool = False,
+        num_samples: int | None = None,
+        log_likelihood: bool = False,
+        seed: int | None = None,
+    ) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
         from .arviz import to_arviz
 
-        return to_arviz(self, resample=resample, seed=seed)
+        return to_arviz(
+            self,
+            resample=resample,
+            num_samples=num_samples,
+            log_likelihood=log_likelihood,
+            seed=seed,
+        )
 
     def plot(self) -> Any:
         """Draws the sandwich; see :func:`pyro_anneal.results.plotting.plot_sandwich`."""

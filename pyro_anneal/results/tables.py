@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Table", "format_fields", "format_grid", "format_value"]
+__all__ = ["Table", "format_fields", "format_grid", "format_share", "format_value"]
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,23 @@ class Table:
         rows: Cells by row; without a header, pairs of a name and a value.
         notes: Sentences, one line each.
         header: Names of the columns, or nothing.
+        footer: With a header: pairs of a name and a value that belong to no row.
     """
 
     title: str
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     header: Sequence[str] = ()
+    footer: Sequence[tuple[str, str]] = ()
 
     def to_text(self) -> str:
         """Formats plain text, without a final newline."""
         if not self.header:
             pairs = [(name, value) for name, value in self.rows]
             return format_fields(self.title, pairs, self.notes)
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([self.title, format_grid(self.header, self.rows), *notes])
+        below = [f"{name}: {value}" for name, value in self.footer]
+        below += [f"note: {note}" for note in self.notes]
+        return "\n".join([self.title, format_grid(self.header, self.rows), *below])
 
     def to_html(self) -> str:
         """Formats an HTML table for notebooks."""
@@ -48,6 +51,8 @@ class Table:
             )
             lines.append(f"<tr>{cells}</tr>")
         lines.append("</tbody></table>")
+        for name, value in self.footer:
+            lines.append(f"<div>{html.escape(name)}: {html.escape(value)}</div>")
         if self.notes:
             items = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
             lines.append(f"<ul>{items}</ul>")
@@ -71,11 +76,28 @@ def format_value(value: float, std_error: float | None = None) -> str:
         '-309.924'
     """
     if std_error is None or math.isnan(std_error):
-        return f"{value:.3f}"
+        return f"{value:.3f}" if abs(value) >= 0.0005 else "0.000"
     digits = 3
     if 0.0 < std_error < math.inf:
         digits = min(max(1 - math.floor(math.log10(std_error)), 3), 9)
     return f"{value:.{digits}f} +- {std_error:.2g}"
+
+
+def format_share(share: float) -> str:
+    """Formats a share in percent, which is 0% only if it is none.
+
+    Args:
+        share: The share, in [0, 1].
+
+    Returns:
+        Whole percents; two digits of a share below a tenth.
+
+    Example:
+        >>> [format_share(share) for share in (0.0, 0.0005, 0.022, 0.253, 1.0)]
+        ['0%', '0.05%', '2.2%', '25%', '100%']
+    """
+    percent = 100.0 * share
+    return f"{percent:.2g}%" if 0.0 < percent < 10.0 else f"{percent:.0f}%"
 
 
 def format_fields(title: str, fields: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> str:

@@ -25,7 +25,7 @@ from pyro_anneal.compiled.choice import loop_problem, repays_compilation
 from pyro_anneal.compiled.program import LoopedDensity
 from pyro_anneal.compiled.step_graph import DensityGraphs, build_body
 from pyro_anneal.compiled.storage import Shared, StorageLayout
-from pyro_anneal.graphs import captured, matrix_products
+from pyro_anneal.graphs import kept, matrix_products
 from pyro_anneal.graphs.captured import capture
 from pyro_anneal.graphs.folding import shapes_to_literals, simplify
 from pyro_anneal.graphs.inductor import compiler_problem
@@ -528,11 +528,13 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
     monkeypatch.setattr(chunk_program, "_compile", broken)
     monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
     monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "no g++")
-    monkeypatch.setattr(captured, "_GRAPHS", OrderedDict())  # which keep their native code
+    monkeypatch.setattr(kept, "_GRAPHS", OrderedDict())  # which keep their native code
     x = torch.tensor(2.0)
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     options |= {"step_size": 2.0, "schedule": Power(1.5)}
-    monkeypatch.setattr("pyro_anneal.graphs.captured.compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(
+        "pyro_anneal.graphs.captured_density.compile_graph", lambda graph, inputs: graph
+    )
     expected = AnnealedImportance(cases.conjugate, compile=False, **options).run(x)
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(x)
     assert torch.equal(run.log_weights, expected.log_weights)
@@ -542,10 +544,10 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    for module in ("compiled.choice", "graphs.captured"):
+    for module in ("compiled.choice", "graphs.captured_density"):
         monkeypatch.setattr(f"pyro_anneal.{module}.compiler_problem", lambda device: "no g++")
     monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "no g++")
-    monkeypatch.setattr(captured, "_GRAPHS", OrderedDict())  # which keep their native code
+    monkeypatch.setattr(kept, "_GRAPHS", OrderedDict())  # which keep their native code
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(torch.tensor(2.0))
     assert run.density_mode == "graph"

@@ -11,7 +11,7 @@ from problems import PROBLEMS
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from pyro_anneal.graphs import captured
+from pyro_anneal.graphs import kept
 from pyro_anneal.graphs.captured import capture
 from pyro_anneal.graphs.folding import shapes_to_literals, simplify
 from pyro_anneal.graphs.rewriting import lift_constants
@@ -140,6 +140,10 @@ def positive(u):
     return u @ u.mT + 2.0 * EYE
 
 
+def factor(u):
+    return torch.linalg.cholesky_ex(positive(u)).L
+
+
 def solved(u):
     """Triangular systems from both sides, one matrix for several right sides, ones understood."""
     lower, solve = positive(u).tril(), torch.linalg.solve_triangular
@@ -169,9 +173,9 @@ GRAPHS = {
     "broadcasting": lambda u: torch.where(u > 0, u[:, :1], torch.arange(4.0).double()) * u.exp(),
     "picked": lambda u: u.gather(1, torch.tensor([[0, 3, 1], [1, 1, 2], [2, 0, 0]])),
     "table": lambda u: F.embedding(CODES[2:] - 1, u) * u.index_select(1, CODES - 1 + (CODES == 0))[:2],
-    "factors": lambda u: torch.linalg.cholesky(positive(u)) + torch.linalg.cholesky(positive(u)).diagonal().log().sum(),
+    "factors": lambda u: factor(u) + factor(u).diagonal().log().sum(),
     "triangular systems": solved,
-    "places of each chain": lambda u: u.gather(1, u.argmax(1, keepdim=True)) + TABLE[u[0].max(0)[1]].sum() + u.max(1)[0].sum(),
+    "places of each chain": lambda u: u.gather(1, u.argmax(1, keepdim=True)) + TABLE.index_select(0, u[0].max(0)[1].reshape(1)).sum() + u.max(1)[0].sum(),
     "nested": lambda u: ((u - u.amax(-1, keepdim=True)).exp().sum(-1).log() * u.amin(0).sum()).tanh(),
     "shared": lambda u: MATRIX * 2.0,
     "masks": lambda u: u * torch.tensor([True, False, True, True]) + (u > 0).any(0).double(),
@@ -335,10 +339,10 @@ def test_known_problems_have_native_code(problem):
 @needs_compiler
 def test_wrong_native_code_is_not_used(monkeypatch):
     """A rule that is wrong shows at the probes, and the graph itself is evaluated."""
-    monkeypatch.setattr(captured, "_GRAPHS", type(captured._GRAPHS)())
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
     example = torch.zeros(3, dtype=torch.float64)
     assert capture(function, example, num_chains=4, native=True).mode == "compiled"
-    monkeypatch.setattr(captured, "_GRAPHS", type(captured._GRAPHS)())
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
     monkeypatch.setitem(rules._RULES, "sin.default", lambda x: f"v_cos({x})")
     density = capture(function, example, num_chains=4, native=True)
     assert density.mode == "graph"
@@ -440,7 +444,7 @@ def test_what_the_compiler_refuses_is_told(cache):
 
 def test_without_a_compiler_the_graph_is_evaluated(monkeypatch):
     monkeypatch.setenv("CXX", "")
-    monkeypatch.setattr(captured, "_GRAPHS", type(captured._GRAPHS)())
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
     density = capture(function, torch.zeros(3).double(), num_chains=2, native=True)
     assert density.mode == "graph"
     position = torch.randn(2, 3, dtype=torch.float64)

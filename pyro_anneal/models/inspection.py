@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -41,6 +40,7 @@ from .sites import (
     density_sites,
     is_factor,
     is_flat,
+    is_partly_masked,
     latent_sites,
     mark_points,
     observed_sites,
@@ -48,11 +48,14 @@ from .sites import (
     plate_size,
 )
 from .supports import bijection_onto, can_be_sampled, is_improper
+from .types import Arguments, Fn, Message, Node, Trace
 from .validation import validation_disabled
 
 __all__ = ["NothingToAnneal", "inspect_model"]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Of the model, and of the guide if there is one.
+TracePair = tuple[Trace, Trace | None]
 
 
 class NothingToAnneal(ValueError):
@@ -68,7 +71,7 @@ class NothingToAnneal(ValueError):
 
 
 def _find_batch(
-    model_trace: Any, guide_trace: Any | None, requested: str | Sequence[str]
+    model_trace: Trace, guide_trace: Trace | None, requested: str | Sequence[str]
 ) -> tuple[BatchPlate, ...]:
     """Finds the plates that enclose every site, or checks those that the user named."""
     model_sites = list(density_sites(model_trace))
@@ -109,7 +112,7 @@ def _find_batch(
     return tuple(sorted(chosen, key=lambda plate: plate.dim))
 
 
-def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
+def _find_scale(model_trace: Trace) -> tuple[float, tuple[str, ...]]:
     """Finds the common scale of all sites, and what makes the normalizer no log p(x)."""
     notes = []
     scales: dict[str, float | None] = {}
@@ -131,9 +134,7 @@ def _find_scale(model_trace: Any) -> tuple[float, tuple[str, ...]]:
     return 1.0, tuple(notes)
 
 
-def _make_site(
-    name: str, site: Mapping[str, Any], batch: Sequence[BatchPlate], start: int
-) -> Site:
+def _make_site(name: str, site: Node, batch: Sequence[BatchPlate], start: int) -> Site:
     fn = site["fn"]
     if not isinstance(fn, TorchDistributionMixin):
         raise ValueError(f'site "{name}" has no torch distribution: {type(fn).__name__}')
@@ -167,7 +168,7 @@ def _make_site(
     )
 
 
-def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
+def _support_images(trace: Trace, sites: Sequence[Site]) -> list[Tensor]:
     """Computes the image of one unconstrained value under each site's bijection."""
     images = []
     for site in sites:
@@ -183,7 +184,7 @@ def _support_images(trace: Any, sites: Sequence[Site]) -> list[Tensor]:
 
 
 def _supports_are_static(
-    model: Callable[..., Any], arguments: Arguments, first: Any, second: Any, sites: Sequence[Site]
+    model: Fn, arguments: Arguments, first: Trace, second: Trace, sites: Sequence[Site]
 ) -> bool:
     """Tells whether no site's support depends on another latent.
 
@@ -215,7 +216,7 @@ def _supports_are_static(
 class _StartImproper(Messenger):  # type: ignore[misc]
     """Gives sites that cannot be sampled, as with an improper prior, some value in the support."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         fn = msg["fn"]
         if msg["value"] is None and not can_be_sampled(fn):
             transform = bijection(fn)
@@ -224,15 +225,13 @@ class _StartImproper(Messenger):  # type: ignore[misc]
             msg["done"] = True
 
 
-def _trace(function: Callable[..., Any], arguments: Arguments) -> Any:
+def _trace(function: Fn, arguments: Arguments) -> Trace:
     args, kwargs = arguments
     with explained(), _StartImproper():
         return poutine.trace(function).get_trace(*args, **kwargs)
 
 
-def _check_observed(
-    model: Callable[..., Any], arguments: Arguments, trace: Any, guarded: Sequence[str]
-) -> None:
+def _check_observed(model: Fn, arguments: Arguments, trace: Trace, guarded: Sequence[str]) -> None:
     """Refuses observed values outside their support, unless the user switched validation off."""
     found = {name: text for name, text in outside_support(trace).items() if name not in guarded}
     if not found:
@@ -245,7 +244,7 @@ def _check_observed(
             raise ValueError(text)
 
 
-def _moving_supports(first: Any, second: Any) -> tuple[str, ...]:
+def _moving_supports(first: Trace, second: Trace) -> tuple[str, ...]:
     """Names observed sites whose support depends on latents.
 
     There a value may be impossible for some latents only, where torch, with validation off, may
@@ -279,12 +278,12 @@ class _Marks(Messenger):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.marks: dict[str, Any] = {}
+        self.marks: dict[str, object] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         self.marks[msg["name"]] = msg["infer"].get("enumerate")
 
-    def restore(self, trace: Any) -> None:
+    def restore(self, trace: Trace) -> None:
         """Puts the marks back at the sites of the model's trace."""
         for name, mark in self.marks.items():
             site = trace.nodes.get(name)
@@ -293,11 +292,11 @@ class _Marks(Messenger):  # type: ignore[misc]
 
 
 def _trace_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
+    model: Fn,
+    guide: Fn | None,
     model_args: Arguments,
     guide_args: Arguments,
-) -> tuple[Any, Any | None]:
+) -> TracePair:
     if guide is None:
         trace = _trace(model, model_args)
         mark_points(trace)
@@ -316,8 +315,8 @@ def _trace_pair(
 
 
 def inspect_model(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
+    model: Fn,
+    guide: Fn | None,
     model_args: Arguments,
     guide_args: Arguments,
     *,
@@ -381,6 +380,14 @@ def inspect_model(
             check_normalized(f'latent site "{name}"', node["fn"])
     if improper:
         notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
+    masked = [
+        name
+        for name, node in nodes.items()
+        if is_partly_masked(node) and not name.endswith("_unobserved")
+    ]
+    if masked:
+        left_out = f"masks of latent sites {masked} are left out: all elements have their prior"
+        notes += (f"{left_out} (a constant mask=False makes a prior flat)",)
     unsampled = [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
     dims = [
         frame.dim
@@ -422,8 +429,8 @@ def inspect_model(
 
 def inspect_again(
     layout: Layout,
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
+    model: Fn,
+    guide: Fn | None,
     model_args: Arguments,
     guide_args: Arguments,
 ) -> Layout | None:
@@ -476,14 +483,14 @@ def inspect_again(
     return replace(layout, sites=tuple(sites), observed=values)
 
 
-def _shape(site: Site) -> tuple[Any, ...]:
+def _shape(site: Site) -> tuple[object, ...]:
     """Collects what a site must share with another to take its place."""
     sizes = (site.batch_shape, site.event_shape, site.unconstrained_shape, site.batch_axes)
     kinds = (type(site.transform), type(site.support), site.dtype)
     return (*sizes, *kinds, site.plates, site.start, site.stop)
 
 
-def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:
+def _undeclared(trace: Trace, enumerated: Sequence[str]) -> str:
     """Describes the axes that belong to no plate."""
     found = []
     for name, site in density_sites(trace):
@@ -493,7 +500,7 @@ def _undeclared(trace: Any, enumerated: Sequence[str]) -> str:
     return ", ".join(found)
 
 
-def _dtype(trace: Any, sites: Sequence[Site]) -> torch.dtype:
+def _dtype(trace: Trace, sites: Sequence[Site]) -> torch.dtype:
     """Finds the precision to compute in: the widest of all latents and log densities."""
     dtypes = [site["unscaled_log_prob"].dtype for _, site in density_sites(trace)]
     widest: torch.dtype = functools.reduce(
@@ -503,14 +510,14 @@ def _dtype(trace: Any, sites: Sequence[Site]) -> torch.dtype:
 
 
 def _draw_two(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
+    model: Fn,
+    guide: Fn | None,
     model_args: Arguments,
     guide_args: Arguments,
     num_tries: int,
-) -> tuple[tuple[Any, Any | None], tuple[Any, Any | None]]:
+) -> tuple[TracePair, TracePair]:
     """Traces model and guide twice; where some draws have no density, looks for two that have."""
-    traces: list[tuple[Any, Any | None]] = []
+    traces: list[TracePair] = []
     for attempt in range(num_tries):
         try:
             traces.append(_trace_pair(model, guide, model_args, guide_args))

@@ -12,7 +12,7 @@ exponentially many draws where an observation is informative; annealing does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..anneal import AnnealedImportance
 from ..arguments import as_count
+from ..models.types import Fn
 from ..results.controls import leave_one_out_control
 from ..results.quantiles import student_quantile
 from ..results.sandwich import Sandwich
@@ -129,7 +130,7 @@ class ExpectedInformationGain:
 
 
 def ais_eig(
-    model: Callable[..., Any],
+    model: Fn,
     design: Tensor,
     observation_labels: str | Sequence[str],
     target_labels: str | Sequence[str] | None = None,
@@ -142,7 +143,7 @@ def ais_eig(
     num_steps: int = 100,
     control_variates: bool = True,
     progress_bar: bool = False,
-    **options: Any,
+    **options: object,
 ) -> ExpectedInformationGain:
     r"""Bounds the expected information gain of a batch of designs by annealing.
 

@@ -27,6 +27,7 @@ from ..models.simulation import Arguments
 from ..persistence.journal import Journal
 from ..persistence.randomness import derived_seed, seeded_generator
 from ..problems.cache import Kept, KeptProblems, prepare_kept
+from ..problems.colours import colour
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import MakeStart, Problem
@@ -183,7 +184,13 @@ def freeze(
 
         plan = settings.plan
         if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
-            kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
+            kernels = kernels_for(
+                plan.kernel,
+                problem.model,
+                problem.probe(),
+                seed=seed,
+                colour=lambda lattice: colour(problem, lattice),
+            )
             plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
         path, summary, found = tune(walkers, plan, num_steps=num_steps, once=once)
     density = loop_for(problem.density, path, settings.compile, num_runs=num_runs)

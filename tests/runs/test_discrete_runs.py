@@ -28,6 +28,7 @@ CASES = {
         torch.tensor(3.3, dtype=torch.float64),
     ),
     "one-hot": (models.potts, models.potts_truth, None, POINTS),
+    "spins": (models.spins, models.spins_truth, None, None),
     "coupled indices": (models.potts_by_index, models.potts_truth, None, POINTS),
     "Markov chain": (models.sequence, models.sequence_truth, None, POINTS),
     "mixed guide": (

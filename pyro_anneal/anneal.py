@@ -141,7 +141,7 @@ class AnnealedImportance(Settings):
             **kwargs: Likewise.
 
         Returns:
-            The run: ``lower`` in nats, log-weights, diagnostics, posterior samples.
+            The run, with ``lower`` in nats, log-weights, diagnostics and posterior samples.
 
         Raises:
             ValueError: If model, guide or data do not allow it; the message names the site.

@@ -179,7 +179,7 @@ def kernels_for(
             where few colours do not suffice.
 
     Returns:
-        The kernel alone, unless the model has discrete latents: then the kernel with their lattice,
+        The kernel alone, or where the model has discrete latents the kernel with their lattice,
         or, if it moves continuous coordinates only, composites of it and of discrete kernels, among
         which a pilot may choose; the first is the one to take without.
 

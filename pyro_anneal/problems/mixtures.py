@@ -207,10 +207,10 @@ def mixture_of_fits(
         return best
     learnt, held = population.halves()
     grown = _grown(adapted, learnt, generator)
-    found = [plain, adapted, light, grown]
-    for start in (grown, _split(rows, adapted, generator, num_draws)):
-        found.append(adapt(rows, start, generator, num_draws=num_draws, num_steps=12))
-    return _nearest(rows, found, held, generator, num_draws=num_draws // 2)
+    bases = [plain, adapted, light, grown]
+    for begin in (grown, _split(rows, adapted, generator, num_draws)):
+        bases.append(adapt(rows, begin, generator, num_draws=num_draws, num_steps=12))
+    return _nearest(rows, bases, held, generator, num_draws=num_draws // 2)
 
 
 def _around(fit: Candidates, generator: torch.Generator, *, count: int = 4) -> Tensor:

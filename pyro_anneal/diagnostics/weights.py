@@ -84,17 +84,22 @@ def check_dominance(run: AnnealedRun, *, max_weight: float = 0.5) -> Diagnostic 
     )
 
 
-def check_lineages(run: AnnealedRun, *, min_fraction: float = 1 / 6) -> Diagnostic | None:
-    """Looks for resampled chains that descend from few of those at the start.
+def check_lineages(
+    run: AnnealedRun, *, min_fraction: float = 1 / 6, max_memory: float = 0.5
+) -> Diagnostic | None:
+    """Looks for resampled chains that descend from few of those at the start, and show it.
 
     Resampling evens out the weights, so that their effective sample size says little. What can be
     lost are lineages: first chains without descendants, and with them the modes that only those
     chains would have reached. Estimates then vary more than their standard errors tell, and are
-    mostly too low.
+    mostly too low. That few lineages survive proves nothing by itself: on a long path to a single
+    mode it happens to everybody. It matters where chains end apart by ancestor
+    (:func:`~pyro_anneal.chains.resampling.lineage_memory`), since they did not cross between modes.
 
     Args:
         run: A forward run.
         min_fraction: Least number of lineages over K. Populations of fewer than 8 chains pass.
+        max_memory: Share of the variance between chains that their ancestors may explain.
 
     Returns:
         A finding whose value is the least number of lineages, or ``None``.
@@ -102,15 +107,18 @@ def check_lineages(run: AnnealedRun, *, min_fraction: float = 1 / 6) -> Diagnost
     if run.num_lineages is None or run.direction == "reverse" or run.population_size < 8:
         return None
     few = run.num_lineages < min_fraction * run.num_chains
+    if run.lineage_memory is not None:
+        few = few & (run.lineage_memory[0] > max_memory)
     if share_of(few) <= 0.01:  # one row of hundreds is chance
         return None
-    least = int(run.num_lineages.min())
+    least = int(run.num_lineages[few].min())
     return Diagnostic(
         name="lineages",
         severity="warning",
         message=(
             f"{run.num_chains} resampled chains descend from as few as {least} of those at the "
-            f"start{_of_batch(few)}: modes may have died out on the way, and the evidence is "
+            f"start{_of_batch(few)}: and ended apart by ancestor: modes may have died "
+            "out on the way, and the evidence is "
             "rather too low than its standard error says; raise num_steps or num_chains, or start "
             "closer to the posterior (another guide)"
         ),

@@ -137,6 +137,7 @@ class AnnealedRun(Result):
     population_size: int = 1  # neighbouring chains that resampled among each other
     ancestors: Tensor | None = None  # the first ancestor of each resampled chain, [K, *batch]
     num_resamplings: Tensor | None = None  # of each population, [R, *batch]
+    lineage_memory: Tensor | None = None  # what ends tell of these ancestors, 0 to 1, [1, *batch]
     # Blocks of chains for the guaranteed interval, and how many of them are kept, for each element
     # of the batch; chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)

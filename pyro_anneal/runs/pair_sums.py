@@ -23,7 +23,7 @@ _CURVES = ("betas", "accept_prob", "step_size", "mean_log_ratio", "var_log_ratio
 _SUMMED = (*_TOTALS, *_CURVES)
 # Fields that are kept for each data set, and where several are stacked.
 _PER_PAIR = ("log_weights", "log_evidence_ti")
-_PER_PAIR_IF_ANY = ("ancestors", "num_resamplings")  # where chains are resampled
+_PER_PAIR_IF_ANY = ("ancestors", "num_resamplings", "lineage_memory")  # where chains are resampled
 _BY_SITE = {"posterior": 1, "observed": 0}
 
 

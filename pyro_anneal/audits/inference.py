@@ -307,7 +307,7 @@ def check_inference(
         **kwargs: All other keywords are arguments of the model.
 
     Returns:
-        Ranks, p-values, bounds on the divergence in nats, and a verdict: ``"failed"`` if ranks are
+        Ranks, p-values, bounds on the divergence in nats, and a verdict, ``"failed"`` if ranks are
         not uniform (p < 0.005, corrected for the number of quantities), or a guide is further than
         0.1 nat off beyond chance; ``"suspicious"`` at p < 0.03, or 0.02 nat.
 

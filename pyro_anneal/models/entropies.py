@@ -80,7 +80,7 @@ def pair_controls(
         layout: Which plates are the batch.
 
     Returns:
-        Sums over latent and over observed sites, in nats, shape ``[C, *batch]`` with C up to 2:
+        Sums over latent and over observed sites, in nats, shape ``[C, *batch]`` with C up to 2,
         groups without a site of known entropy are left out.
     """
     args, kwargs = arguments

@@ -57,7 +57,7 @@ def saturates(transform: Transform, value: Tensor) -> Tensor:
         value: Values of shape ``[..., *event_shape]``.
 
     Returns:
-        Truth values, one per value: whether any of its coordinates stands still.
+        Truth values, one per value, of whether any of its coordinates stands still.
 
     Example:
         >>> sigmoid = torch.distributions.transforms.SigmoidTransform()

@@ -60,7 +60,7 @@ def to_arviz(
         seed: Seed of the draws.
 
     Returns:
-        ``arviz.InferenceData`` where ArviZ has it, else ``xarray.DataTree``. Groups: ``posterior``
+        ``arviz.InferenceData`` where ArviZ has it, else ``xarray.DataTree``, of groups ``posterior``
         (forward chains only), ``sample_stats``, ``observed_data``, ``annealing`` (curves over
         beta), ``evidence`` (bounds, estimates and effective sample sizes per datum), and on demand
         ``log_likelihood``.

@@ -36,12 +36,12 @@ class Comparison(Result):
     table, or :meth:`plot` it.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the M models, by evidence
     lower: Tensor  # lower bounds on the log evidence, [M]
     upper: Tensor  # upper bounds, +inf without a certified reverse run, [M]
     std_error: Tensor  # of the lower bounds, by the delta method, [M]
     log_prior: Tensor | None = None  # log prior probabilities of the models, [M]; None: equal
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what qualifies the numbers, by model
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
     provenance: Provenance | None = None  # of all runs together

@@ -50,10 +50,10 @@ class InferenceCheck(Result):
     lower_terms: Tensor  # of the divergence, nats, [S]; empty if the lower end comes from ranks
     upper_terms: Tensor  # nats, [S]
     rank_limit: float  # lower 95% confidence limit on the divergence from ranks, nats
-    is_guide: bool
-    notes: tuple[str, ...] = ()
-    diagnostics: tuple[Diagnostic, ...] = ()
-    provenance: Provenance | None = None
+    is_guide: bool  # whether a guide was audited, which has a density
+    notes: tuple[str, ...] = ()  # what the audit is about
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found
+    provenance: Provenance | None = None  # how the audit was made, and what it cost
     _absent: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("interval", "normal_interval"),
         "an audit is no evidence. jeffreys has bounds on the divergence with standard errors, "

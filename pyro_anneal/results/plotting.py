@@ -296,7 +296,7 @@ def plot_batches(evidence: EvidenceOfBatches) -> Figure:
         evidence: Lower bounds per datum.
 
     Returns:
-        The figure: a histogram of the lower bounds, and effective sample sizes against them.
+        The figure, with a histogram of the lower bounds, and effective sample sizes against them.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -333,7 +333,7 @@ def plot_mutual_information(information: MutualInformation) -> Figure:
         information: The bounds.
 
     Returns:
-        The figure: bounds with bars of twice their standard error, and histograms over pairs.
+        The figure, with bars of twice their standard error, and histograms over pairs.
 
     Raises:
         ImportError: If matplotlib is not installed.

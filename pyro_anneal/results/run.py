@@ -21,14 +21,15 @@ from ..weights import (
     effective_sample_size,
     log_mean_exp,
     log_normalized_weights,
-    resample_indices,
 )
 from .base import Columns, Result
 from .files import stored
 from .findings import Diagnostic
 from .provenance import Provenance
 from .quantiles import normal_quantile
-from .tables import Table, format_value
+from .run_draws import resample_ends
+from .run_table import run_columns, run_table
+from .tables import Table
 
 __all__ = ["AnnealedRun", "Continues", "Estimate", "PilotSummary", "std_error_over_pairs"]
 
@@ -59,14 +60,14 @@ class Continues(Protocol):
 class PilotSummary:
     """What the pilot found and what it cost; the run used it frozen."""
 
-    num_chains: int
-    num_gradients: int  # per chain
-    betas: Tensor  # knots of the tuning, [S]
+    num_chains: int  # particles M of the pilot
+    num_gradients: int  # per particle
+    betas: Tensor  # where its S stages ended, [S]
     step_size: Tensor  # [S], geometric mean over the batch
     accept_prob: Tensor  # [S], mean over chains and batch
     ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
     length: float  # thermodynamic length of the path
-    seconds: float
+    seconds: float  # wall time
     correlation: float = math.nan  # of log p/q over one transition, to the same effect if constant
     expected_variance: float = math.nan  # of log-weights at this T, per datum
     expected_gap: float = math.nan  # of a sandwich at this K and T, nats per datum
@@ -101,51 +102,51 @@ class AnnealedRun(Result):
         True
     """
 
-    direction: Literal["forward", "reverse"]
-    log_weights: Tensor  # [K, *batch], float64
-    betas: Tensor  # [T + 1], from 0 to 1
-    accept_prob: Tensor  # [T - 1], mean over chains and batch
-    num_diverging: Tensor  # [T - 1], over chains and batch
-    step_size: Tensor  # [T - 1], geometric mean over the batch
-    mean_log_ratio: Tensor  # [T], of log p/q where increment t is taken, per datum
-    var_log_ratio: Tensor  # [T], over chains, per datum
-    log_evidence_ti: Tensor  # [K, *batch], each chain's integral of log p/q over beta
-    posterior: dict[str, Tensor]  # [K, *value_shape] by site, at the last weight
+    direction: Literal["forward", "reverse"]  # from the base to the model, or back
+    log_weights: Tensor  # of the chains, nats, [K, *batch], float64
+    betas: Tensor  # inverse temperatures, from 0 to 1, [T + 1]
+    accept_prob: Tensor  # mean over chains and batch, for each beta at which chains move, [T - 1]
+    num_diverging: Tensor  # number of divergent transitions, over chains and batch, [T - 1]
+    step_size: Tensor  # geometric mean over the batch, [T - 1]
+    mean_log_ratio: Tensor  # mean of log p/q where each increment is taken, nats per datum, [T]
+    var_log_ratio: Tensor  # its variance over chains, per datum, [T]
+    log_evidence_ti: Tensor  # integral of log p/q over beta, by chain, nats, [K, *batch]
+    posterior: dict[str, Tensor]  # ends of the chains by site, [K, *value_shape], weighted
     plates: dict[str, int]  # sizes of the batch plates, in the order of the batch
-    site_plates: dict[str, tuple[str | None, ...]]  # of a site's leading dims
-    num_gradients: int  # per chain: 1 + L (T - 1)
+    site_plates: dict[str, tuple[str | None, ...]]  # plates of the leading dims of a site's values
+    num_gradients: int  # per chain: 1 + L (T - 1) with L leapfrogs
     num_evaluations: int  # calls of the density, counted
-    seconds: float  # of the chains
-    seed: int | None
-    kernel: str
-    density_mode: str
-    pilot: PilotSummary | None = None
-    setup_seconds: float = 0.0  # inspection, capture and automatic guide; the pilot has its own
-    fit_gradients: int = 0  # single-chain gradients spent on guide="auto", per batch element
-    notes: tuple[str, ...] = ()
-    scale: float = 1.0
-    certified: bool = True
+    seconds: float  # wall time of the chains
+    seed: int | None  # of the call
+    kernel: str  # the transition kernel
+    density_mode: str  # how densities were evaluated: "graph", "compiled loop", "eager" and so on
+    pilot: PilotSummary | None = None  # what the pilot found; None without one
+    setup_seconds: float = 0.0  # wall time of inspection, recording and automatic guide
+    fit_gradients: int = 0  # gradients of single chains spent on guide="auto", per batch element
+    notes: tuple[str, ...] = ()  # what the number is about, and what was chosen for you
+    scale: float = 1.0  # of a poutine.scale that all sites share
+    certified: bool = True  # False for a reverse run from approximate posterior samples
     independent_starts: bool = (
-        False  # reverse only: one posterior sample per chain, not one in all
+        False  # reverse only: whether chains start from posterior samples of their own
     )
     target_accept: float | None = None  # of the kernel; None if it has no step size to tune
-    observed: dict[str, Tensor] = field(default_factory=dict)
-    diagnostics: tuple[Diagnostic, ...] = ()
+    observed: dict[str, Tensor] = field(default_factory=dict)  # the data, by observed site
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found
     data_digest: str = ""  # of the observed values, whatever their arrangement
-    provenance: Provenance | None = None
+    provenance: Provenance | None = None  # how the run was computed, and what it cost
     population_size: int = 1  # neighbouring chains that resampled among each other
     ancestors: Tensor | None = None  # the first ancestor of each resampled chain, [K, *batch]
     num_resamplings: Tensor | None = None  # of each population, [R, *batch]
-    # Blocks of chains for the guaranteed interval, and how many of them are kept: for each element
-    # of the batch, and for their sum. Chosen before the chains ran.
+    lineage_memory: Tensor | None = None  # what ends tell of these ancestors, 0 to 1, [1, *batch]
+    # Blocks of chains for the guaranteed interval, and how many of them are kept, for each element
+    # of the batch; chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)
-    total_blocks: tuple[int, int] = (1, 1)
-    # Of a call with a target: all rounds without samples, the last of which is this run; which of the
-    # rounds that might have been reported it is; the target, and the error measured, in nats.
-    rounds: tuple[AnnealedRun, ...] = ()
-    num_looks: int = 0
-    target_gap: float | None = None
-    measured_gap: float | None = None
+    total_blocks: tuple[int, int] = (1, 1)  # the same for the sum over the batch
+    rounds: tuple[AnnealedRun, ...] = ()  # all rounds of a call with a target; this is the last
+    num_looks: int = 0  # which of the rounds that might have been reported this is
+    target_gap: float | None = None  # the error that was asked for, nats
+    measured_gap: float | None = None  # the error that was measured, nats
+    # What posterior_samples continues; it lasts as long as the process, and is not saved.
     continuation: Continues | None = field(default=None, metadata={"saved": False})
 
     def __getstate__(self) -> dict[str, object]:
@@ -425,18 +426,7 @@ class AnnealedRun(Result):
             raise ValueError(
                 "reverse chains end at the base, not at the posterior: resample a forward run"
             )
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=self.log_weights.device).manual_seed(seed)
-        indices = resample_indices(self.log_weights, num_samples, generator=generator)
-        draws = {}
-        for name, value in self.posterior.items():
-            missing = [p for p in self.plates if p not in self.site_plates[name]]
-            if not missing:
-                draws[name] = _take(value, indices, tuple(self.plates), self.site_plates[name])
-            elif bool((value == value[:1]).all()):
-                draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
-        return draws
+        return resample_ends(self, num_samples, seed)
 
     def posterior_samples(
         self, num_samples: int, *, thin: int = 10, seed: int | None = None
@@ -511,89 +501,10 @@ class AnnealedRun(Result):
         return {"lower" if self.direction == "forward" else "upper": self.log_evidence}
 
     def _columns(self) -> tuple[Columns, Columns]:
-        axes = [torch.arange(size) for size in self.batch_shape]
-        index = (
-            dict(zip(self.plates, torch.meshgrid(*axes, indexing="ij"), strict=True))
-            if axes
-            else {}
-        )
-        ti = self.thermodynamic_integration
-        return index, {
-            self.kind.replace(" bound", ""): self.log_evidence,
-            "std_error": self.std_error,
-            "single": self.single,
-            "ess": self.ess,
-            "largest_weight": self.largest_weight,
-            "thermodynamic_integration": ti.value,
-            "thermodynamic_integration_std_error": ti.std_error,
-        }
+        return run_columns(self)
 
     def _table(self) -> Table:
-        name = self.kind
-        batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
-        limits = []
-        if self.certified:
-            low, high = self.interval(0.95, total=True)
-            end = ("at least", low) if self.direction == "forward" else ("at most", high)
-            limits = [(f"{end[0]} (95%, guaranteed)", format_value(end[1].item()))]
-        total_error = self.std_error.square().sum().sqrt().item()
-        ti = self.thermodynamic_integration
-        fields = [
-            (
-                f"{name} (nats{', sum' if batch else ''})",
-                format_value(self.log_evidence.sum().item(), total_error),
-            ),
-            *limits,
-            ("single-sample bound", format_value(self.single.sum().item())),
-            (
-                "thermodynamic integration (no bound)",
-                format_value(ti.value.sum().item(), ti.std_error.square().sum().sqrt().item()),
-            ),
-            ("effective sample size", _range(self.ess, f" of {self.num_chains}")),
-        ]
-        if batch:
-            fields.insert(1, (f"{name} per datum", _range(self.log_evidence)))
-        if self.num_resamplings is not None and self.num_lineages is not None:
-            counts = _range(self.num_resamplings.double())
-            lineages = _range(self.num_lineages.double(), f" of {self.num_chains}")
-            fields.append(("populations", f"{self.num_populations} of {self.population_size}"))
-            fields.append(("resamplings", counts))
-            fields.append(("lineages", lineages))
-        if self.rounds:
-            steps = ", ".join(str(run.num_steps) for run in self.rounds)
-            fields.append((f"rounds (target {self.target_gap:g})", f"T = {steps}"))
-        if self.num_steps > 1:
-            fields.append(("acceptance", _range(self.accept_prob)))
-            fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
-        fields.append(("verdict", self.verdict))
-        cost = f"{self.num_gradients} gradients per chain"
-        extra = []
-        if len(self.rounds) > 1:
-            spent = sum(run.num_gradients for run in self.rounds[:-1])
-            extra.append(f"earlier rounds: {spent}")
-        if self.pilot is not None:
-            extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
-            if not math.isnan(self.pilot.expected_gap):
-                fields.append(("expected gap per datum (pilot)", f"{self.pilot.expected_gap:.2g}"))
-        if self.fit_gradients:
-            extra.append(f"automatic guide: {self.fit_gradients} in all")
-        if extra:
-            cost += f" ({'; '.join(extra)})"
-        if self.provenance is None:
-            cost += f", {self.seconds:.2f} s"
-        fields.append(("cost", f"{cost}, {self.density_mode}"))
-        if self.provenance is not None:
-            fields.append(("wall time", self.provenance.describe_seconds()))
-        if self.direction == "reverse" or not self.certified:
-            fields.append(("certified", str(self.certified)))
-        title = (
-            f"AnnealedRun, {self.direction}: {self.num_chains} chains, {self.num_steps} steps, "
-            f"{self.kernel}{', batch ' + batch if batch else ''}"
-        )
-        notes = [*self.notes, *(d.message for d in self.diagnostics)]
-        if not self.certified and "uncertified" not in {d.name for d in self.diagnostics}:
-            notes.append("certified=False: the starts are approximate, so this is no bound")
-        return Table(title, fields, notes)
+        return run_table(self)
 
     def to_arviz(
         self,
@@ -619,32 +530,6 @@ class AnnealedRun(Result):
         from .plotting import plot_run
 
         return plot_run(self)
-
-
-def _take(
-    value: Tensor, indices: Tensor, plates: tuple[str, ...], names: tuple[str | None, ...]
-) -> Tensor:
-    """Takes particle ``indices[n, *batch]`` of a value whose dims carry the plates in any place."""
-    shape = list(value.shape[1:])
-    view = [1] * len(shape)
-    order = []
-    for position, name in enumerate(names):
-        if name in plates:  # a size of one stands for all rows of the plate
-            axis = 1 + plates.index(name)
-            view[position] = shape[position] = indices.shape[axis]
-            order.append(axis)
-    placed = indices.permute(0, *order).reshape(-1, *view)
-    expanded = value.expand(value.shape[0], *shape)
-    return expanded.gather(0, placed.expand(-1, *shape))
-
-
-def _range(values: Tensor, suffix: str = "") -> str:
-    if values.numel() == 1:
-        return f"{values.item():.4g}{suffix}"
-    return (
-        f"{values.mean().item():.4g}{suffix} "
-        f"({values.min().item():.4g} to {values.max().item():.4g})"
-    )
 
 
 def std_error_over_pairs(values: Tensor) -> Tensor:

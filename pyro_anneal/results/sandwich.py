@@ -66,17 +66,18 @@ class Sandwich(Result):
         True
     """
 
-    forward: AnnealedRun
-    reverse: AnnealedRun
-    # From the end of forward chain 0, [K - 1, *batch]; or of population 0, [K - M, *batch].
+    forward: AnnealedRun  # chains from the base, on the simulated data
+    reverse: AnnealedRun  # chains from the exact posterior samples
+    # Log-weights of the reverse chains of the CR lower bound, from the end of forward chain 0,
+    # [K - 1, *batch], or of population 0, [K - M, *batch]; None unless that bound was asked for.
     coupled_reverse: Tensor | None = None
     simulated: dict[str, Tensor] = field(default_factory=dict)  # observed sites' values
     true_log_likelihood: Tensor | None = None  # log p(x | z) of the pairs, nats, [*batch]
-    lower_bound: str = "IM lower"
-    upper_bound: str = "CR upper"
-    notes: tuple[str, ...] = ()
-    diagnostics: tuple[Diagnostic, ...] = ()
-    provenance: Provenance | None = None
+    lower_bound: str = "IM lower"  # which of the bounds lower is
+    upper_bound: str = "CR upper"  # which of the bounds upper is
+    notes: tuple[str, ...] = ()  # remarks beside those of the runs
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found, in both runs and between them
+    provenance: Provenance | None = None  # how the sandwich was computed, and what it cost
 
     def __post_init__(self) -> None:
         if self.forward.direction != "forward" or self.reverse.direction != "reverse":

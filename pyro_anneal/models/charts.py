@@ -193,7 +193,9 @@ class PositiveDefiniteTransform(Transform):
         return lower @ lower.mT
 
     def _inverse(self, y: Tensor) -> Tensor:
-        lower = torch.linalg.cholesky(y)
+        lower, info = torch.linalg.cholesky_ex(y)
+        # rounded beyond the edge: no finite u
+        lower = torch.where((info == 0)[..., None, None], lower, torch.nan)
         size = y.shape[-1]
         diagonal = lower.diagonal(dim1=-2, dim2=-1).log()
         lower = lower.tril(-1) + diagonal.diag_embed()

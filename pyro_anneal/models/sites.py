@@ -30,6 +30,7 @@ __all__ = [
     "is_deterministic",
     "is_factor",
     "is_flat",
+    "is_partly_masked",
     "is_point",
     "is_wrapper",
     "latent_sites",
@@ -94,11 +95,21 @@ def is_flat(site: Node) -> bool:
     NeuTraReparam and contrib.epidemiology do so: the prior is written elsewhere, as a factor. A
     mask that is a tensor says which entries count, as ``obs_mask`` does, and is no such statement.
     """
+    return any(mask is False for mask in _masks(site))
+
+
+def is_partly_masked(site: Node) -> bool:
+    """Tells whether a tensor masks some elements of a latent site."""
+    masks = _masks(site)
+    return any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
+
+
+def _masks(site: Node) -> list[Any]:
     masks, fn = [site["mask"]], site["fn"]
     while is_wrapper(fn):
         masks.append(getattr(fn, "_mask", None))
         fn = fn.base_dist
-    return any(mask is False for mask in masks)
+    return masks
 
 
 def is_point(site: Node) -> bool:

@@ -17,6 +17,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
 from torch import Tensor
+from torch import distributions as families
 from torch.distributions import Transform, TransformedDistribution, biject_to
 
 from .charts import CircleTransform, PositiveDefiniteTransform, SphereTransform
@@ -35,7 +36,7 @@ __all__ = [
     "normalized_support",
 ]
 
-_CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+_CIRCULAR = (families.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 # Families whose own ``support`` is right, or that a chain through their base describes better.
 _PUSHED = (dist.AffineBeta,)
 _POSITIVE = (type(constraints.positive), type(constraints.nonnegative))
@@ -147,7 +148,7 @@ def _base_support(fn: Distribution) -> Support:
         return Circle(_centre(fn))
     if isinstance(fn, dist.ProjectedNormal | dist.VonMises3D):
         return Sphere(fn.concentration, fn.event_shape[0])
-    if isinstance(fn, dist.MixtureSameFamily):
+    if isinstance(fn, families.MixtureSameFamily):
         return _mixture_support(fn)
     if type(fn).__name__ == "GeneralizedPareto":  # not in every version of torch
         return _pareto_support(fn)
@@ -180,7 +181,7 @@ def _centre(fn: Distribution) -> Tensor:
         return _centre(fn.base_dist)
     if isinstance(fn, dist.SineBivariateVonMises):
         return torch.stack([fn.phi_loc, fn.psi_loc], -1)
-    if isinstance(fn, dist.VonMises):
+    if isinstance(fn, families.VonMises):
         return torch.as_tensor(fn.loc)
     return torch.zeros(())
 
@@ -270,7 +271,7 @@ def _common(leaf: Any, axis: int, component: Any) -> Any:
         value = bounds[key]
         if value.dim() < -axis:
             continue
-        if isinstance(component, dist.Uniform):  # has density zero outside of its own bounds
+        if isinstance(component, families.Uniform):  # has density zero outside of its own bounds
             bounds[key] = value.amin(axis) if key == "lower_bound" else value.amax(axis)
         elif bool((value == value.select(axis, 0).unsqueeze(axis)).all()):
             bounds[key] = value.select(axis, 0)

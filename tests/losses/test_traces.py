@@ -645,3 +645,25 @@ def test_what_is_masked_may_be_nan(make):
         results.append([loss.item(), grad.item()])
     assert results[0] == pytest.approx(results[1], rel=1e-12)
     assert abs(results[0][1]) > 1e-3
+
+
+def masked_regression(x, y):
+    slope = pyro.param("slope", torch.tensor(0.7))
+    with pyro.plate("data", len(y)), poutine.mask(mask=~y.isnan()):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(slope * x + z, 0.5), obs=y)
+
+
+def masked_guide(x, y):
+    shift = pyro.param("shift", torch.tensor(0.2))
+    with pyro.plate("data", len(y)), poutine.mask(mask=~y.isnan()):
+        pyro.sample("z", dist.Normal(shift, 0.8))
+
+
+def test_masked_nan_among_parameters_is_named():
+    x, y = torch.tensor([1.0, math.nan, -1.0]), torch.tensor([0.4, math.nan, 0.1])
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(ValueError, match=r'"y" the log density is NaN at 1 masked place'),
+    ):
+        IWAE(20).loss_and_grads(masked_regression, masked_guide, x, y)

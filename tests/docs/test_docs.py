@@ -45,7 +45,7 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("page", ["start", "coming_from", "extend"])
+@pytest.mark.parametrize("page", ["start", "coming_from", "extend", "losses"])
 def test_code_runs(page, monkeypatch):
     """The python blocks of a page run in order, in torch's own default dtype, from short fits."""
     fit = functools.partial(gaussian_fit.fit_gaussian, num_newton=4, num_ascent=20)

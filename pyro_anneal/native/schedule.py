@@ -275,6 +275,10 @@ class Schedule:
         view: Value = view_of(aten.view.default, (value,), whole, self._copied)
         return view
 
+    def reduced(self, target: Any, args: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Value:
+        """Adds a sum, or what takes its place, over some dimensions."""
+        return self._reduce(target, args, {}, shape, dtype)
+
     def largest(self, source: Value, dim: int, shape: tuple[int, ...]) -> Value:
         """Adds the largest elements along a dimension."""
         return self._reduce(aten.amax.default, (source, dim), {}, shape, source.dtype)

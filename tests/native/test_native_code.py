@@ -179,6 +179,7 @@ GRAPHS = {
     "softmax": lambda u: u.softmax(0) + u.log_softmax(-1) * 0.3,
     "sums of exponentials": lambda u: u.logsumexp(-1) + u.logsumexp((0, 1)) + u.t().logsumexp(0, keepdim=True).sum(),
     "Bernoulli": lambda u: F.binary_cross_entropy_with_logits(u, u.detach().sigmoid(), reduction="none"),
+    "parts": lambda u: sum(x.sum() for x in u.unbind(0)) * u.split([1, 3], 1)[1] - u.split(2, 1)[0].sum(),
     "nested": lambda u: ((u - u.amax(-1, keepdim=True)).exp().sum(-1).log() * u.amin(0).sum()).tanh(),
     "shared": lambda u: MATRIX * 2.0,
     "masks": lambda u: u * torch.tensor([True, False, True, True]) + (u > 0).any(0).double(),

@@ -7,6 +7,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,6 +21,7 @@ from ..persistence.randomness import seeded_if
 from ..results.findings import warn
 from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
 from ..results.rounds import PairRounds
+from .checkpoints import OncePerBatch, keep_batches
 from .fitting import Fit, FitOptions, as_values, fit_bound
 from .guides import Conditional, Prior, condition_on
 from .joints import Joint, Knowledge
@@ -89,6 +92,7 @@ class Bound(nn.Module, ABC):
         self._check_knowledge(self.requires)
 
     joint: Joint | None
+    checkpoint: Path | None = None  # of estimates
     _num_batches: int = 1  # of the size of the present one, that an estimate is made of
 
     def _check_knowledge(self, needed: Knowledge) -> None:
@@ -271,11 +275,11 @@ class Bound(nn.Module, ABC):
         kept: list[dict[str, Tensor]] = []
         controls: list[Tensor] = []
         wanted, count = num_pairs, 0
-        with seeded_if(as_seed(seed)), torch.no_grad():
+        with keep_batches(self.checkpoint, self._settings, as_seed(seed)) as once, torch.no_grad():
             while True:
                 batches, total = self._batches(x, z, wanted, batch_size)
                 shown = progress_over(type(self).__name__, batches, progress_bar, total)
-                for pair, statistics in self._measured(shown, total):
+                for pair, statistics in self._measured(shown, total, once):
                     kept.append(statistics)
                     count += len(pair[0])
                     if control_variates:
@@ -294,8 +298,16 @@ class Bound(nn.Module, ABC):
         warn(missed)
         return replace(result, diagnostics=(*result.diagnostics, *missed))
 
+    def _settings(self) -> dict[str, str]:
+        """Describes what the values of pairs depend on, beside the pairs; for a checkpoint."""
+        return {"bound": type(self).__name__}
+
+    def _content(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """Collects what tells whether a batch, and the densities at it, are what they were."""
+        return {"x": x, "z": z}
+
     def _measured(
-        self, batches: Iterator[tuple[Tensor, Tensor]], total: int | None
+        self, batches: Iterator[tuple[Tensor, Tensor]], total: int | None, once: OncePerBatch
     ) -> Iterator[tuple[tuple[Tensor, Tensor], dict[str, Tensor]]]:
         """Yields pairs and their statistics, batch by batch."""
         size = 0
@@ -304,7 +316,13 @@ class Bound(nn.Module, ABC):
                 x, z = self._checked_pairs(*pair)
                 size = size or len(x)
                 self._num_batches = total or 1 if len(x) == size else 1
-                yield (x, z), self._statistics(x, z, for_loss=False)
+                yield (
+                    (x, z),
+                    once(
+                        partial(self._content, x, z),
+                        partial(self._statistics, x, z, for_loss=False),
+                    ),
+                )
         finally:
             self._num_batches = 1
 

@@ -22,7 +22,6 @@ from .problems.problem import Guide
 from .problems.samples import pack_samples
 from .results.batches import EvidenceOfBatches
 from .results.mutual_information import FEW_PAIRS, MutualInformation
-from .results.provenance import Provenance
 from .results.rounds import PairRounds
 from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
@@ -30,6 +29,7 @@ from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
 from .runs.pairs import PairSum, simulate_pairs
 from .runs.progress import follow_call
+from .runs.provenance import record_batches, record_call
 from .runs.rounds import Done, in_rounds, run_back, run_forward
 from .runs.run import freeze
 from .runs.scout import scout_run
@@ -142,12 +142,13 @@ class AnnealedImportance(Settings):
         Raises:
             ValueError: If model, guide or data do not allow it; the message names the site.
         """
-        arguments = (args, kwargs)
+        arguments, began = (args, kwargs), time.perf_counter()
         try:
             return self._run(arguments)
         except NothingToAnneal as error:
             layout = error.layout
-        return exact_run(self.model, arguments, layout, num_chains=self.plan.num_chains)
+        run = exact_run(self.model, arguments, layout, num_chains=self.plan.num_chains)
+        return replace(run, provenance=record_call(self, "run", began, {}, run))
 
     def _run(self, arguments: Arguments) -> AnnealedRun:
         began = time.perf_counter()
@@ -165,7 +166,8 @@ class AnnealedImportance(Settings):
             if self.cross_check is True:
                 found = (*found, *self._compare_starts(run, arguments, journal))
         diagnostics.warn(found)
-        return replace(run, diagnostics=found, provenance=_provenance("run", began, journal, run))
+        provenance = record_call(self, "run", began, journal.seconds, run)
+        return replace(run, diagnostics=found, provenance=provenance)
 
     def run_reverse(
         self,
@@ -206,9 +208,8 @@ class AnnealedImportance(Settings):
             run = done.runs[0]
         found = diagnostics.diagnose(run)
         diagnostics.warn(found)
-        return replace(
-            run, diagnostics=found, provenance=_provenance("run_reverse", began, journal, run)
-        )
+        provenance = record_call(self, "run_reverse", began, journal.seconds, run)
+        return replace(run, diagnostics=found, provenance=provenance)
 
     def sandwich(
         self,
@@ -367,14 +368,7 @@ class AnnealedImportance(Settings):
         with self._journal("run_batches") as journal:
             result = run_batches(self, batches, journal, arguments, on_batch)
         diagnostics.warn(result.diagnostics)
-        provenance = Provenance(
-            task="run_batches",
-            seed=result.seed,
-            kernel=repr(self.plan.kernel),
-            device=str(result.lower.device),
-            seconds=journal.seconds | {"total": time.perf_counter() - began},
-            gradients={"chains": result.num_gradients},
-        )
+        provenance = record_batches(self, began, journal.seconds, result)
         return replace(result, provenance=provenance)
 
     def thermodynamic_curve(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -448,7 +442,8 @@ class AnnealedImportance(Settings):
         result = pairs.sandwich(bounds)
         found = diagnostics.diagnose_sandwich(result)
         diagnostics.warn(found)
-        provenance = _provenance(task, began, journal, result.forward, result.reverse)
+        runs = (result.forward, result.reverse)
+        provenance = record_call(self, task, began, journal.seconds, *runs)
         return replace(result, diagnostics=found, provenance=provenance), pairs
 
     @contextlib.contextmanager
@@ -487,27 +482,6 @@ class AnnealedImportance(Settings):
                             file=sys.stderr,
                         )
                     raise
-
-
-def _provenance(task: str, began: float, journal: Journal, *runs: AnnealedRun) -> Provenance:
-    """Records how runs were computed that share a problem and a pilot."""
-    first = runs[0]
-    gradients = {"fit": first.fit_gradients}
-    if first.pilot is not None:
-        gradients["pilot"] = first.pilot.num_gradients
-    gradients["chains"] = sum(run.num_gradients for run in runs)
-    if first.rounds:
-        gradients["earlier rounds"] = sum(
-            run.num_gradients for each in runs for run in each.rounds[:-1]
-        )
-    return Provenance(
-        task=task,
-        seed=first.seed,
-        kernel=first.kernel,
-        device=str(first.log_weights.device),
-        seconds=journal.seconds | {"total": time.perf_counter() - began},
-        gradients=gradients,
-    )
 
 
 def log_evidence(

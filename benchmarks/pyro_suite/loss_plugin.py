@@ -38,12 +38,15 @@ What remains, and why:
 from __future__ import annotations
 
 import inspect
+import json
 import math
+from pathlib import Path
 
 import pyro.infer
 import pytest
 import torch
 
+import pyro_anneal
 from pyro_anneal.losses import EUBO, IWAE, TVO
 
 
@@ -114,6 +117,7 @@ CHOSEN = []
 def pytest_addoption(parser):
     parser.addoption("--pyro-loss", choices=list(LOSSES), default="Trace_ELBO")
     parser.addoption("--pyro-target", choices=["Trace_ELBO", "RenyiELBO"], default="Trace_ELBO")
+    parser.addoption("--pyro-record", type=Path, help="JSON file to which the counts are added")
 
 
 def pytest_configure(config):
@@ -146,3 +150,37 @@ def pytest_collection_modifyitems(config, items):
     keep = [item for item in items if _uses(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in keep])
     items[:] = keep
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Adds counts, and every test that did not pass, to the record."""
+    path = config.getoption("--pyro-record")
+    if path is None:
+        return
+    stats = terminalreporter.stats
+    ids = {
+        outcome: sorted({r.nodeid for r in stats.get(outcome, []) if hasattr(r, "nodeid")})
+        for outcome in ("passed", "failed", "error", "xpassed", "xfailed", "skipped")
+    }
+    reasons = {
+        r.nodeid: r.longrepr.reprcrash.message.splitlines()[0][:200]
+        for r in stats.get("failed", [])
+        if hasattr(r.longrepr, "reprcrash")
+    }
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record["versions"] = {
+        "pyro": pyro.__version__,
+        "torch": torch.__version__,
+        "pyro_anneal": pyro_anneal.__version__,
+    }
+    for file in sorted({i.split("::")[0] for values in ids.values() for i in values}):
+        mine = {k: [i.split("::")[1] for i in v if i.startswith(file)] for k, v in ids.items()}
+        row = {outcome: len(names) for outcome, names in mine.items() if names}
+        row["run"] = sum(row.get(o, 0) for o in ("passed", "failed", "error", "xpassed"))
+        row["not passed"] = {
+            n: reasons.get(f"{file}::{n}", o) for o in ("failed", "error") for n in mine[o]
+        }
+        loss = config.getoption("--pyro-loss")
+        name = f"{loss} for {config.getoption('--pyro-target')}"
+        record.setdefault("files", {}).setdefault(file, {})[name] = row
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..results.findings import AnnealingWarning, Diagnostic, warn
 from ..results.run import AnnealedRun
 from ..results.sandwich import Sandwich
+from ..results.tables import format_share
 
 __all__ = [
     "AnnealingWarning",
@@ -105,7 +106,7 @@ def check_dominance(run: AnnealedRun, *, max_weight: float = 0.5) -> Diagnostic 
         name="dominance",
         severity="warning",
         message=(
-            f"one of {run.num_chains} chains holds up to {largest:.0%} of the weight"
+            f"one of {run.num_chains} chains holds up to {format_share(largest)} of the weight"
             f"{_of_batch(dominated)}: the bound and its standard error rest on that chain; raise "
             "num_steps, or start closer to the posterior (another guide)"
         ),
@@ -214,9 +215,9 @@ def check_acceptance(
             return Diagnostic(
                 name="acceptance",
                 severity="warning",
-                message=f"acceptance is {what} at {_share(outside):.0%} of the betas, between "
-                f"{where.min().item():.2g} and {where.max().item():.2g}: the chains hardly move; "
-                f"{advice} or another kernel",
+                message=f"acceptance is {what} at {format_share(_share(outside))} of the betas, "
+                f"between {where.min().item():.2g} and {where.max().item():.2g}: the chains hardly "
+                f"move; {advice} or another kernel",
                 value=_share(outside),
             )
     return None
@@ -249,9 +250,9 @@ def check_divergences(
     return Diagnostic(
         name="divergences",
         severity="warning",
-        message=f"{share:.1%} of the transitions diverged, {max(share, worst):.1%} in the worst "
-        "tenth of the path: the chains may miss a narrow part of the target; reparameterize the "
-        "model, or raise target_accept",
+        message=f"{format_share(share)} of the transitions diverged, "
+        f"{format_share(max(share, worst))} in the worst tenth of the path: the chains may miss a "
+        "narrow part of the target; reparameterize the model, or raise target_accept",
         value=share,
     )
 
@@ -290,7 +291,8 @@ def check_pilot(
     return Diagnostic(
         name="pilot",
         severity="warning",
-        message=f"acceptance differs from the pilot's by over {tolerance:g} at {share:.0%} of the "
+        message=f"acceptance differs from the pilot's by over {tolerance:g} at "
+        f"{format_share(share)} of the "
         "betas: the pilot saw other regions than the run; give it more chains or gradients",
         value=share,
     )
@@ -504,7 +506,7 @@ def diagnose_starts(
 
 
 def _of_batch(condition: Tensor) -> str:
-    return f" for {_share(condition):.0%} of the batch" if condition.numel() > 1 else ""
+    return f" for {format_share(_share(condition))} of the batch" if condition.numel() > 1 else ""
 
 
 def _share(condition: Tensor) -> float:

@@ -4,7 +4,17 @@ from .aiwae import AIWAE
 from .differentiable_ais import DifferentiableAIS
 from .eubo import EUBO
 from .iwae import IWAE
+from .partitions import Moments, Tightest
 from .reverse_score import ReverseScore
-from .tvo import TVO, Moments
+from .tvo import TVO
 
-__all__ = ["AIWAE", "EUBO", "IWAE", "TVO", "DifferentiableAIS", "Moments", "ReverseScore"]
+__all__ = [
+    "AIWAE",
+    "EUBO",
+    "IWAE",
+    "TVO",
+    "DifferentiableAIS",
+    "Moments",
+    "ReverseScore",
+    "Tightest",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,9 +23,10 @@ from .base import (
     without_parameters,
 )
 from .particles import Particles, Sampling
+from .partitions import Moments, Tightest
 from .traces import Arguments
 
-__all__ = ["TVO", "Moments", "Thermodynamic", "thermodynamic"]
+__all__ = ["TVO", "Thermodynamic", "thermodynamic"]
 
 _SAMPLING: dict[str, Sampling] = {
     "covariance": "score",
@@ -135,55 +135,6 @@ def thermodynamic(
     )
 
 
-@dataclass(frozen=True)
-class Moments:
-    r"""Spaces betas so that :math:`E_\beta[\log w]`, averaged over the batch, grows equally.
-
-    The betas are found by bisection on the particles of each evaluation. Any betas give a lower
-    bound with ``integration="left"``, so these do.
-
-    Source: Brekelmans et al. (2020), *All in the Exponential Family*, section 6.
-
-    Args:
-        partitions: Number K of intervals.
-
-    Raises:
-        ValueError: If ``partitions`` is below 1.
-
-    Example:
-        >>> Moments(partitions=2)(torch.tensor([[0.0], [1.0]])).tolist()[::2]
-        [0.0, 1.0]
-    """
-
-    partitions: int
-
-    def __post_init__(self) -> None:
-        if self.partitions < 1:
-            raise ValueError(f"Moments needs at least one partition, got {self.partitions}")
-
-    def __call__(self, log_weights: Tensor, num_iterations: int = 40) -> Tensor:
-        """Returns betas of shape ``[K + 1]`` for log-weights ``[S, *batch]``, float64."""
-        values = finite_or_zero(log_weights.detach().double())
-        values = values.reshape(values.shape[0], -1)
-
-        def curve(betas: Tensor) -> Tensor:
-            weights = torch.softmax(betas[:, None, None] * values, dim=1)
-            return (weights * values).sum(1).mean(1)
-
-        fractions = torch.arange(1, self.partitions, device=values.device) / self.partitions
-        ends = curve(values.new_tensor([0.0, 1.0]))
-        targets = ends[0] + fractions * (ends[1] - ends[0])
-        low, high = torch.zeros_like(targets), torch.ones_like(targets)
-        for _ in range(num_iterations):
-            middle = 0.5 * (low + high)
-            below = curve(middle) < targets
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        # A flat curve (an exact guide) says nothing: space linearly there.
-        flat = ~(ends[1] - ends[0] > 1e-12 * (1.0 + ends[0].abs()))
-        inner = torch.where(flat, fractions.to(values.dtype), 0.5 * (low + high))
-        return torch.cat([values.new_zeros(1), inner, values.new_ones(1)])
-
-
 def _check_sides(bound: str, integration: str | None, gradient: str) -> None:
     """Checks that an objective has a direction.
 
@@ -260,7 +211,8 @@ class TVO(ParticleELBO):
     Args:
         num_particles: Number S of particles, at least 2.
         schedule: ``LogUniform(beta_1, partitions)``, another schedule with ``partitions``,
-            :class:`Moments`, or betas from 0 to 1 as a list or tensor.
+            :class:`Tightest` or :class:`Moments`, which look at the particles, or betas from 0 to
+            1 as a list or tensor.
         bound: The side: ``"lower"`` is maximized, ``"upper"`` is minimized over the guide.
         gradient: Estimator of the guide's gradient.
         integration: ``"left"``, another word for ``bound="lower"``. The other rules are refused,
@@ -313,8 +265,8 @@ class TVO(ParticleELBO):
             **options,
         )
         schedule = LogUniform(beta_1=0.025, partitions=2) if schedule is None else schedule
-        self._moments = schedule if isinstance(schedule, Moments) else None
-        self._betas = None if isinstance(schedule, Moments) else as_betas(schedule)
+        self._adaptive = schedule if isinstance(schedule, Moments | Tightest) else None
+        self._betas = None if self._adaptive is not None else as_betas(schedule)
         self._ungated = False  # whether gates do not work with this guide
         self.schedule = schedule
         self.bound: Literal["lower", "upper"] = bound
@@ -330,8 +282,10 @@ class TVO(ParticleELBO):
 
     def betas(self, log_weights: Tensor) -> Tensor:
         """Returns the betas used at these log-weights, ``[S, *batch]``, as a tensor ``[K + 1]``."""
-        if self._moments is not None:
-            return self._moments(log_weights)
+        if isinstance(self._adaptive, Tightest):
+            return self._adaptive(log_weights, "left" if self.bound == "lower" else "right")
+        if self._adaptive is not None:
+            return self._adaptive(log_weights)
         assert self._betas is not None
         return self._betas
 

@@ -49,10 +49,10 @@ def to_arviz(
         resample: Whether ``posterior`` holds K equally weighted draws, resampled per datum, for
             summaries that know no weights; the weights then move out of ``sample_stats``.
         num_samples: Number of equally weighted draws in ``posterior`` instead of the K ends, by
-            :meth:`~pyro_anneal.AnnealedRun.posterior_samples`. Forward runs only.
+            :meth:`~pyro_anneal.AnnealedRun.posterior_samples`. Not for reverse runs.
         log_likelihood: Whether to add the group ``log_likelihood`` of each datum at each draw,
             which ``arviz.loo`` and ``arviz.compare`` need; ``num_samples`` is then 1000 unless
-            given. Forward runs only.
+            given. Not for reverse runs. That of a sandwich is of its simulated data.
         seed: Seed of the draws.
 
     Returns:
@@ -100,19 +100,14 @@ def to_datasets(
     """Converts a result to one ``xarray.Dataset`` per group; see :func:`to_arviz`."""
     if log_likelihood and num_samples is None:
         num_samples = _DRAWS_FOR_LOO
+    run = result if _is_run(result) else result.directions["forward"]
+    drawn = None if num_samples is None else run.posterior_samples(num_samples, seed=seed)
+    datasets = _run_datasets(
+        run, resample=resample, seed=seed, drawn=drawn, log_likelihood=log_likelihood
+    )
     if _is_run(result):
-        drawn = None
-        if num_samples is not None:
-            drawn = result.posterior_samples(num_samples, seed=seed)
-        return _run_datasets(
-            result, resample=resample, seed=seed, drawn=drawn, log_likelihood=log_likelihood
-        )
-    if num_samples is not None:
-        raise ValueError(
-            "num_samples and log_likelihood need a forward run on your data: a sandwich speaks of "
-            "simulated data; pass the result of run()"
-        )
-    return _sandwich_datasets(result, resample=resample, seed=seed)
+        return datasets
+    return _sandwich_datasets(result, datasets, resampled=resample or drawn is not None)
 
 
 def _run_datasets(
@@ -159,10 +154,12 @@ def _run_datasets(
     return _datasets(groups, attrs, {"annealing": _beta_coordinates(run)})
 
 
-def _sandwich_datasets(sandwich: Sandwich, *, resample: bool, seed: int | None) -> dict[str, Any]:
+def _sandwich_datasets(
+    sandwich: Sandwich, of_forward: Mapping[str, Any], *, resampled: bool
+) -> dict[str, Any]:
+    """Adds what a sandwich has beside its forward run."""
     forward, reverse = sandwich.forward, sandwich.reverse
-    plates = tuple(forward.plates)
-    datasets = _run_datasets(forward, resample=resample, seed=seed)
+    plates, datasets = tuple(forward.plates), dict(of_forward)
     backward = _run_datasets(reverse, resample=False, seed=None)
     reversed_stats = backward["sample_stats"].rename({"draw": "reverse_draw"})
     datasets["sample_stats"] = datasets["sample_stats"].assign(
@@ -188,7 +185,7 @@ def _sandwich_datasets(sandwich: Sandwich, *, resample: bool, seed: int | None) 
     if sandwich.simulated:
         groups["observed_data"] = _observed(forward, sandwich.simulated)
     attrs = _attributes(forward) | {
-        "resampled": int(resample),
+        "resampled": int(resampled),
         "simulated_data": 1,
         "lower_bound": sandwich.lower_bound,
         "upper_bound": sandwich.upper_bound,

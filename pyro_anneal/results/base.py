@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from typing_extensions import Self
 
 from .files import load_result, save_result, stored
 from .findings import Diagnostic, Verdict, judge
@@ -34,10 +33,22 @@ class Result(ABC):
 
     diagnostics: tuple[Diagnostic, ...]
     provenance: Provenance | None
+    # Of words of the vocabulary that a class lacks: why, and what to use.
+    _absent: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stored(cls)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Explains why a name is missing."""
+            kind = type(self)
+            message = f"{kind.__name__!r} object has no attribute {name!r}"
+            if name in kind._absent:
+                message = f"{kind.__name__} has no {name}(): {kind._absent[name]}"
+            raise AttributeError(message, name=name, obj=self)
 
     @property
     @abstractmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from torch import Tensor
 from ..arguments import as_real
 from .base import Columns, Result
 from .batches import EvidenceOfBatches
+from .drawn import EvidenceFromSamples
 from .findings import Diagnostic
-from .provenance import Provenance
+from .provenance import Provenance, differing_versions, joint_record
 from .run import AnnealedRun
 from .tables import Table, format_value
 
 __all__ = ["Comparison", "compare"]
 
-Evidence = AnnealedRun | EvidenceOfBatches | tuple[AnnealedRun, AnnealedRun]
+Evidence = AnnealedRun | EvidenceOfBatches | EvidenceFromSamples | tuple[AnnealedRun, AnnealedRun]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -36,7 +37,10 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
-    provenance: Provenance | None = None  # None: each model's run has its own
+    provenance: Provenance | None = None  # of all runs together, see provenances for each
+    # How each model's evidence was computed, by its name; a reverse run's is beside its forward
+    # run's, by the name with " (reverse)". Runs that have no record are left out.
+    provenances: dict[str, Provenance] = field(default_factory=dict)
     looks: tuple[int, ...] = ()  # of each model's rounds (AnnealedRun.num_looks); empty: none
 
     @property
@@ -125,7 +129,16 @@ class Comparison(Result):
             "log_bayes_factor_low": low[:, 0],
             "log_bayes_factor_high": high[:, 0],
             "probability": self.probabilities,
+            "seed": [self._recorded(name, "seed") for name in self.names],
+            "seconds": [self._recorded(name, "seconds") for name in self.names],
         }
+
+    def _recorded(self, name: str, what: str) -> float | int | None:
+        """Looks up a number in how a model's evidence was computed."""
+        record = self.provenances.get(name)
+        if record is None:
+            return None
+        return record.seed if what == "seed" else record.seconds.get("total")
 
     def plot(self) -> Any:
         """Draws a forest of the log Bayes factors against the best model.
@@ -162,7 +175,10 @@ class Comparison(Result):
             prior = self.log_prior.exp().tolist()
             shares = ", ".join(f"{n} {p:.3g}" for n, p in zip(self.names, prior, strict=True))
             notes.insert(0, f"prior probabilities: {shares}")
-        return Table(title, rows, [*notes, f"verdict: {self.verdict}"], header)
+        notes.append(f"verdict: {self.verdict}")
+        if self.provenance is not None and self.provenance.seconds:
+            notes.append(f"wall time: {self.provenance.describe_seconds()}")
+        return Table(title, rows, notes, header)
 
 
 def compare(
@@ -182,9 +198,10 @@ def compare(
     data as well, :meth:`Comparison.interval` needs no asymptotics.
 
     Args:
-        evidence: By model name a forward run, the evidence of batches, or a pair of a forward and
-            a reverse run, all on the same data. A dictionary, or a list of pairs of a name and
-            evidence. A sandwich speaks of data simulated from its own model and cannot enter.
+        evidence: By model name a forward run, the evidence of batches or from posterior draws, or
+            a pair of a forward and a reverse run, all on the same data. A dictionary, or a list of
+            pairs of a name and evidence. A sandwich speaks of data simulated from its own model
+            and cannot enter.
         prior_odds: Prior weights of the models, by name or in the order of ``evidence``, up to a
             factor: ``{"simple": 3, "complex": 1}``. Equal ones if None.
         allow_different_data: Whether to compare runs whose observed values differ. Evidence of
@@ -195,7 +212,7 @@ def compare(
         The comparison, best model first.
 
     Raises:
-        TypeError: If an entry is neither a run, evidence of batches, nor a pair of runs.
+        TypeError: If an entry is none of these.
         ValueError: If there is no entry, a name comes twice, the directions are not as above, runs
             saw different data, or prior odds are not positive numbers, one for each model.
 
@@ -211,44 +228,80 @@ def compare(
     """
     entries = _named(evidence)
     weights = _prior_weights(prior_odds, list(entries))
-    lower, upper, std_error, looks, notes, found = [], [], [], [], [], []
-    for name, entry in entries.items():
-        forward, reverse = _forward_and_reverse(name, entry)
-        lower.append(forward.lower.sum().double().cpu())
-        std_error.append(forward.std_error.square().sum().sqrt().double().cpu())
-        upper.append(torch.full_like(lower[-1], torch.inf))
-        if reverse is not None and reverse.certified:
-            upper[-1] = reverse.upper.sum().double().cpu()
-        elif reverse is not None:
-            notes.append(
-                f"{name}: its reverse run is not certified (its posterior samples are not known to "
-                "be exact), so it gives no upper bound here"
-            )
-        both = (run for run in (forward, reverse) if isinstance(run, AnnealedRun))
-        looks.append(max((run.num_looks for run in both), default=0))
-        if isinstance(forward, AnnealedRun) and not forward.certified:
-            notes.append(f"{name}: its forward run is not certified: an estimate, not a bound")
-        notes += [f"{name}: {note}" for note in forward.notes]
-        found += [replace(d, message=f"{name}: {d.message}") for d in forward.diagnostics]
-        if forward.scale != 1.0:
-            notes.append(f"{name}: scaled by {forward.scale:g}, guarantees do not apply")
-            upper[-1] = torch.full_like(lower[-1], torch.inf)
     digest, different = _shared_digest(entries, allow_different_data)
+    read = [_read(name, entry) for name, entry in entries.items()]
+    values = torch.stack([each.lower for each in read])
+    order = torch.argsort(values, descending=True)
+    found = [each for entry in read for each in entry.found]
+    notes = [note for entry in read for note in entry.notes]
     notes += [different] if different else []
     notes += [d.message for d in found if d.severity == "warning"]
-    values = torch.stack(lower)
-    order = torch.argsort(values, descending=True)
-    names = list(entries)
+    read = [read[i] for i in order.tolist()]
+    records = {name: record for each in read for name, record in each.records.items()}
+    other_software = differing_versions(records)
     return Comparison(
-        names=tuple(names[i] for i in order.tolist()),
+        names=tuple(each.name for each in read),
         lower=values[order],
-        upper=torch.stack(upper)[order],
-        std_error=torch.stack(std_error)[order],
+        upper=torch.stack([each.upper for each in read]),
+        std_error=torch.stack([each.std_error for each in read]),
         log_prior=None if weights is None else weights[order],
-        notes=tuple(notes),
+        notes=tuple(notes + ([other_software] if other_software else [])),
         diagnostics=tuple(found),
         data_digest=digest,
-        looks=tuple(looks[i] for i in order.tolist()),
+        looks=tuple(each.looks for each in read),
+        provenance=joint_record("compare", list(records.values())) if records else None,
+        provenances=records,
+    )
+
+
+class _Entry(NamedTuple):
+    """What a comparison takes from the evidence of one model; sums over its batch."""
+
+    name: str
+    lower: Tensor
+    upper: Tensor
+    std_error: Tensor
+    looks: int
+    notes: list[str]
+    found: list[Diagnostic]
+    records: dict[str, Provenance]
+
+
+def _read(name: str, entry: object) -> _Entry:
+    """Reads an entry, and says what qualifies it, under the name of its model."""
+    forward, reverse = _forward_and_reverse(name, entry)
+    runs = [run for run in (forward, reverse) if isinstance(run, AnnealedRun)]
+    notes = [f"{name}: {note}" for note in forward.notes]
+    upper = torch.full_like(forward.lower.sum().double().cpu(), torch.inf)
+    found = [*(entry if isinstance(entry, EvidenceFromSamples) else forward).diagnostics]
+    if isinstance(forward, AnnealedRun) and not forward.certified:
+        notes.append(f"{name}: its forward run is not certified: an estimate, not a bound")
+    if reverse is not None and reverse.certified:
+        upper = reverse.upper.sum().double().cpu()
+        found += [d for d in reverse.diagnostics if d.name not in {e.name for e in found}]
+    elif reverse is not None:
+        notes.append(
+            f"{name}: its reverse run is not certified (its posterior samples are not known to "
+            "be exact), so it gives no upper bound here"
+        )
+    if forward.scale != 1.0:
+        notes.append(f"{name}: scaled by {forward.scale:g}, guarantees do not apply")
+        upper = torch.full_like(upper, torch.inf)
+    if isinstance(entry, EvidenceFromSamples):
+        records = {name: entry.provenance}
+    else:
+        records = {name: forward.provenance}
+        if reverse is not None:
+            records[f"{name} (reverse)"] = reverse.provenance
+    return _Entry(
+        name=name,
+        lower=forward.lower.sum().double().cpu(),
+        upper=upper,
+        std_error=forward.std_error.square().sum().sqrt().double().cpu(),
+        looks=max((run.num_looks for run in runs), default=0),
+        notes=notes,
+        found=[replace(d, message=f"{name}: {d.message}") for d in found],
+        records={which: record for which, record in records.items() if record is not None},
     )
 
 
@@ -303,7 +356,7 @@ def _shared_digest(entries: Mapping[str, object], allow: bool) -> tuple[str, str
     """Finds the digest that all entries share, or a note on how they differ."""
     digests = {}
     for name, entry in entries.items():
-        for run in entry if isinstance(entry, tuple) else (entry,):
+        for run in _parts(entry):
             which = f"{name} ({run.direction})" if isinstance(entry, tuple) else name
             digests[which] = run.data_digest
     seen = {digest for digest in digests.values() if digest}
@@ -323,11 +376,20 @@ def _shared_digest(entries: Mapping[str, object], allow: bool) -> tuple[str, str
     return "", f"{text}: Bayes factors compare models of the same data only"
 
 
+def _parts(entry: Any) -> tuple[Any, ...]:
+    """Returns the results of an entry that have a digest of their data."""
+    if isinstance(entry, EvidenceFromSamples):
+        return (entry.forward,)
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
 def _forward_and_reverse(
     name: str, entry: object
 ) -> tuple[AnnealedRun | EvidenceOfBatches, AnnealedRun | None]:
     if isinstance(entry, EvidenceOfBatches):
         return entry, None
+    if isinstance(entry, EvidenceFromSamples):
+        return entry.forward, entry.reverse
     runs = entry if isinstance(entry, tuple) else (entry,)
     if not 1 <= len(runs) <= 2 or not all(isinstance(run, AnnealedRun) for run in runs):
         raise TypeError(

@@ -64,6 +64,11 @@ class EvidenceFromSamples(Result):
         return self.reverse.upper
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on the annealed runs."""
+        return self.forward.notes
+
+    @property
     def std_error(self) -> Tensor:
         """Standard error of :attr:`lower`, nats, shape ``batch``."""
         return self.forward.std_error
@@ -184,7 +189,7 @@ class EvidenceFromSamples(Result):
             f"Log evidence from {'exact ' if self.exact else ''}posterior draws, nats"
             f"{', sum over batch ' + batch if batch else ''}"
         )
-        notes = [*self.forward.notes, *(d.message for d in self.diagnostics)]
+        notes = [*self.notes, *(d.message for d in self.diagnostics)]
         return Table(title, fields, notes)
 
     def plot(self) -> Any:

@@ -17,6 +17,12 @@ __all__ = ["plot_evidence_from_samples", "plot_ranks"]
 # Panels of a picture of ranks: the quantities of smallest p-value.
 _PANELS = 12
 
+_NAMES = {
+    "lower": "annealed lower bound",
+    "upper": "annealed upper bound",
+    "bridge": "bridge sampling",
+    "thames": "truncated harmonic mean",
+}
 _COLORS = {"lower": "#0072B2", "upper": "#D55E00", "bridge": "#000000", "thames": "#999999"}
 
 
@@ -32,16 +38,25 @@ def plot_evidence_from_samples(result: EvidenceFromSamples) -> Any:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = pyplot().figure(figsize=(4.8, 2.8), layout="constrained")
-    axes = figure.subplots()
     found = result._estimates()
+    size = (6.4, 1.5 + 0.4 * len(found))
+    figure = pyplot().figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     for place, (name, (value, error)) in enumerate(found.items()):
         bar = 2.0 * float(error.square().sum().sqrt())
         bar = bar if np.isfinite(bar) else 0.0
         axes.errorbar(float(value.sum()), -place, xerr=bar, fmt="o", color=_COLORS[name])
-    axes.set_yticks([-place for place in range(len(found))], list(found))
+    axes.set_yticks([-place for place in range(len(found))], [_NAMES[name] for name in found])
     axes.set_ylim(-len(found) + 0.5, 0.5)
-    axes.set_xlabel("log evidence, nats")
+    several = result.lower.numel()
+    axes.set_xlabel(f"log evidence{f', sum over {several} data' if several > 1 else ''} (nats)")
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.locator_params(axis="x", nbins=6)
+    figure.suptitle(
+        f"Log evidence from {result.num_draws} {'exact ' if result.exact else ''}posterior draws, "
+        "bars: two standard errors",
+        fontsize="medium",
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -72,7 +87,7 @@ def plot_ranks(result: InferenceCheck) -> Any:
             place = f"[{column}]" if value.numel() > 1 else ""
             curves.append((p, name + place, uniforms[:, column].sort().values.numpy()))
     shown = sorted(curves, key=lambda curve: curve[0])[:_PANELS]
-    columns = min(4, len(shown))
+    columns = min(4, max(2, len(shown)))
     rows = -(-len(shown) // columns)
     figure = pyplot().figure(figsize=(2.6 * columns, 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -90,4 +105,6 @@ def plot_ranks(result: InferenceCheck) -> Any:
         axes.axis("off")
     figure.supxlabel("normalized rank of the exact sample", fontsize=9)
     figure.supylabel("distribution minus uniform", fontsize=9)
+    hidden = f", {len(shown)} of {len(curves)} quantities" if len(curves) > len(shown) else ""
+    figure.suptitle(f"Ranks on {count} simulated data sets{hidden}", fontsize="medium")
     return figure

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class InferenceCheck(Result):
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
     provenance: Provenance | None = None
+    _absent: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("interval", "normal_interval"),
+        "an audit is no evidence. jeffreys has bounds on the divergence with standard errors, "
+        "p_values say whether ranks are uniform",
+    )
 
     @property
     def num_simulations(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ __all__ = ["MutualInformation"]
 # Below this many pairs an interval rests on what the pairs seen happen to show; a note says so.
 FEW_PAIRS = 20
 _NO_INTERVAL = (
-    "MutualInformation has no interval(): an interval by that name is guaranteed in finite samples "
-    "here, and the mean over pairs is not. normal_interval(level) is asymptotic over pairs, with "
-    "quantiles of Student's t; gap is what the method leaves open"
+    "an interval by that name is guaranteed in finite samples here, and the mean over pairs is not. "
+    "normal_interval(level) is asymptotic over pairs, with quantiles of Student's t; gap is what "
+    "the method leaves open"
 )
 
 
@@ -79,6 +80,7 @@ class MutualInformation(Result):
     measurements: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
     provenance: Provenance | None = None
+    _absent: ClassVar[Mapping[str, str]] = {"interval": _NO_INTERVAL}
 
     @classmethod
     def from_sandwich(
@@ -134,13 +136,6 @@ class MutualInformation(Result):
             diagnostics=(*sandwich.diagnostics, *few_pairs(len(pair_lower))),
             provenance=sandwich.provenance,
         )
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Explains why a name is missing."""
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            raise AttributeError(_NO_INTERVAL if name == "interval" else message)
 
     @property
     def directions(self) -> dict[str, AnnealedRun]:

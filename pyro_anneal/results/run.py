@@ -460,9 +460,9 @@ class AnnealedRun(Result):
         if self.continuation is None:
             raise ValueError(
                 f"{what} needs the model and the chains, which are kept only in the process that "
-                "ran them, not in files, copies or results on simulated data: call run() again "
-                "(with the same seed it gives the same run), or use resample(n) for draws among "
-                f"the {self.num_chains} ends"
+                "ran them, not in files, copies or results on several simulated data sets: call "
+                "run() again (with the same seed it gives the same run), or use resample(n) for "
+                f"draws among the {self.num_chains} ends"
             )
         return self.continuation
 

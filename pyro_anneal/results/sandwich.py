@@ -258,11 +258,44 @@ class Sandwich(Result):
         )
         return notes
 
-    def to_arviz(self, *, resample: bool = False, seed: int | None = None) -> Any:
+    def posterior_samples(
+        self, num_samples: int, *, thin: int = 10, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Draws posterior samples given the SIMULATED data, by continuing the forward chains.
+
+        See :meth:`pyro_anneal.AnnealedRun.posterior_samples`.
+
+        Args:
+            num_samples: Number n of draws.
+            thin: Transitions of a chain before each of its draws.
+            seed: Seed of the draws; one drawn from torch's global generator if None.
+
+        Returns:
+            Values by site in the model's own space, ``[n, *value_shape]``.
+
+        Raises:
+            ValueError: As there; or if there are several simulated data sets.
+        """
+        return self.forward.posterior_samples(num_samples, thin=thin, seed=seed)
+
+    def to_arviz(
+        self,
+        *,
+        resample: bool = False,
+        num_samples: int | None = None,
+        log_likelihood: bool = False,
+        seed: int | None = None,
+    ) -> Any:
         """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
         from .arviz import to_arviz
 
-        return to_arviz(self, resample=resample, seed=seed)
+        return to_arviz(
+            self,
+            resample=resample,
+            num_samples=num_samples,
+            log_likelihood=log_likelihood,
+            seed=seed,
+        )
 
     def plot(self) -> Any:
         """Draws the sandwich; see :func:`pyro_anneal.results.plotting.plot_sandwich`."""

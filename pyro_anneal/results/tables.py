@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Table", "format_fields", "format_grid", "format_value"]
+__all__ = ["Table", "format_fields", "format_grid", "format_share", "format_value"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,23 @@ def format_value(value: float, std_error: float | None = None) -> str:
     if 0.0 < std_error < math.inf:
         digits = min(max(1 - math.floor(math.log10(std_error)), 3), 9)
     return f"{value:.{digits}f} +- {std_error:.2g}"
+
+
+def format_share(share: float) -> str:
+    """Formats a share in percent, which is 0% only if it is none.
+
+    Args:
+        share: The share, in [0, 1].
+
+    Returns:
+        Whole percents; two digits of a share below a tenth.
+
+    Example:
+        >>> [format_share(share) for share in (0.0, 0.0005, 0.022, 0.253, 1.0)]
+        ['0%', '0.05%', '2.2%', '25%', '100%']
+    """
+    percent = 100.0 * share
+    return f"{percent:.2g}%" if 0.0 < percent < 10.0 else f"{percent:.0f}%"
 
 
 def format_fields(title: str, fields: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> str:

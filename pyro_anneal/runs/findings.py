@@ -12,6 +12,7 @@ from ..models.supports import leaf_constraint
 from ..problems.bases import Base, GuideBase, PriorBase
 from ..problems.problem import Problem
 from ..results.findings import Diagnostic
+from ..results.tables import format_share
 
 __all__ = ["find_saturated", "find_unread", "findings_of"]
 
@@ -95,7 +96,7 @@ def find_saturated(problem: Problem, position: Tensor) -> Diagnostic | None:
         name="saturated",
         severity="warning",
         message=(
-            f'{shares[name]:.0%} of the draws of site "{name}" are so near to the edge of its '
+            f'{format_share(shares[name])} of the draws of site "{name}" are so near to the edge of its '
             f"support that {dtype} rounds them to one number: mass there is lost or misplaced, "
             f"and bounds are off by about as much; {remedy}, or use a family with a closed form "
             "there (Beta, Kumaraswamy, Dirichlet)"

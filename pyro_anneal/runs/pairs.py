@@ -32,7 +32,7 @@ from ..persistence.memory import released
 from ..problems.cache import Kept, KeptProblems
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
-from ..results.run import AnnealedRun, PilotSummary
+from ..results.run import AnnealedRun, Continues, PilotSummary
 from ..results.sandwich import Sandwich
 from .progress import Stage, progress_bar
 from .rounds import Done, in_rounds, run_both
@@ -258,6 +258,7 @@ class RunSum:
         self.by_site: dict[str, list[dict[str, Tensor]]] = {name: [] for name in _BY_SITE}
         self.sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
         self.digests: list[str] = []
+        self.continuation: Continues | None = None  # of the only run; never in a file
 
     def add(self, run: AnnealedRun) -> None:
         """Adds one run."""
@@ -269,6 +270,7 @@ class RunSum:
             self.by_site[name].append(fields.pop(name))
         for name in _SUMMED:
             self.sums[name] = self.sums[name] + fields.pop(name)
+        self.continuation = run.continuation if self.count == 0 else None
         if self.count == 0:
             self.shared = fields
         self.digests.append(fields["data_digest"])
@@ -284,6 +286,7 @@ class RunSum:
         if self.count == 1:
             fields |= {name: values[0] for name, values in self.per_pair.items()}
             fields |= {name: values[0] for name, values in self.by_site.items()}
+            shared["continuation"] = self.continuation
         else:
             fields |= {name: torch.stack(values, 1) for name, values in self.per_pair.items()}
             fields |= {

@@ -28,6 +28,7 @@ from ..problems.problem import Problem
 from ..problems.rows import Rows, rows_at_once
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
+from ..results.tables import format_share
 
 __all__ = ["Scouting", "diagnose_scouting", "scout", "scout_run"]
 
@@ -243,9 +244,9 @@ def _by_fits(
     return Diagnostic(
         name="modes",
         severity="warning",
-        message=f"{share:.0%} of the particles that came down from the prior ended where the start "
-        f"has no density, and Gaussians fitted there hold at least {float(excess.exp()):.2g} times "
-        f"the run's evidence. {_REMEDY}",
+        message=f"{format_share(share)} of the particles that came down from the prior ended where "
+        "the start has no density, and Gaussians fitted there hold at least "
+        f"{float(excess.exp()):.2g} times the run's evidence. {_REMEDY}",
         value=share,
     )
 
@@ -267,13 +268,15 @@ def _verdict(
     )
     if not bool(missed.any()):
         return None
-    of_batch = f" for {missed.double().mean().item():.0%} of the batch" if share.dim() else ""
+    of_batch = ""
+    if share.dim():
+        of_batch = f" for {format_share(missed.double().mean().item())} of the batch"
     return Diagnostic(
         name="modes",
         severity="warning",
         message=f"particles that came down from the prior disagree with this start{of_batch}: up to "
-        f"{share.max().item():.0%} of them ended in places as dense as the run's where the start "
-        f"has no density, and they found {excess.max().item():+.2g} nats of evidence beside the "
+        f"{format_share(share.max().item())} of them ended in places as dense as the run's where "
+        f"the start has no density, and they found {excess.max().item():+.2g} nats of evidence beside the "
         f"run's. {_REMEDY}",
         value=share.max().item(),
     )

@@ -102,6 +102,41 @@ class Settings(PathOptions):
         }
         return versions() | rest | decided
 
+    def record(self) -> dict[str, str]:
+        """Describes by short texts what a result was asked to be, for its provenance."""
+        plan = self.plan
+        if self.target_gap is None:
+            steps = {"num_steps": str(plan.num_steps)}
+        else:
+            steps = {"target_gap": str(self.target_gap), "max_rounds": str(self.max_rounds)}
+        decided = {
+            "model": _short_name(self.model),
+            "guide": _short_name(self.guide),
+            "num_chains": str(plan.num_chains),
+            **steps,
+            "schedule": "adaptive" if plan.betas is None else describe(plan.betas),
+            "pilot": describe(plan.pilot),
+            "make_args": _short_name(self.make_args),
+            "cross_check": str(self.cross_check),
+        }
+        elsewhere = {"num_steps", "target_gap", "max_rounds", "kernel"}
+        rest = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.metadata.get("told", True) and option.name not in decided.keys() | elsewhere
+        }
+        return decided | {
+            name: value if isinstance(value, str) else described(name, value, strict=False)
+            for name, value in rest.items()
+        }
+
+
+def _short_name(function: object) -> str:
+    """Names a model or a guide; ``"auto"`` and None name themselves."""
+    if function is None or isinstance(function, str):
+        return str(function)
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frozen:

@@ -84,6 +84,15 @@ def test_collapsed_weights(problem):
     assert "down to 1.0 of 16" in finding.message
 
 
+def test_no_share_of_a_few_reads_as_none():
+    problem, _ = simulate([1.0], (600,))
+    run = make_run(problem, num_chains=16, num_steps=5)
+    log_weights = torch.zeros_like(run.log_weights)
+    log_weights[3, 0] = 20.0
+    finding = check_dominance(_replaced(run, log_weights=log_weights))
+    assert "for 0.17% of the batch" in finding.message
+
+
 def test_collapse_in_reverse_is_that_of_the_inverse_weights(problem):
     run = make_run(problem, num_steps=200, start=problem.draw(1.0, 1)[0])
     log_weights = run.log_weights.clone()

@@ -13,7 +13,7 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import SVI
 from pyro.optim import Adam
 
-from pyro_anneal.losses import IWAE, TVO, Moments
+from pyro_anneal.losses import IWAE, TVO, Moments, Tightest
 from pyro_anneal.losses.tvo import thermodynamic
 from pyro_anneal.schedules import Linear, LogUniform, Sigmoid
 
@@ -283,7 +283,7 @@ def test_an_exact_guide_has_no_noise(gradient):
 
     x = torch.tensor([2.0, -1.0])
     truth = dist.Normal(0.0, 2.0**0.5).log_prob(x).sum().item()
-    for schedule in (LogUniform(0.1, partitions=3), Moments(3)):
+    for schedule in (LogUniform(0.1, partitions=3), Moments(3), Tightest(3)):
         loss = TVO(4, schedule, gradient=gradient)
         value = loss.differentiable_loss(model, guide, x)
         assert -value.item() == pytest.approx(truth, rel=1e-13)
@@ -301,21 +301,65 @@ def test_moments_space_the_curve_equally():
     steps = curve.diff()
     assert torch.allclose(steps, steps.mean().expand(4), rtol=1e-6)
     assert not torch.allclose(betas, torch.linspace(0, 1, 5), atol=0.05)
-    with pytest.raises(ValueError, match="at least one partition, got 0"):
+    with pytest.raises(ValueError, match=r"Moments.partitions must be at least 1, got 0"):
         Moments(0)
 
 
-def test_moments_give_a_lower_bound():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tightest_betas_are_the_best_of_all_choices(side):
+    """Dynamic programming finds what trying all pairs and triples of the grid finds."""
+    log_w = 3.0 * torch.randn(60, 4) ** 2 - 5.0 * torch.rand(60, 4)
+    log_w[3, 1] = -torch.inf
+    sign = 1.0 if side == "left" else -1.0
+
+    def area(betas):
+        curve = torch.stack([(torch.softmax(b * w, 0) * w).sum(0).mean() for b in betas])
+        heights = curve[:-1] if side == "left" else curve[1:]
+        return float((betas.diff() * heights).sum())
+
+    w = torch.where(log_w == -torch.inf, 0.0, log_w)  # what carries no weight is left out as 0
+    for partitions in (1, 2, 3):
+        schedule = Tightest(partitions, grid_size=12)
+        betas = schedule(log_w, side)
+        assert betas.shape == (partitions + 1,)
+        assert (betas.diff() > 0.0).all()
+        grid = schedule._grid()
+        ends = torch.tensor([0.0]), torch.tensor([1.0])
+        others = [
+            area(torch.cat([ends[0], grid[list(inner)], ends[1]]))
+            for inner in itertools.combinations(range(12), partitions - 1)
+        ]
+        assert sign * area(betas) == pytest.approx(max(sign * a for a in others), rel=1e-12)
+    assert sign * area(Tightest(3)(log_w, side)) > sign * area(torch.tensor([0.0, 0.05, 0.2, 1.0]))
+    with pytest.raises(ValueError, match=r"Tightest.grid_size must be at least 4, got 2"):
+        Tightest(5, grid_size=2)
+
+
+def test_the_tightest_upper_sum_lies_below_other_right_sums_and_above_iwae():
+    problem = PROBLEMS["gaussian"]
+    model, guide = problem.pair(problem.leaves((200,)), 200)
+    values = {}
+    schedules = {"tightest": Tightest(3), "moments": Moments(3), "early": [0.0, 0.01, 0.1, 1.0]}
+    for name, schedule in schedules.items():
+        pyro.set_rng_seed(0)
+        values[name] = TVO(30, schedule, "upper", vectorize_particles=True).loss(model, guide)
+    pyro.set_rng_seed(0)
+    iwae = -IWAE(30, vectorize_particles=True).loss(model, guide)
+    assert iwae < values["tightest"] < min(values["moments"], values["early"])
+
+
+def test_chosen_betas_give_a_lower_bound():
     problem = PROBLEMS["gaussian"]
     model, guide = problem.pair(problem.leaves((500,)), 500)
     values = {}
-    for name, schedule in {"moments": Moments(5), "linear": Linear(5)}.items():
+    schedules = {"moments": Moments(5), "linear": Linear(5), "tightest": Tightest(5)}
+    for name, schedule in schedules.items():
         pyro.set_rng_seed(0)
         values[name] = -TVO(50, schedule, vectorize_particles=True).loss(model, guide)
     pyro.set_rng_seed(0)
     iwae = -IWAE(50, vectorize_particles=True).loss(model, guide)
     assert values["linear"] < iwae
-    assert values["moments"] < iwae
+    assert max(values["moments"], values["linear"]) < values["tightest"] < iwae
 
 
 def belief_net():

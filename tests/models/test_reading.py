@@ -187,6 +187,8 @@ def test_a_model_without_latents_has_its_log_density_as_evidence():
         assert torch.allclose(run.lower, truth)
         assert bool((run.std_error == 0).all())
         assert any("exact: " in note for note in run.notes)
+        assert run.provenance.task == "run"
+        assert run.provenance.seconds["total"] > 0.0
         assert run.summary()
 
 

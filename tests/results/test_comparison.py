@@ -5,9 +5,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from example_results import example_results
 from perfect_chains import make_run, simulate
 
-from pyro_anneal import AnnealedImportance, compare
+from pyro_anneal import AnnealedImportance, Diagnostic, compare
+from pyro_anneal.results import Provenance
 from pyro_anneal.results.digest import add_digests, digest_of_data
 
 S = [1.8, 0.6]
@@ -66,6 +68,64 @@ def test_uncertified_runs_are_named(runs):
     assert next(n for n in result.notes if "not certified" in n).startswith("loose: its reverse")
     assert result.upper[result.names.index("loose")] == math.inf
     assert result.upper[result.names.index("sure")] == sure.upper.double()
+
+
+def test_each_run_keeps_how_it_was_computed(runs, tmp_path):
+    records = [
+        Provenance(
+            task="run",
+            seed=seed,
+            kernel="HMC()",
+            settings={"num_chains": "400", "num_steps": steps},
+            seconds={"total": seconds},
+            versions={"torch": torch_version},
+        )
+        for seed, steps, seconds, torch_version in ((3, "40", 0.5, "2.4"), (4, "3", 0.25, "2.13"))
+    ]
+    problem, z = simulate(S)
+    same = {"data_digest": runs[0].data_digest}
+    reverse = make_run(problem, start=z, certified=True, provenance=records[1], **same)
+    first, second = (
+        dataclasses.replace(run, provenance=r) for run, r in zip(runs, records, strict=True)
+    )
+    result = compare({"b": second, "a": (first, reverse)})
+    assert result.names == ("a", "b")
+    assert result.provenances == {"a": records[0], "a (reverse)": records[1], "b": records[1]}
+    assert result.provenance.task == "compare"
+    assert result.provenance.seconds == {"total": 1.0}
+    assert result.provenance.settings == {"num_chains": "400"}  # what all share
+    assert result.provenance.seed is None
+    assert any("a by torch 2.4, a (reverse) by torch 2.13" in note for note in result.notes)
+    frame = pytest.importorskip("pandas") and result.to_dataframe()
+    assert list(frame["seed"]) == [3, 4]
+    assert list(frame["seconds"]) == [0.5, 0.25]
+    result.save(tmp_path / "comparison")
+    assert type(result).load(tmp_path / "comparison").provenances == result.provenances
+    assert compare({"a": runs[0]}).provenance is None  # runs without a record
+
+
+def test_findings_of_a_certified_reverse_run_count(runs):
+    problem, z = simulate(S)
+    found = Diagnostic(name="ess", severity="warning", message="few", value=0.1)
+    for certified, verdict in ((True, "suspicious"), (False, "ok")):
+        reverse = make_run(
+            problem,
+            start=z,
+            certified=certified,
+            diagnostics=(found,),
+            data_digest=runs[0].data_digest,
+        )
+        assert compare({"a": (runs[0], reverse), "b": runs[1]}).verdict == verdict
+
+
+def test_evidence_from_draws_may_enter():
+    draws = example_results()["exact draws"]
+    result = compare({"draws": draws, "run": draws.forward})
+    i = result.names.index("draws")
+    assert result.lower[i] == draws.lower.sum().double()
+    assert result.upper[i] == draws.upper.sum().double()
+    assert result.upper[1 - i] == math.inf
+    assert result.provenances["draws"] == draws.provenance
 
 
 def _model(x):

@@ -6,60 +6,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from perfect_chains import make_run, make_sandwich, simulate
+from example_results import S, example_results
+from perfect_chains import make_run, simulate
 
-from pyro_anneal import (
-    AnnealedRun,
-    Comparison,
-    Diagnostic,
-    EvidenceOfBatches,
-    MutualInformation,
-    Sandwich,
-    compare,
-)
-from pyro_anneal.results import Provenance
-
-S = [1.8, 0.6]
-FOUND = Diagnostic(name="lag", severity="warning", message="far behind", value=math.inf)
-
-
-def results():
-    problem, z = simulate(S, (3,))
-    odd = {  # dtypes that NumPy has and has not, sizes of zero, site names with all signs
-        "half/site 'a'": torch.randn(4, 3).to(torch.bfloat16),
-        "": torch.tensor([True, False]),
-        "complex": torch.randn(2, dtype=torch.complex128),
-        "none": torch.zeros(0, 3, dtype=torch.int8),
-        "turned": torch.arange(6.0).reshape(2, 3).T,
-    }
-    provenance = Provenance(task="run", seed=3, kernel="HMC()", seconds={"total": 0.1 + 0.2})
-    run = make_run(problem, diagnostics=(FOUND,), provenance=provenance, observed=odd)
-    weights = run.log_weights.clone()
-    weights[0, 0] = -math.inf
-    sandwich, _ = make_sandwich(S, (2, 3))
-    batches = EvidenceOfBatches(
-        **{name: torch.randn(5) for name in ("lower", "single", "std_error", "ess")},
-        batch_sizes=(3, 2),
-        num_chains=4,
-        num_steps=5,
-        num_gradients=9,
-        seconds=0.3,
-        seed=1,
-        notes=("a note",),
-        data_digest="5:0",
-    )
-    information = MutualInformation.from_sandwich(sandwich)
-    return [
-        run,
-        dataclasses.replace(run, log_weights=weights, pilot=None, seed=None),
-        make_run(problem, start=z, certified=False),
-        sandwich,
-        batches,
-        dataclasses.replace(
-            information, measurements={"x": torch.tensor(2.0)}, ceiling=math.log(3)
-        ),
-        compare({"a": run, "b": run}, prior_odds=[1, 3]),
-    ]
+from pyro_anneal import AnnealedRun
 
 
 def assert_same(a, b):
@@ -85,9 +35,9 @@ def assert_same(a, b):
         assert a == b or (math.isnan(a) and math.isnan(b))
 
 
-@pytest.mark.parametrize("index", range(7))
-def test_every_result_comes_back_bit_by_bit(index, tmp_path):
-    result = results()[index]
+@pytest.mark.parametrize("name", example_results())
+def test_every_result_comes_back_bit_by_bit(name, tmp_path):
+    result = example_results()[name]
     path = tmp_path / "a result"
     result.save(path)
     again = type(result).load(str(path))
@@ -99,7 +49,7 @@ def test_every_result_comes_back_bit_by_bit(index, tmp_path):
 
 
 def test_a_file_is_plain_numpy_and_json(tmp_path):
-    run = results()[0]
+    run = example_results()["run"]
     run.save(tmp_path / "run.npz")
     with np.load(tmp_path / "run.npz", allow_pickle=False) as archive:
         content = json.loads(archive["result.json"].tobytes())
@@ -111,10 +61,10 @@ def test_a_file_is_plain_numpy_and_json(tmp_path):
 
 
 def test_another_class_is_refused_by_name(tmp_path):
-    for result in results()[2:]:
+    results = example_results().values()
+    for result in results:
         result.save(tmp_path / "x")
-        kinds = (AnnealedRun, Sandwich, EvidenceOfBatches, MutualInformation, Comparison)
-        for kind in kinds:
+        for kind in {type(other) for other in results}:
             if kind is not type(result):
                 with pytest.raises(ValueError, match=rf"{type(result).__name__}\.load\(path\)"):
                     kind.load(tmp_path / "x")
@@ -135,7 +85,7 @@ def test_other_files_and_other_versions_are_refused(tmp_path):
         np.save(file, np.zeros(3))
     with pytest.raises(ValueError, match="holds no result"):
         AnnealedRun.load(path)
-    run = results()[0]
+    run = example_results()["run"]
     run.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

@@ -6,30 +6,100 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from example_results import S, example_results
 from perfect_chains import make_run, make_sandwich, simulate
-from test_files import results
 
 from pyro_anneal import AnnealedImportance, Diagnostic, MutualInformation
-from pyro_anneal.results import Result, judge
-
-S = [1.8, 0.6]
+from pyro_anneal.results import InferenceCheck, Provenance, Result, judge
 
 
 def _found(name, severity="warning"):
     return Diagnostic(name=name, severity=severity, message=f"{name} <seen>", value=1.0)
 
 
-@pytest.mark.parametrize("index", range(7))
-def test_every_result_speaks_the_same_words(index):
-    result = results()[index]
-    assert isinstance(result, Result)
+# Words that a class lacks, for a reason that it gives when asked.
+LACKS = {
+    "MutualInformation": {"interval"},
+    "ExpectedInformationGain": {"interval"},
+    "InferenceCheck": {"interval", "normal_interval"},
+}
+
+
+def _subclasses(kind):
+    below = [k for k in kind.__subclasses__() if k.__module__.startswith("pyro_anneal.")]
+    return set(below).union(*(_subclasses(k) for k in below))
+
+
+def test_every_class_of_results_has_an_example():
+    assert {type(result) for result in example_results().values()} == _subclasses(Result)
+
+
+@pytest.mark.parametrize("name", example_results())
+def test_every_result_speaks_the_same_words(name):
+    result = example_results()[name]
     assert set(result.directions) <= {"forward", "reverse"}
     assert set(result.sides) <= {"lower", "upper"}
-    assert all(torch.equal(v, getattr(result, k)) for k, v in result.sides.items())
+    if not isinstance(result, InferenceCheck):  # its sides are those of a divergence
+        assert all(torch.equal(v, getattr(result, k)) for k, v in result.sides.items())
     assert isinstance(result.diagnostics, tuple)
+    assert isinstance(result.notes, tuple)
     assert result.verdict == judge(result.diagnostics)
+    assert result.verdict in ("ok", "suspicious", "failed")
+    assert result.provenance is None or isinstance(result.provenance, Provenance)
+
+
+@pytest.mark.parametrize("name", example_results())
+def test_every_result_is_shown(name, tmp_path):
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    result = example_results()[name]
     assert result.summary() == repr(result)
+    _, *rows = repr(result).splitlines()
+    assert "nats" in repr(result)
+    assert len(rows) >= 3
     assert "verdict" in repr(result)
+    for found in result.diagnostics:
+        assert found.message in repr(result)
+    if result.provenance is not None:
+        assert "wall time" in repr(result)
+    html = result._repr_html_()
+    assert html.startswith("<div><strong>")
+    assert "verdict" in html
+    frame = result.to_dataframe()
+    assert len(frame) > 0
+    assert frame.columns.is_unique
+    figure = result.plot()
+    figure.savefig(tmp_path / "picture.png", dpi=40)
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    inference = isinstance(result, InferenceCheck)  # p-values and ranks have no unit
+    assert inference or any("nats" in text for text in texts)
+    assert figure.get_suptitle() or any(axes.get_title() for axes in figure.axes)
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize("name", example_results())
+def test_every_interval_has_a_level_and_two_ends(name):
+    result = example_results()[name]
+    for word in ("interval", "normal_interval"):
+        if word in LACKS.get(type(result).__name__, ()):
+            with pytest.raises(AttributeError, match=rf"has no {word}\(\)"):
+                getattr(result, word)
+            continue
+        if word == "interval" and name == "estimate":
+            with pytest.raises(ValueError, match="not certified"):
+                result.interval()
+            continue
+        intervals = [getattr(result, word)(level) for level in (0.5, 0.9)]
+        (low, high), (lower, higher) = (map(torch.as_tensor, ends) for ends in intervals)
+        ordered = (lower <= low) & (low <= high) & (high <= higher)
+        unknown = low.isnan() & high.isnan()  # where no standard error is known
+        assert bool((ordered | unknown).all())
+        for level in (0.0, 1.0, -1.0):
+            with pytest.raises(ValueError, match="level must lie strictly between 0 and 1"):
+                getattr(result, word)(level)
 
 
 def test_verdict():
@@ -67,13 +137,15 @@ def test_html_is_escaped_and_holds_all_rows():
     html = run._repr_html_()
     assert "ess &lt;seen&gt;" in html
     assert html.count("<tr>") == len(run._table().rows) == html.count("</tr>")
-    table = results()[-1]._repr_html_()
+    table = example_results()["comparison"]._repr_html_()
     assert table.count("<tr>") == 3  # a header and two models
 
 
 def test_data_frames_hold_the_numbers():
     pandas = pytest.importorskip("pandas")
-    run, *_, reverse, sandwich, batches, information, comparison = results()
+    examples = example_results()
+    names = ("run", "estimate", "sandwich", "batches", "information", "comparison")
+    run, reverse, sandwich, batches, information, comparison = (examples[n] for n in names)
     frame = run.to_dataframe()
     assert isinstance(frame, pandas.DataFrame)
     assert frame.index.names == ["data"]
@@ -98,7 +170,7 @@ def test_data_frames_hold_the_numbers():
 def test_absence_of_pandas_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-anneal\[pandas\]'"):
-        results()[0].to_dataframe()
+        example_results()["run"].to_dataframe()
 
 
 def _model(x):
@@ -122,6 +194,10 @@ def test_provenance_splits_the_wall_time():
         result = getattr(ais, name)(*arguments)
         record = result.provenance
         assert record.task == name
+        assert record.settings["num_chains"] == "4"
+        assert record.settings["num_steps"] == "20"
+        assert record.settings["guide"] == "auto"
+        assert record.settings["model"] == "_model"
         assert record.seed == 5
         assert record.kernel.startswith("HMC(")
         assert set(record.versions) == {"pyro_anneal", "pyro", "torch", "python"}

@@ -115,8 +115,25 @@ def test_what_cannot_be_continued_says_so(run, tmp_path):
     reverse = ais.run_reverse({"rate": torch.ones(2, dtype=torch.float64)}, COUNTS)
     with pytest.raises(ValueError, match="needs a forward run"):
         reverse.posterior_samples(3)
-    with pytest.raises(ValueError, match="simulated data"):
-        to_datasets(ais.sandwich(COUNTS), log_likelihood=True)
+    with pytest.raises(ValueError, match="several simulated data sets"):
+        ais.sandwich(COUNTS, num_simulations=2).to_arviz(log_likelihood=True)
+
+
+def test_a_sandwich_continues_on_its_simulated_data():
+    ais = AnnealedImportance(
+        _gamma_model, num_chains=24, num_steps=40, compile=False, progress_bar=False, seed=1
+    )
+    sandwich = ais.sandwich(COUNTS)
+    counts = sandwich.simulated["x"]
+    assert not torch.equal(counts, COUNTS)
+    truth = torch.distributions.Gamma(2.0 + counts.sum(), 9.0)
+    chains = sandwich.posterior_samples(1200, seed=1)["rate"].reshape(-1, 24).mean(0)
+    assert (chains.mean() - truth.mean).abs() < 5 * chains.std() / math.sqrt(24)
+    groups = to_datasets(sandwich, log_likelihood=True, num_samples=50, seed=2)
+    rate = torch.tensor(groups["posterior"]["rate"].values[0])
+    expected = torch.distributions.Poisson(rate[:, None]).log_prob(counts)
+    np.testing.assert_allclose(groups["log_likelihood"]["x"].values[0], expected.numpy())
+    assert all(group.attrs["simulated_data"] == 1 for group in groups.values())
 
 
 def test_log_likelihood_of_each_datum(run):

@@ -454,9 +454,7 @@ def test_a_target_for_the_gap_chooses_the_steps():
     assert est.upper >= problem.truth - 5 * est.upper_std_error
     assert not [d for d in est.diagnostics if d.name == "target"]
     short = mi.AIS(problem.joint, num_chains=1, target_gap=0.001, max_rounds=1)
-    (found,) = (
-        d for d in short.estimate(num_pairs=30, seed=0).diagnostics if d.name == "target"
-    )
+    (found,) = (d for d in short.estimate(num_pairs=30, seed=0).diagnostics if d.name == "target")
     assert "raise max_rounds" in found.message
     with pytest.raises(ValueError, match="either target_gap or num_steps"):
         mi.AIS(problem.joint, num_steps=10, target_gap=0.1)
@@ -499,7 +497,7 @@ def test_a_killed_estimate_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         assert torch.equal(other.pair_upper, whole.pair_upper)
     plain = mi.AIS(problem.joint, num_chains=2, num_steps=5)
     assert torch.equal(estimate(plain).pair_lower, whole.pair_lower)
-    with pytest.raises(ValueError, match="belongs to another run: prior_weight|resampling"):
+    with pytest.raises(ValueError, match="another run: resampling"):
         estimate(bound(resampling=False))
     other = correlated_normal(0.61, 2.0, d=2).joint
     with pytest.raises(ValueError, match="belongs to another run"):

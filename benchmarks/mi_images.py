@@ -276,7 +276,7 @@ def main() -> None:
         "MINE-AIS, MLP": mine("MLP", steps, 1e-3),
         "MINE-AIS, separable": mine("separable", steps, 1e-3),
         "MINE-AIS, likelihood, untouched": mine("likelihood", 0, 0.0),
-        "MINE-AIS, likelihood": mine("likelihood", 300, 3e-4),
+        "MINE-AIS, likelihood, 300 steps": mine("likelihood", 300, 3e-4),
     }
     for length in (10, 100, 1000):
         rows[f"AIS, K=8, T={length}"] = fixed(mi.AIS(joint, num_chains=8, num_steps=length))

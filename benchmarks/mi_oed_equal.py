@@ -154,7 +154,7 @@ def theirs(problem: Problem, budget: int, seed: int) -> dict[str, Tensor]:
     pyro.set_rng_seed(seed)
     labels = {"observation_labels": ["y"], "target_labels": [problem.target]}
     found = {}
-    inner = int(round(budget ** (1 / 3)))
+    inner = round(budget ** (1 / 3))
     found["NMC (upper)"] = eig.nmc_eig(
         problem.model, problem.design, N=budget // (inner + 1), M=inner, **labels
     )
@@ -179,7 +179,7 @@ def theirs(problem: Problem, budget: int, seed: int) -> dict[str, Tensor]:
         num_steps=half // (3 * batch),
         final_num_samples=half,
     )
-    final = max(4, int(round(half ** (1 / 3))))
+    final = max(4, round(half ** (1 / 3)))
     found["VNMC (upper)"] = guided(
         eig.vnmc_eig,
         num_samples=(batch, 4),

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from ..arguments import as_count, as_seed, check_function
 from ..persistence.randomness import seeded_if
-from ..results.findings import warn
+from ..results.findings import Diagnostic, warn
 from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
 from ..results.rounds import PairRounds
 from .checkpoints import OncePerBatch, keep_batches
@@ -51,6 +51,7 @@ class Values:
     ceiling: float | None = None
     notes: tuple[str, ...] = ()
     measurements: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
 
 
 class Bound(nn.Module, ABC):
@@ -390,6 +391,7 @@ class Bound(nn.Module, ABC):
             measurements=measurements,
             diagnostics=(
                 *few_pairs(len(per_pair)),
+                *values.diagnostics,
                 *(() if self.history is None else self.history.diagnostics),
             ),
         )

@@ -442,12 +442,12 @@ def test_resampling_of_ir_bounds_is_refused():
 
 def test_a_target_for_the_gap_chooses_the_steps():
     """Rounds choose T on the first batch, for all; a target out of reach is named."""
-    problem = correlated_normal(0.9, 2.0, d=4)
+    problem = correlated_normal(0.8, -math.log(1.0 - 0.64), d=2)
     bound = mi.AIS(problem.joint, num_chains=4, target_gap=0.1)
-    est = bound.estimate(num_pairs=300, batch_size=100, seed=0)
+    est = bound.estimate(num_pairs=120, batch_size=40, seed=0)
     gaps = est.pair_upper - est.pair_lower
     assert est.gap < 0.1 + 3 * gaps.std() / len(gaps) ** 0.5
-    assert 32 <= est.measurements["num_steps"] <= 512
+    assert 16 <= est.measurements["num_steps"] <= 256
     # All batches have the same T, so its mean is a number of steps.
     assert est.measurements["num_steps"] == est.measurements["num_steps"].round()
     assert est.lower <= problem.truth + 5 * est.lower_std_error
@@ -509,16 +509,20 @@ def test_a_killed_estimate_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 def test_a_likelihood_as_critic_gives_iwae_and_the_best_bound():
     """With the true likelihood GIWAE is IWAE on the same draws, and IBAL is I."""
     problem = linear_vae()
-    x, z = problem.joint.sample(40)
+    x, z = problem.joint.sample(30)
     scale = problem.guide(x).stddev
     guide = lambda x: dist.Normal(problem.guide(x).mean, scale[0]).to_event(1)
     critic = mi.LikelihoodCritic(problem.joint.likelihood, problem.joint.prior, guide)
-    giwae = mi.GIWAE(problem.joint.prior, guide, critic, 20).estimate(x, z, seed=0)
+    giwae = mi.GIWAE(problem.joint, guide, critic, 20).estimate(x, z, seed=0)
     iwae = mi.IWAE(problem.joint, guide, 20).estimate(x, z, seed=0)
-    # The draws differ in number by the one of the upper bound only, so the means agree closely.
-    noise = (giwae.pair_lower - iwae.pair_lower).std() / 40**0.5
+    torch.testing.assert_close(giwae.lower, giwae.measurements["best_critic"], atol=1e-3, rtol=0.0)
+    noise = (giwae.pair_lower - iwae.pair_lower).std() / 30**0.5  # other draws of the guide
     assert (giwae.lower - iwae.lower).abs() < 5 * noise + 1e-4
-    mine = mi.MINEAIS(problem.joint.prior, guide, critic, num_chains=8, num_steps=200)
+    assert not [d for d in giwae.diagnostics if d.name == "critic"]
+    poor = mi.GIWAE(problem.joint, guide, lambda x, z: 0.3 * critic(x, z), 20)
+    (found,) = (d for d in poor.estimate(x, z, seed=0).diagnostics if d.name == "critic")
+    assert found.value > 0.1
+    mine = mi.MINEAIS(problem.joint.prior, guide, critic, num_chains=4, num_steps=60)
     exact = problem.log_ratio(x, z)
     deficit = exact - mine.estimate(x, z, seed=0).pair_lower
-    assert -5 * deficit.std() / 40**0.5 < deficit.mean() < 0.1
+    assert -5 * deficit.std() / 30**0.5 < deficit.mean() < 0.2

@@ -8,6 +8,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv: some minutes, without a word, if torch has to be downloaded."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
@@ -34,6 +35,7 @@ notebooks: .venv/installed
 	$(BIN)/python tutorials/build.py
 
 .venv/installed-docs: .venv/installed
+	@echo "Installing what the documentation needs into .venv: a minute."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 

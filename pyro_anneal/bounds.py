@@ -93,7 +93,8 @@ def independent_multi_lower(forward: Tensor) -> Tensor:
 
     .. math:: L = \log \frac{1}{K} \sum_{k=1}^K w_k
 
-    The chains are K independent forward chains. This is also the lower bound of BDMC.
+    The chains are K independent forward chains. This is also the lower bound of
+    bidirectional Monte Carlo (BDMC).
 
     Source: Brekelmans et al. (2022), section 3; Burda et al. (2016) for T = 1.
 
@@ -144,7 +145,7 @@ def independent_multi_upper(reverse: Tensor, forward: Tensor) -> Tensor:
 
 
 def coupled_upper(reverse: Tensor) -> Tensor:
-    r"""Computes the coupled reverse (CR) upper bound, that of BDMC.
+    r"""Computes the coupled reverse (CR) upper bound, that of bidirectional Monte Carlo (BDMC).
 
     .. math:: U = -\log \frac{1}{K} \sum_{k=1}^K \frac{1}{w_k}
 

@@ -14,7 +14,7 @@ from pyro_anneal.weights import (
 
 INF = math.inf
 
-finite = st.floats(-300.0, 300.0)
+finite = st.floats(-300.0, 300.0, allow_subnormal=False)
 weights_or_zero = st.one_of(finite, st.just(-INF))
 REDUCTIONS = (log_mean_exp, effective_sample_size, log_normalized_weights)
 

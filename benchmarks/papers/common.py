@@ -8,7 +8,7 @@ paper's a run comes, and each row says how long it was.
 
 Data: ``--data FOLDER`` holds MNIST's four gzipped idx files in ``mnist/`` (LeCun and Cortes), and
 ``omniglot/omniglot28_box.npz`` (Lake et al., MIT), 28 x 28 grey images with the arrays ``background`` and
-``evaluation``.
+``evaluation``. Where a person has Fashion-MNIST, its files in ``fashion-mnist/`` are read like MNIST's.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class Images:
         )
 
 
-def mnist(folder: Path) -> Images:
+def mnist(folder: Path, name: str = "mnist") -> Images:
     """Reads MNIST: 50,000 images to train, 10,000 to validate, 10,000 to test."""
 
-    def read(name: str) -> Tensor:
-        with gzip.open(folder / "mnist" / f"{name}-images-idx3-ubyte.gz") as file:
+    def read(part: str) -> Tensor:
+        with gzip.open(folder / name / f"{part}-images-idx3-ubyte.gz") as file:
             pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
         return torch.from_numpy(pixels / np.float32(255.0))
 
@@ -107,7 +107,7 @@ def load(name: str, folder: Path | None) -> Images:
         return digits()
     if folder is None:
         raise SystemExit(f"--images {name} needs --data FOLDER")
-    return {"mnist": mnist, "omniglot": omniglot}[name](folder)
+    return omniglot(folder) if name == "omniglot" else mnist(folder, name)
 
 
 class Record:

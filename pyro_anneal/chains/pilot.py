@@ -49,13 +49,20 @@ _SMALLEST_LOG_INCREMENT = math.log(1e-200)
 
 @dataclass(frozen=True)
 class Pilot:
-    """Settings of the pilot.
+    """Settings of the pilot, the short run that chooses betas, step sizes and scales.
+
+    M particles walk from the base to the target in stages. In each stage beta grows until their
+    weights are worth ``ess_fraction * M`` equal ones; then they are resampled, and moved
+    ``num_moves`` times while the step size is adapted. The defaults suit most models. Give the
+    pilot more chains or moves if a warning says that the run's acceptance is not the pilot's.
 
     Args:
-        num_chains: Particles M; None for the run's number of chains, within 16 and 64.
+        num_chains: Number M of particles; None for the run's number of chains, but at least 16
+            and at most 64.
         num_moves: Transitions per stage.
-        ess_fraction: Fraction of effective particles kept by one stage; lower means fewer stages.
-        max_stages: Stages after which the pilot jumps to the target.
+        ess_fraction: Effective sample size over M at which a stage ends, in (0, 1). A lower one
+            means fewer and longer stages.
+        max_stages: Number of stages after which the pilot goes to the target at once.
 
     Raises:
         ValueError: If a number is out of range.

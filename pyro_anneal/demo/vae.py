@@ -156,15 +156,15 @@ def plot_demo(outcome: DemoOutcome) -> Any:
     panels = figure.subplots(2, 3)
     _plot_closing(panels[0, 0], outcome)
     plot_log_weights(outcome.from_prior[max(outcome.from_prior)], axes=panels[0, 1])
-    panels[0, 1].set_title("from the prior, longest run", fontsize="medium")
+    panels[0, 1].set_title("From the prior, longest run", fontsize="medium")
     plot_log_weights(outcome.sandwich, axes=panels[0, 2])
-    panels[0, 2].set_title("from the encoder", fontsize="medium")
+    panels[0, 2].set_title("From the encoder", fontsize="medium")
     plot_thermodynamic_curve(outcome.from_prior[max(outcome.from_prior)], axes=panels[1, 0])
     real = outcome.held_out.observed["x"]
     simulated = outcome.sandwich.simulated["x"]
     for axes, images, title in (
-        (panels[1, 1], real, "held-out digits, log p(x) at least"),
-        (panels[1, 2], simulated, "simulated digits, log p(x) between"),
+        (panels[1, 1], real, "Held-out digits, log p(x) at least"),
+        (panels[1, 2], simulated, "Simulated digits, log p(x) between"),
     ):
         _plot_images(axes, images[:9])
         axes.set_title(title, fontsize="medium")
@@ -187,7 +187,7 @@ def _plot_closing(axes: Axes, outcome: DemoOutcome) -> None:
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set(xlabel="steps $T$", ylabel="bound - log p(x) (nats per digit)")
-    axes.set_title("bounds from the prior, simulated digits", fontsize="medium")
+    axes.set_title("Bounds from the prior, simulated digits", fontsize="medium")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 

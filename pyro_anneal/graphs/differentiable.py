@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .recording import LogDensities, batch, trace
+from .evaluation import LogDensities
+from .recording import batch, trace
 
 __all__ = ["DifferentiableDensity"]
 

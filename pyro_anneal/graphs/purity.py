@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.places import user_line
 from ..models.validation import validation_disabled
-from .recording import Outputs, evaluate, evaluate_or_nan
+from .evaluation import LogDensities, Outputs, evaluate, evaluate_or_nan
 from .rewriting import Impure, is_random
 
 __all__ = ["check_pure", "rows_meet_at", "undisturbed", "worst_difference"]
 
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 
@@ -86,9 +85,9 @@ def check_pure(function: LogDensities, position: Tensor, *, gradients: bool = Tr
         if not torch.allclose(one, two, rtol=rtol, atol=rtol, equal_nan=True):
             raise Impure(
                 f"the density gave two different results at the same position ({name}: {one} and "
-                f"{two}): annealing needs a deterministic density; look for other sources of "
-                "randomness, for data written in place, and for attributes that change with each "
-                "evaluation"
+                f"{two}): annealing needs a deterministic density; call .eval() on modules with "
+                "dropout or batch normalization, and look for other sources of randomness, for "
+                "data written in place, and for attributes that change with each evaluation"
             )
     return result
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from torch import Tensor, fx
 
 from ..kernels import Density
+from .evaluation import LogDensities
 from .exits import Exit
 
 __all__ = ["LogDensities", "Mode", "RecordedDensity"]
 
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]  # of one chain: base and target
 Mode = Literal["compiled", "graph", "graph-loop", "eager"]
 
 

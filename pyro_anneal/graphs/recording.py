@@ -6,12 +6,11 @@ operations (:func:`trace`). Only then are in-place writes removed, and only then
 vectorized over chains (:func:`batch`): user code and its ``autograd.Function`` classes, which
 :func:`torch.func.vmap` would refuse, are no longer in it. Last, everything that does not depend on
 the position is split off, to run once per annealing run instead of once per evaluation
-(:func:`split`).
+(:func:`~pyro_anneal.graphs.programs.split`).
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,14 +26,13 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
 )
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.places import current_place
+from .evaluation import FailuresAsNaN, LogDensities, as_written, evaluate, values_of
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
 from .guards import Guards, split_guards
 from .rewriting import (
-    dependent_nodes,
     drop_dead,
     is_mutable,
     lift_constants,
@@ -44,24 +42,16 @@ from .rewriting import (
 )
 
 __all__ = [
-    "FailuresAsNaN",
     "Recording",
     "Trace",
     "batch",
-    "evaluate",
-    "evaluate_or_nan",
     "flat_graph",
     "record",
     "record_densities",
-    "split",
     "trace",
 ]
 
 aten = torch.ops.aten
-# Not in the stubs of every version of torch.
-LINALG_ERROR: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,36 +76,6 @@ class Recording(NamedTuple):
     constants: list[Tensor]  # in the order in which they were read
     influence: Influence
     code: str
-
-
-class FailuresAsNaN(TorchDispatchMode):
-    """Makes a failed factorization return NaN instead of raising, matrix by matrix.
-
-    ``torch.linalg.cholesky``, ``inv``, ``solve`` and ``lu_factor`` are two operations: one that
-    reports failures in an ``info`` tensor, one that raises on it. Here the second is skipped and
-    the results of the first are NaN where ``info`` is not zero, so a bad proposal of one chain is
-    rejected and the other chains go on.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Runs one operation."""
-        kwargs = dict(kwargs or {})
-        if func is aten._linalg_check_errors.default:
-            return None
-        if "check_errors" in kwargs:
-            kwargs["check_errors"] = False
-        result = func(*args, **kwargs)
-        returns = func._schema.returns
-        if len(returns) < 2 or returns[-1].name != "info":
-            return result
-        *values, info = result
-        failed = info.ne(0)
-        return (*[_nan_where(failed, value) for value in values], info)
 
 
 class _Recording(FailuresAsNaN):
@@ -155,61 +115,6 @@ def _note_place() -> None:
         node.meta["place"] = place
 
 
-def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    failed = failed.reshape(failed.shape + (1,) * (value.dim() - failed.dim()))
-    return torch.where(failed, torch.nan, value)
-
-
-def evaluate(
-    function: LogDensities,
-    position: Tensor,
-    row_weights: Tensor | None = None,
-    *,
-    gradients: bool = True,
-) -> Outputs:
-    """Computes both log densities and their gradients for one chain.
-
-    Args:
-        function: One chain's ``(log_base, log_target)``, each of shape ``[*batch]``.
-        position: Unconstrained position, shape ``[*batch, D]``.
-        row_weights: Weights ``[*batch]`` of the rows in the sum whose gradient is taken.
-        gradients: Whether gradients are needed; zeros if not, and the function may leave torch.
-
-    Returns:
-        Log densities ``[*batch]`` and gradients ``[*batch, D]``; a gradient is zero where the
-        density does not depend on the position.
-
-    Raises:
-        ValueError: If a log density has another shape.
-    """
-    context: Any = getattr(function, "context", nullcontext)  # backward passes need it as well
-    with torch.enable_grad() if gradients else torch.no_grad(), as_written(), context():
-        leaf = position.detach().requires_grad_(gradients)
-        log_densities = _values(function, leaf)
-        grads = [_gradient(value, leaf, row_weights) for value in log_densities]
-    log_base, log_target = (value.detach().contiguous() for value in log_densities)
-    return log_base, log_target, grads[0].contiguous(), grads[1].contiguous()
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Runs what a model has compiled by itself as it is written, where torch can.
-
-    A compiled module keeps no graph that could be differentiated twice, nor recorded.
-    """
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is None or not hasattr(torch.compiler, "set_stance"):
-        yield
-        return
-    with (
-        torch.compiler.set_stance("force_eager"),
-        dynamo.config.patch(error_on_nested_fx_trace=False),
-    ):
-        yield
-
-
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     """Records recurrent layers step by step: oneDNN's one operation does not replay."""
@@ -219,62 +124,6 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
-
-
-def _values(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes both log densities of one chain, and checks that there is one per row."""
-    log_densities = function(position)
-    for name, value in zip(("log_base", "log_target"), log_densities, strict=True):
-        if value.shape != position.shape[:-1]:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}, expected {list(position.shape[:-1])}: "
-                f"one log density per row of the position {list(position.shape)}"
-            )
-    return log_densities
-
-
-def _gradient(value: Tensor, leaf: Tensor, row_weights: Tensor | None) -> Tensor:
-    if not value.requires_grad:
-        return torch.zeros_like(leaf)
-    # Rows are independent, so the gradient of the sum holds every row's own gradient. The graph is
-    # retained because base and target share parts of it.
-    value = value if row_weights is None else value * row_weights
-    (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(leaf) if grad is None else grad.detach()
-
-
-def evaluate_or_nan(
-    function: LogDensities, position: Tensor, *, strict: bool = False, gradients: bool = True
-) -> Outputs:
-    """Computes :func:`evaluate`, with NaN where a model raises at this position.
-
-    Args:
-        function: One chain's ``(log_base, log_target)``.
-        position: Unconstrained position, shape ``[*batch, D]``.
-        strict: Whether only failed factorizations count; other errors are raised.
-        gradients: As in :func:`evaluate`.
-
-    Returns:
-        As :func:`evaluate`; NaN log densities with zero gradients if the whole chain fails.
-    """
-    try:
-        return evaluate(function, position, gradients=gradients)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        if strict and not isinstance(error, LINALG_ERROR):
-            raise
-    try:
-        with FailuresAsNaN():  # spares the rows that did not fail
-            return evaluate(function, position, gradients=gradients)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (ValueError, ArithmeticError, RuntimeError):
-        if strict:
-            raise
-    nan = torch.full(position.shape[:-1], torch.nan, dtype=position.dtype, device=position.device)
-    zero = torch.zeros_like(position, memory_format=torch.contiguous_format)
-    return nan, nan, zero, zero
 
 
 def _sources_when_called() -> AbstractContextManager[Any]:
@@ -367,7 +216,7 @@ def record_densities(
 
     def outputs(leaf: Tensor) -> tuple[Tensor, ...]:
         if only_values:
-            return _values(function, leaf)
+            return values_of(function, leaf)
         return evaluate(function, leaf, gradients=gradients)
 
     return _record(outputs, position)
@@ -463,40 +312,3 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
         constants = [*constants, *lift_constants(batched)]
         ShapeProp(batched).propagate(position, *constants)
     return Trace(simplify(batched), constants)
-
-
-def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Splits off everything that does not depend on the position.
-
-    Args:
-        graph: Graph of ``(position, *constants)``.
-
-    Returns:
-        The prologue ``(*constants) -> values`` and the body ``(position, *values) -> Outputs``.
-    """
-    dependent = dependent_nodes(graph)
-    position, *constants = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-    users = [node for node in graph.graph.nodes if node in dependent or node is output]
-    values = list(
-        dict.fromkeys(n for user in users for n in user.all_input_nodes if n not in dependent)
-    )
-
-    prologue, body = fx.Graph(), fx.Graph()
-    early: dict[fx.Node, fx.Node] = {}
-    late = {position: body.placeholder("position")}
-    for number, node in enumerate(constants):
-        early[node] = prologue.placeholder(f"constant_{number}")
-    for number, node in enumerate(values):
-        late[node] = body.placeholder(f"value_{number}")
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node in dependent:
-            late[node] = body.node_copy(node, late.__getitem__)
-        elif node.op == "call_function":
-            early[node] = prologue.node_copy(node, early.__getitem__)
-    prologue.output(tuple(early[node] for node in values))
-    body.output(fx.map_arg(output.args[0], late.__getitem__))
-    for part in (prologue, body):
-        part.eliminate_dead_code()
-        part.lint()
-    return fx.GraphModule(torch.nn.Module(), prologue), fx.GraphModule(torch.nn.Module(), body)

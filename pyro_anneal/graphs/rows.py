@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +17,12 @@ from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from ..models.places import described
+from .evaluation import LogDensities
 from .purity import undisturbed
 from .recording import record
 from .row_rules import Call, Meet, Result, Rows, rule_of, unknown
 
 __all__ = ["Meeting", "find_meeting", "forward_graph"]
-
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from .base import Density, Info, Kernel, State, Tuning
 from .composite import Composite
 from .discrete import DiscreteLangevin, SingleSite
-from .hmc import HMC, accept, leapfrog
+from .hmc import HMC, leapfrog
 from .lattice import Block, Lattice
+from .metropolis import accept
 from .random_walk import RandomWalk
 
 __all__ = [

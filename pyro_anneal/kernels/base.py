@@ -30,7 +30,6 @@ __all__ = [
     "largest_step",
     "moves_chains_alone",
     "needs_gradients",
-    "normal_and_uniform",
     "step_targets",
 ]
 
@@ -78,18 +77,6 @@ class Info(NamedTuple):
     accept_prob: Tensor  # [K, *batch]
     diverging: Tensor  # bool, [K, *batch]
     accept_by_part: Tensor | None = None  # of a kernel of M parts, [K, *batch, M]
-
-
-def normal_and_uniform(state: State, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Draws a standard normal per coordinate and a uniform number per chain and batch element."""
-    position = state.position
-    normal = torch.randn(
-        position.shape, dtype=position.dtype, device=position.device, generator=generator
-    )
-    uniform = torch.rand(
-        position.shape[:-1], dtype=position.dtype, device=position.device, generator=generator
-    )
-    return normal, uniform
 
 
 @runtime_checkable

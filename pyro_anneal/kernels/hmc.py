@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..arguments import as_count, as_real
-from .base import Density, Info, Kernel, State, Tuning
-from .noise import Noise, draw_step
+from .base import Density, Info, State, Tuning
+from .metropolis import MetropolisKernel, accept, check_target_accept
+from .noise import Noise
 
-__all__ = ["HMC", "accept", "leapfrog"]
+__all__ = ["HMC", "leapfrog"]
 
 # An energy error of 1000 nats marks a divergence, as in Stan and Pyro.
 MAX_ENERGY_ERROR = 1000.0
@@ -50,48 +50,21 @@ def leapfrog(
     return state, momentum
 
 
-def accept(
-    state: State, proposal: State, log_accept: Tensor, uniform: Tensor
-) -> tuple[State, Tensor]:
-    """Accepts or rejects per chain and batch element, on the log scale.
-
-    A NaN in ``log_accept`` rejects, so one bad proposal never poisons a chain.
-
-    Args:
-        state: Current states.
-        proposal: Proposed states.
-        log_accept: Log acceptance ratio, shape ``[K, *batch]``.
-        uniform: Uniform numbers in [0, 1), shape ``[K, *batch]``.
-
-    Returns:
-        The next states, and the acceptance probability in [0, 1].
-    """
-    log_accept = torch.where(log_accept.isnan(), -torch.inf, log_accept)
-    # 1 - uniform lies in (0, 1]: a uniform of exactly 0 must not accept an absurd proposal.
-    take = torch.log1p(-uniform) < log_accept
-    wide = take.unsqueeze(-1)
-    new = State(
-        position=torch.where(wide, proposal.position, state.position),
-        log_base=torch.where(take, proposal.log_base, state.log_base),
-        log_target=torch.where(take, proposal.log_target, state.log_target),
-        grad_base=torch.where(wide, proposal.grad_base, state.grad_base),
-        grad_target=torch.where(wide, proposal.grad_target, state.grad_target),
-    )
-    return new, log_accept.clamp(max=0.0).exp()
-
-
 @dataclass(frozen=True)
-class HMC:
+class HMC(MetropolisKernel):
     r"""Hamiltonian Monte Carlo: fresh momentum, L leapfrogs, Metropolis test.
 
-    Reversible with respect to the path's density at any beta, step size and mass. One step costs
-    exactly ``num_leapfrog`` gradients.
+    This is the default kernel for continuous latents. A transition draws a momentum, follows the
+    gradient of the log density for ``num_leapfrog`` steps, and accepts or rejects where it arrives.
+    Step sizes and a scale per coordinate are tuned by the pilot, for each beta. The kernel is
+    reversible with respect to the path's density at any beta, step size and scale, and one
+    transition costs exactly ``num_leapfrog`` gradients.
 
     Source: Neal (2011), *MCMC using Hamiltonian dynamics*, sections 3.2 and 4.2 (jitter).
 
     Args:
-        num_leapfrog: Leapfrogs per transition. Few leapfrogs and many temperatures win for
-            annealing.
+        num_leapfrog: Leapfrogs per transition. At the same cost, more temperatures with few
+            leapfrogs give tighter bounds than fewer temperatures with many.
         target_accept: Acceptance probability that the pilot steers the step sizes toward.
         jitter: Each chain multiplies its step size by a number uniform on ``1 - jitter`` to
             ``1 + jitter``, drawn anew at each transition. Without it, L leapfrogs of one length can
@@ -112,8 +85,7 @@ class HMC:
 
     def __post_init__(self) -> None:
         as_count("num_leapfrog", self.num_leapfrog)
-        if not 0.0 < as_real("target_accept", self.target_accept) < 1.0:
-            raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
+        check_target_accept(self.target_accept)
         if not 0.0 <= as_real("jitter", self.jitter) < 1.0:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
 
@@ -122,19 +94,10 @@ class HMC:
         """Gradients per transition: the leapfrogs."""
         return self.num_leapfrog
 
-    @property
-    def moves_chains_alone(self) -> bool:
-        """Chains do not see each other, so a step may be recorded for one of them."""
-        return True
-
     def declared_noise(self, state: State) -> tuple[Noise, ...]:
         """A standard normal momentum, a uniform number, and one in [-1, 1) for the jitter."""
         momentum = Noise("normal", (state.position.shape[-1],))
         return momentum, Noise("uniform"), Noise("uniform", low=-1.0)
-
-    def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws what is declared, for one step."""
-        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,
@@ -154,7 +117,3 @@ class HMC:
         new, accept_prob = accept(state, proposal, log_accept, uniform)
         diverging = ~(log_accept > -MAX_ENERGY_ERROR)  # NaN counts as diverging
         return new, Info(accept_prob=accept_prob, diverging=diverging)
-
-    def reversal(self) -> Kernel:
-        """Returns the kernel itself: it satisfies detailed balance."""
-        return self

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..arguments import as_real
-from .base import Density, Info, Kernel, State, Tuning
-from .hmc import accept
-from .noise import Noise, draw_step
+from .base import Density, Info, State, Tuning
+from .metropolis import MetropolisKernel, accept, check_target_accept
+from .noise import Noise
 
 __all__ = ["RandomWalk"]
 
 
 @dataclass(frozen=True)
-class RandomWalk:
+class RandomWalk(MetropolisKernel):
     r"""Random-walk Metropolis with Gaussian proposals ``u + step_size * scale * noise``.
 
     Reversible. One step evaluates the density once.
@@ -37,18 +35,12 @@ class RandomWalk:
     target_accept: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0.0 < as_real("target_accept", self.target_accept) < 1.0:
-            raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
+        check_target_accept(self.target_accept)
 
     @property
     def num_gradients(self) -> int:
         """Evaluations per transition."""
         return 1
-
-    @property
-    def moves_chains_alone(self) -> bool:
-        """Chains do not see each other, so a step may be recorded for one of them."""
-        return True
 
     def declared_noise(self, state: State) -> tuple[Noise, ...]:
         """A standard normal step and a uniform number."""
@@ -58,10 +50,6 @@ class RandomWalk:
     def needs_gradients(self) -> bool:
         """Proposals do not look at gradients, so the density may leave torch."""
         return False
-
-    def noise(self, state: State, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draws what is declared, for one step."""
-        return draw_step(self.declared_noise(state), state, generator)
 
     def step(
         self,
@@ -78,7 +66,3 @@ class RandomWalk:
         log_accept = proposal.log_density(beta) - state.log_density(beta)
         new, accept_prob = accept(state, proposal, log_accept, uniform)
         return new, Info(accept_prob=accept_prob, diverging=log_accept.isnan())
-
-    def reversal(self) -> Kernel:
-        """Returns the kernel itself: it satisfies detailed balance."""
-        return self

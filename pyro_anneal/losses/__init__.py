@@ -4,6 +4,7 @@ from .aiwae import AIWAE
 from .differentiable_ais import DifferentiableAIS
 from .eubo import EUBO
 from .iwae import IWAE
+from .kl import anneal_kl
 from .partitions import Moments, Tightest
 from .reverse_score import ReverseScore
 from .tvo import TVO
@@ -17,4 +18,5 @@ __all__ = [
     "Moments",
     "ReverseScore",
     "Tightest",
+    "anneal_kl",
 ]

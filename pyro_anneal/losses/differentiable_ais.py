@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from ..arguments import as_count, as_real
 from ..graphs.differentiable import DifferentiableDensity
 from ..models.types import Fn, Trace
+from ..persistence.randomness import own_randomness
 from ..problems.bases import PathDensity
 from ..weights import log_mean_exp
 from .base import Evaluation, ParticleELBO, PyroOptions, require_pathwise
@@ -23,6 +24,10 @@ from .problem_cache import FixedBatch, ProblemCache, pack_draws
 from .traces import Arguments
 
 __all__ = ["DifferentiableAIS"]
+
+_LARGEST_STEP = 1.0
+_SMALLEST_STEP = 2.0**-24
+_NUM_PROBES = 4  # runs of the chains from the same draws at each step size tried
 
 
 class DifferentiableAIS(ParticleELBO, torch.nn.Module):
@@ -65,8 +70,14 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
     Args:
         num_particles: Number K of chains.
         num_steps: Number T of leapfrogs.
-        step_size: Step size to begin with, at every temperature.
+        step_size: Step size to begin with, at every temperature. None finds it at the first
+            evaluation: halved until the bound gets worse, then half of the best. Without a
+            Metropolis test steps that are too large are not rejected: a few draws get enormous
+            gradients, after which Adam hardly moves.
         damping: Share gamma of the momentum that is kept, to begin with, in (0, 1).
+        dim: Size D of the latents of one row in unconstrained space. With it, each coordinate
+            learns a scale of its own, shared by all steps: a diagonal mass matrix. Latents of
+            unequal spread need it.
         reverse: Module ``(position, momentum, beta) -> correction``, all of shape
             ``[K, *batch, D]``, such as :class:`ReverseScore`; None for the kernel's own reversal.
         name: Name of the path's parameters in Pyro's parameter store.
@@ -88,19 +99,22 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         ['logit_increments', 'log_step_size', 'logit_damping']
     """
 
+    is_set: Tensor
+
     def __init__(
         self,
         num_particles: int = 1,
         num_steps: int = 8,
         *,
-        step_size: float = 0.1,
+        step_size: float | None = None,
         damping: float = 0.9,
+        dim: int | None = None,
         reverse: torch.nn.Module | None = None,
         name: str = "differentiable_ais",
         **options: Unpack[PyroOptions],
     ) -> None:
         num_steps = as_count("num_steps", num_steps)
-        if not 0.0 < as_real("step_size", step_size) < math.inf:
+        if step_size is not None and not 0.0 < as_real("step_size", step_size) < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
         if not 0.0 < as_real("damping", damping) < 1.0:
             raise ValueError(f"damping must lie strictly between 0 and 1, got {damping}")
@@ -113,8 +127,13 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         self.name = name
         self.reverse = reverse
         self.logit_increments = torch.nn.Parameter(torch.zeros(num_steps))
-        self.log_step_size = torch.nn.Parameter(torch.full((num_steps,), math.log(step_size)))
+        start = math.log(_LARGEST_STEP if step_size is None else step_size)
+        self.log_step_size = torch.nn.Parameter(torch.full((num_steps,), start))
+        # Whether the first step size is still to be found; a buffer, so that a state has it.
+        self.register_buffer("is_set", torch.tensor(step_size is not None))
         self.logit_damping = torch.nn.Parameter(torch.tensor(math.log(damping / (1.0 - damping))))
+        size = 1 if dim is None else as_count("dim", dim)
+        self.log_scale = torch.nn.Parameter(torch.zeros(size)) if dim is not None else None
         self._cache = ProblemCache(1, compile=False)
 
     @property
@@ -148,9 +167,29 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
             chains = _OneByOne(function)
         else:
             chains = _Recorded(recorded, recorded.inputs(prepared.replacements(tensors)))
+        if not self.is_set:
+            self._find_step_size(chains, position.detach())
         log_weights = self._anneal(chains, position, learning)
         bound = (log_mean_exp(log_weights) * start.scale).sum()
         return Evaluation(-bound.detach(), -bound if learning else None)
+
+    @torch.no_grad()
+    def _find_step_size(self, chains: _Chains, position: Tensor) -> None:
+        """Halves the step size until the bound gets worse, and takes half of the best."""
+        best, step = -math.inf, _LARGEST_STEP
+        while step > _SMALLEST_STEP:
+            self.log_step_size.fill_(math.log(step))
+            with own_randomness(0):
+                values = [self._anneal(chains, position, False) for _ in range(_NUM_PROBES)]
+            bound = float(torch.stack(values).mean())
+            bound = -math.inf if math.isnan(bound) else bound  # left all sense
+            if bound < best:
+                step *= 2.0
+                break
+            best = bound
+            step *= 0.5
+        self.log_step_size.fill_(math.log(0.5 * step))
+        self.is_set.fill_(True)
 
     def _guide_traces(
         self, guide: Fn, arguments: Arguments, subsamples: Trace, first: Any
@@ -168,7 +207,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
     def _anneal(self, chains: _Chains, position: Tensor, learning: bool) -> Tensor:
         """Moves K chains from ``[K, *batch, D]``; returns their log-weights ``[K, *batch]``."""
         betas = self.betas.to(position)
-        step_sizes = self.log_step_size.to(position).exp()
+        step_sizes = self._step_sizes(position)
         damping = torch.sigmoid(self.logit_damping).to(position)
         variance = 1.0 - damping.square()
         momentum = torch.randn_like(position)
@@ -194,6 +233,18 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
                 )
             momentum = refreshed
         return log_weight + state[1]
+
+    def _step_sizes(self, position: Tensor) -> Tensor:
+        """Returns the step sizes of all steps, shape ``[T]`` or, by coordinate, ``[T, D]``."""
+        sizes = self.log_step_size.to(position)
+        if self.log_scale is None:
+            return sizes.exp()
+        if len(self.log_scale) != position.shape[-1]:
+            raise ValueError(
+                f"dim={len(self.log_scale)} scales were set, but the latents of one row have size "
+                f"{position.shape[-1]} in unconstrained space; use dim={position.shape[-1]}"
+            )
+        return (sizes[:, None] + self.log_scale.to(position)).exp()
 
 
 class _Chains(Protocol):

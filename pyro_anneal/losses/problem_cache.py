@@ -23,6 +23,7 @@ from ..models.autoguides import is_autoguide
 from ..models.discrete import DiscreteMap
 from ..models.sites import TRANSPORT, Layout
 from ..models.transport import Transport, TransportDensity
+from ..persistence.randomness import own_randomness
 from ..problems.bases import GuideBase, ModelDensity, PathDensity, PriorBase
 from ..problems.cache import Kept, KeptProblems, key_of, tensors_of
 from ..problems.discrete import lattice_of
@@ -84,7 +85,7 @@ class Prepared(Kept):
         if count not in self.differentiable:
             found = None
             if self.problem.density.mode != "eager":
-                with contextlib.suppress(Exception):  # whatever vmap does not know
+                with contextlib.suppress(Exception), own_randomness(0):  # what vmap does not know
                     found = DifferentiableDensity(function, self.example, count)
             self.differentiable[count] = found
         return self.differentiable[count]
@@ -147,9 +148,10 @@ class ProblemCache:
         replacements = prepared.replacements(tensors)
         if prepared.num_calls & (prepared.num_calls - 1):  # no power of two
             return prepared, density.rebind(replacements)
-        function = self.function(prepared, model, guide, arguments, subsamples, common)
-        density = density.rebind(replacements, function)
-        density.check(prepared.example.unsqueeze(0))
+        with own_randomness(0):
+            function = self.function(prepared, model, guide, arguments, subsamples, common)
+            density = density.rebind(replacements, function)
+            density.check(prepared.example.unsqueeze(0))
         return prepared, density
 
     def prepared(
@@ -188,6 +190,18 @@ class ProblemCache:
         return PathDensity(density, GuideBase(wrapped, density, arguments))
 
     def _prepare(
+        self,
+        model: Fn,
+        guide: Fn,
+        arguments: Arguments,
+        subsamples: Any,
+        tensors: dict[str, Tensor],
+        common_scale: bool,
+    ) -> Prepared:
+        with own_randomness(0):  # a training that goes on in another process prepares anew
+            return self._prepared_anew(model, guide, arguments, subsamples, tensors, common_scale)
+
+    def _prepared_anew(
         self,
         model: Fn,
         guide: Fn,

@@ -219,7 +219,7 @@ class AIS(Bound):
         finally:
             self._chosen_steps = None
 
-    def _settings(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, str]:
         plan = self.annealer.plan
         options = {
             "guide": "none" if self.guide is None else describe_name(self.guide),
@@ -230,7 +230,7 @@ class AIS(Bound):
             options[name] = repr(getattr(plan, name))
         for name in ("kernels", "betas", "step_size", "pilot"):
             options[name] = described(name, getattr(plan, name))
-        return super()._settings() | options
+        return super()._identity() | options
 
     def _content(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
         assert self.joint is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..arguments import as_count, as_seed, check_function
+from ..chains.plan import PathOptions
 from ..persistence.randomness import seeded_if
 from ..results.findings import Diagnostic, warn
 from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
+from ..results.provenance import Provenance
 from ..results.rounds import PairRounds
 from .checkpoints import OncePerBatch, keep_batches
 from .fitting import Fit, FitOptions, as_values, fit_bound
@@ -264,6 +267,7 @@ class Bound(nn.Module, ABC):
         Raises:
             ValueError: If pairs are neither given nor can be simulated, or shapes disagree.
         """
+        began, seed = time.perf_counter(), as_seed(seed)
         rounds = PairRounds(target_std_error, most=as_count("max_pairs", max_pairs))
         if target_std_error is not None:
             if x is not None or z is not None:
@@ -276,7 +280,7 @@ class Bound(nn.Module, ABC):
         kept: list[dict[str, Tensor]] = []
         controls: list[Tensor] = []
         wanted, count = num_pairs, 0
-        with keep_batches(self.checkpoint, self._settings, as_seed(seed)) as once, torch.no_grad():
+        with keep_batches(self.checkpoint, self._identity, seed) as once, torch.no_grad():
             while True:
                 batches, total = self._batches(x, z, wanted, batch_size)
                 shown = progress_over(type(self).__name__, batches, progress_bar, total)
@@ -297,9 +301,31 @@ class Bound(nn.Module, ABC):
         self._warn_of_ceiling(values, result)
         missed = rounds.missed(result)
         warn(missed)
-        return replace(result, diagnostics=(*result.diagnostics, *missed))
+        settings = self._settings()
+        provenance = Provenance(
+            task=f"mi.{type(self).__name__}.estimate",
+            seed=seed,
+            kernel=settings.pop("kernel", "none"),
+            device=str(next(iter(kept[0].values())).device),
+            settings=settings,
+            seconds={"total": time.perf_counter() - began},
+        )
+        diagnostics = (*result.diagnostics, *missed)
+        return replace(result, diagnostics=diagnostics, provenance=provenance)
 
     def _settings(self) -> dict[str, str]:
+        """Describes the numbers that this bound was made with, by option."""
+        settings: dict[str, str] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, PathOptions):
+                plan = value.plan
+                settings |= {"num_chains": str(plan.num_chains), "num_steps": str(plan.num_steps)}
+                settings["kernel"] = repr(plan.kernel)
+            elif isinstance(value, int | float | str) and name[0] != "_" and name != "training":
+                settings[name] = str(value)
+        return settings
+
+    def _identity(self) -> dict[str, str]:
         """Describes what the values of pairs depend on, beside the pairs; for a checkpoint."""
         return {"bound": type(self).__name__}
 

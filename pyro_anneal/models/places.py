@@ -52,3 +52,11 @@ def described(place: Place | None) -> str:
         return ""
     filename, line = place
     return f" at {Path(filename).name}:{line} ({linecache.getline(filename, line).strip()})"
+
+
+def summary(error: Exception) -> str:
+    """Says in one line what an error was, and at which line of the user's code."""
+    where = user_line(traceback.extract_tb(error.__traceback__))
+    message = str(error).strip()
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"

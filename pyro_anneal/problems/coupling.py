@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..graphs.evaluation import LogDensities
 from ..graphs.purity import rows_meet_at, undisturbed
 from ..graphs.rewriting import Impure
 from ..graphs.rows import Meeting, find_meeting, forward_graph
@@ -16,8 +17,6 @@ from ..models.places import user_line
 from ..models.sites import BatchPlate
 
 __all__ = ["Coupling", "find_coupling"]
-
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Coupling(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..graphs.recording import evaluate_or_nan
+from ..graphs.evaluation import evaluate_or_nan
 from ..kernels import (
     HMC,
     Block,

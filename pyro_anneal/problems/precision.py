@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..graphs.evaluation import LogDensities, Outputs, evaluate_or_nan
 from ..graphs.purity import undisturbed
-from ..graphs.recording import Outputs, evaluate_or_nan
 from ..models.precision import in_float64
 
 __all__ = ["TOLERANCE", "why_float64"]
@@ -21,8 +21,6 @@ __all__ = ["TOLERANCE", "why_float64"]
 TOLERANCE = 0.01  # nats
 _NUM_DRAWS = 8
 _NUM_STEPS = 60
-
-LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def why_float64(

@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from ..graphs.captured import capture
+from ..graphs.evaluation import evaluate_or_nan
 from ..graphs.purity import undisturbed
 from ..graphs.recorded import RecordedDensity
-from ..graphs.recording import evaluate_or_nan
 from ..graphs.rewriting import Impure
 from ..kernels import State
 from ..models.autoguides import check_guide

@@ -25,7 +25,9 @@ class EvidenceOfBatches(Result):
 
     .. math:: \log p(x_1, \dots, x_N) = \sum_n \log p(x_n) \ge \sum_n L_n
 
-    in expectation, for data that are independent given the model's parameters.
+    in expectation, for data that are independent given the model's parameters. ``lower`` has one
+    bound per datum, in the order of the batches, ``total`` is their sum, and :meth:`interval` is
+    about that sum.
     """
 
     lower: Tensor  # IM lower bounds, nats, [N]
@@ -135,8 +137,11 @@ class EvidenceOfBatches(Result):
             ("lower bound per datum", per_datum),
             ("single-sample bound (sum)", format_value(self.single.sum().item())),
             ("effective sample size", ess),
-            ("cost", f"{self.num_gradients} gradients per chain and batch, {self.seconds:.2f} s"),
         ]
+        cost = f"{self.num_gradients} gradients per chain and batch"
+        if self.provenance is None:
+            cost += f", {self.seconds:.2f} s"
+        fields.append(("cost", cost))
         title = (
             f"EvidenceOfBatches: {len(self.lower)} data in {self.num_batches} batches, "
             f"{self.num_chains} chains, {self.num_steps} steps"

@@ -27,7 +27,13 @@ Evidence = AnnealedRun | EvidenceOfBatches | EvidenceFromSamples | tuple[Anneale
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Comparison(Result):
-    """Models ordered by evidence, the best first. Everything is in nats, summed over the batch."""
+    """Models ordered by evidence, the best first, as :func:`compare` returns them.
+
+    Everything is in nats and summed over the batch. ``log_bayes_factors[i, j]`` is the log evidence
+    of model i minus that of model j, in the order of ``names``: 3 nats are odds of 20 to 1.
+    ``probabilities`` are those of the models once the data are seen. Print the comparison for a
+    table, or :meth:`plot` it.
+    """
 
     names: tuple[str, ...]
     lower: Tensor  # lower bounds on the log evidence, [M]
@@ -37,10 +43,10 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
-    provenance: Provenance | None = None  # of all runs together, see provenances for each
-    # How each model's evidence was computed, by its name; a reverse run's is beside its forward
-    # run's, by the name with " (reverse)". Runs that have no record are left out.
-    provenances: dict[str, Provenance] = field(default_factory=dict)
+    provenance: Provenance | None = None  # of all runs together
+    provenances: dict[str, Provenance] = field(
+        default_factory=dict
+    )  # of each, by "a", "a (reverse)"
     looks: tuple[int, ...] = ()  # of each model's rounds (AnnealedRun.num_looks); empty: none
 
     @property
@@ -170,15 +176,15 @@ class Comparison(Result):
                 row.append(_format_ends(guaranteed_low[i, 0], guaranteed_high[i, 0]))
             rows.append(row if i else [*row[:3], "", row[4], *([""] if guaranteed else [])])
         title = f"Comparison of {len(self.names)} models (nats; Bayes factors against the first)"
-        notes = list(self.notes)
+        footer = []
         if self.log_prior is not None:
             prior = self.log_prior.exp().tolist()
             shares = ", ".join(f"{n} {p:.3g}" for n, p in zip(self.names, prior, strict=True))
-            notes.insert(0, f"prior probabilities: {shares}")
-        notes.append(f"verdict: {self.verdict}")
+            footer.append(("prior probabilities", shares))
+        footer.append(("verdict", self.verdict))
         if self.provenance is not None and self.provenance.seconds:
-            notes.append(f"wall time: {self.provenance.describe_seconds()}")
-        return Table(title, rows, notes, header)
+            footer.append(("wall time", self.provenance.describe_seconds()))
+        return Table(title, rows, self.notes, header, footer)
 
 
 def compare(

@@ -22,18 +22,36 @@ _FATAL = frozenset(
 
 
 class AnnealingWarning(UserWarning):
-    """A run finished, but its numbers look unreliable."""
+    """A call finished, but a check found its numbers unreliable.
+
+    The finding is also among the ``diagnostics`` of the result. To make such warnings errors, call
+    ``warnings.simplefilter("error", pyro_anneal.AnnealingWarning)``.
+    """
 
 
 @stored
 @dataclass(frozen=True, kw_only=True)
 class Diagnostic:
-    """One finding about a result."""
+    """One finding about a result: what a check saw, and what to try.
 
-    name: str  # kind of finding: warnings are given once per name
+    The page *Errors and warnings* lists all names. Only warnings count for the verdict.
+
+    Attributes:
+        name: Kind of finding, such as ``"ess"``; a call warns at most once of each kind.
+        severity: ``"warning"``, or ``"info"`` for a remark.
+        message: What was seen and what to try, in words.
+        value: The figure behind it, in the units that the message names.
+
+    Example:
+        >>> found = Diagnostic(name="gap", severity="info", message="wide", value=2.0)
+        >>> found.name, found.value
+        ('gap', 2.0)
+    """
+
+    name: str
     severity: Literal["info", "warning"]
-    message: str  # what was seen and what to try
-    value: float  # the figure behind it
+    message: str
+    value: float
 
 
 def judge(diagnostics: Iterable[Diagnostic]) -> Verdict:

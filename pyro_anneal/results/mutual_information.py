@@ -58,7 +58,7 @@ class MutualInformation(Result):
         notes: What the directions depend on beyond independent exact pairs, and what I is about.
         measurements: Further measured numbers, by name.
         diagnostics: Findings about the estimate, or about the sandwich behind it.
-        provenance: How it was computed, where a call of ``AnnealedImportance`` did.
+        provenance: How it was computed: settings, seed, versions, seconds.
 
     Example:
         >>> estimate = MutualInformation(
@@ -278,7 +278,8 @@ class MutualInformation(Result):
             low, high = self.normal_interval(0.95)
             fields.append(("95% interval (asymptotic over pairs)", f"[{low:.3f}, {high:.3f}]"))
         fields += [
-            (name.replace("_", " ") + " term", f"{float(v):.3f}") for name, v in self.terms.items()
+            (name.replace("_", " ") + " term", format_value(float(v)))
+            for name, v in self.terms.items()
         ]
         if self.ceiling is not None:
             at = ", and the estimate sits on it" if self.saturated else ""

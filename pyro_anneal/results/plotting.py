@@ -96,7 +96,7 @@ def _plot_sides(
         axes.axhline(truth, color=_ESTIMATE, lw=1, ls="--", label="truth")
     several = any(math.prod(_batch(result)) > 1 for result in ordered.values())
     axes.set(xscale="log", ylabel=f"log evidence{' per datum' if several else ''} (nats)")
-    axes.set_title("Bounds", fontsize="medium")
+    axes.set_title("Bounds, bars: two standard errors", fontsize="medium")
     _steps_axis(axes, list(ordered))
     _legend(axes)
 
@@ -144,6 +144,7 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Axes = None) -> Fi
     axes.set(xlabel=f"log-weight{minus} (nats)", ylabel="chains")
     axes.set_title("Log-weights and bounds", fontsize="medium")
     axes.locator_params(axis="x", nbins=4)  # labels such as -139.175 are wide
+    _count_axis(axes)
     _legend_above(axes)
     _tidy(axes)
     return axes.figure
@@ -308,8 +309,11 @@ def plot_batches(evidence: EvidenceOfBatches) -> Figure:
     outside = lower.size - finite.size
     left.set(xlabel="lower bound per datum (nats)", ylabel="data")
     left.set_title(f"{outside} without finite bound" if outside else "", fontsize="small")
+    _count_axis(left)
     right.plot(lower, ess, ls="", marker=".", ms=4, alpha=0.6, color=_LOWER)
-    right.axhline(0.1 * evidence.num_chains, color=_SHADE, lw=1, ls="--", label="warning below")
+    for share, style, name in ((1 / 3, "--", "few should be below"), (0.1, ":", "none below")):
+        least = share * (min(evidence.num_chains, 64) if share > 0.1 else evidence.num_chains)
+        right.axhline(least, color=_SHADE, lw=1, ls=style, label=name)
     right.set(xlabel="lower bound per datum (nats)", ylabel="effective sample size")
     right.set_ylim(0.0, 1.05 * evidence.num_chains)
     _legend(right)
@@ -363,9 +367,12 @@ def plot_mutual_information(information: MutualInformation) -> Figure:
     target = "I(x; z)" if information.missing is None else f"I(x; z) - {information.missing}"
     left.set_ylabel(f"{target} (nats)")
     right.set(xlabel="value of a pair (nats)", ylabel="pairs")
+    _count_axis(right)
     _legend_above(right)
     figure.suptitle(
-        f"{information.method} on {target}, {information.num_pairs} pairs", fontsize="medium"
+        f"{information.method} on {target}, {information.num_pairs} pairs, "
+        "bars: two standard errors",
+        fontsize="medium",
     )
     _tidy(left, right)
     return figure
@@ -437,6 +444,11 @@ def plot_comparison(comparison: Comparison, *, level: float = 0.95, axes: Axes =
         axes.legend(frameon=False, fontsize="small", ncols=3, **where)
     _tidy(axes)
     return axes.figure
+
+
+def _count_axis(axes: Axes) -> None:
+    """Puts ticks of the vertical axis at whole numbers."""
+    axes.locator_params(axis="y", integer=True)
 
 
 def _legend(axes: Axes) -> None:

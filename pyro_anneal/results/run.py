@@ -33,7 +33,11 @@ __all__ = ["AnnealedRun", "Continues", "Estimate", "PilotSummary", "std_error_ov
 
 
 class Estimate(NamedTuple):
-    """An estimate, not a bound, with its standard error (NaN where it is unknown), in nats."""
+    """An estimate of a log evidence, which is no bound, and its standard error.
+
+    Both are in nats, in the shape of the batch; the standard error is NaN where it is not known.
+    ``value, std_error = estimate`` unpacks the two.
+    """
 
     value: Tensor
     std_error: Tensor
@@ -71,9 +75,29 @@ class PilotSummary:
 class AnnealedRun(Result):
     r"""Outcome of K annealed chains over T steps in one direction.
 
-    Forward chains give a lower bound on the log evidence, reverse chains, started from exact
-    posterior samples, an upper one. A common ``poutine.scale`` s multiplies the bound outside the
-    logarithm, so that :math:`E[e^{L/s}] = Z`.
+    Forward chains, which is what :meth:`AnnealedImportance.run` and :func:`log_evidence` return,
+    give a :attr:`lower` bound on the log evidence, with :attr:`interval` and :attr:`std_error`.
+    Reverse chains, started from exact posterior samples, give an :attr:`upper` bound. Print the
+    run for a table, and look at :attr:`verdict` first.
+
+    Where plates enclose the whole model, all of this is per datum: the bounds have the shape
+    ``batch`` of these plates, and ``run.lower.sum()`` bounds the log evidence of all data. A common
+    ``poutine.scale`` s multiplies the bound outside the logarithm, so that
+    :math:`E[e^{L/s}] = Z`.
+
+    Example:
+        >>> from pyro_anneal import AnnealedImportance
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> ais = AnnealedImportance(model, num_steps=50, progress_bar=False, seed=0)
+        >>> run = ais.run(torch.tensor([2.0, 0.0]))
+        >>> run.lower.shape, run.plates
+        (torch.Size([2]), {'data': 2})
+        >>> truth = torch.tensor([-2.2655, -1.2655])  # log densities of N(0, sqrt 2)
+        >>> bool(((run.lower - truth).abs() < 5 * run.std_error).all())
+        True
     """
 
     direction: Literal["forward", "reverse"]

@@ -39,8 +39,25 @@ class Sandwich(Result):
     r"""Lower and upper bounds on the log evidence of SIMULATED data.
 
     Each pair (z, x) is drawn from the model, so that z is an exact posterior sample given x: the
-    reverse chains start there. The bounds speak of the simulated x, not of the user's data. For
-    several simulations the first plate of both runs counts them.
+    reverse chains start there. The bounds speak of the simulated x, not of the user's data. They
+    tell how tight the same number of chains and steps is on data such as these. For several
+    simulations the first plate of both runs counts them.
+
+    ``lower`` and ``upper`` are the two bounds that were asked for, ``gap`` is their difference, and
+    ``bounds`` has all bounds that these chains give, by name. ``forward`` and ``reverse`` are the
+    runs themselves, with their own diagnostics and pictures.
+
+    Example:
+        >>> from pyro_anneal import AnnealedImportance
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> ais = AnnealedImportance(model, num_steps=50, progress_bar=False, seed=0)
+        >>> sandwich = ais.sandwich(torch.tensor(2.0))
+        >>> truth = dist.Normal(0.0, 2**0.5).log_prob(sandwich.simulated["x"])
+        >>> low, high = sandwich.interval(0.95)
+        >>> bool(low <= truth <= high)
+        True
     """
 
     forward: AnnealedRun

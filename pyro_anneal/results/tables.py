@@ -19,20 +19,23 @@ class Table:
         rows: Cells by row; without a header, pairs of a name and a value.
         notes: Sentences, one line each.
         header: Names of the columns, or nothing.
+        footer: With a header: pairs of a name and a value that belong to no row.
     """
 
     title: str
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     header: Sequence[str] = ()
+    footer: Sequence[tuple[str, str]] = ()
 
     def to_text(self) -> str:
         """Formats plain text, without a final newline."""
         if not self.header:
             pairs = [(name, value) for name, value in self.rows]
             return format_fields(self.title, pairs, self.notes)
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([self.title, format_grid(self.header, self.rows), *notes])
+        below = [f"{name}: {value}" for name, value in self.footer]
+        below += [f"note: {note}" for note in self.notes]
+        return "\n".join([self.title, format_grid(self.header, self.rows), *below])
 
     def to_html(self) -> str:
         """Formats an HTML table for notebooks."""
@@ -48,6 +51,8 @@ class Table:
             )
             lines.append(f"<tr>{cells}</tr>")
         lines.append("</tbody></table>")
+        for name, value in self.footer:
+            lines.append(f"<div>{html.escape(name)}: {html.escape(value)}</div>")
         if self.notes:
             items = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
             lines.append(f"<ul>{items}</ul>")
@@ -71,7 +76,7 @@ def format_value(value: float, std_error: float | None = None) -> str:
         '-309.924'
     """
     if std_error is None or math.isnan(std_error):
-        return f"{value:.3f}"
+        return f"{value:.3f}" if abs(value) >= 0.0005 else "0.000"
     digits = 3
     if 0.0 < std_error < math.inf:
         digits = min(max(1 - math.floor(math.log10(std_error)), 3), 9)

@@ -477,7 +477,9 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
     x = torch.tensor(2.0)
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     options |= {"step_size": 2.0, "schedule": Power(1.5)}
-    monkeypatch.setattr("pyro_anneal.graphs.captured.compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(
+        "pyro_anneal.graphs.captured_density.compile_graph", lambda graph, inputs: graph
+    )
     expected = AnnealedImportance(cases.conjugate, compile=False, **options).run(x)
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(x)
     assert torch.equal(run.log_weights, expected.log_weights)

@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     """Captures anew whatever other tests have captured."""
-    monkeypatch.setattr("pyro_anneal.graphs.captured._GRAPHS", OrderedDict())
+    monkeypatch.setattr("pyro_anneal.graphs.kept._GRAPHS", OrderedDict())
 
 
 def standard(u):
@@ -483,7 +483,7 @@ def test_operations_vmap_does_not_know_run_chain_by_chain(monkeypatch):
     def refuse(*args):
         raise RuntimeError("no batching rule")
 
-    monkeypatch.setattr("pyro_anneal.graphs.captured.batch", refuse)
+    monkeypatch.setattr("pyro_anneal.graphs.captured_density.batch", refuse)
     density = slow_capture(schools(), torch.zeros(10), "no batching rule")
     u = torch.randn(K, 10)
     state = density(u)
@@ -718,8 +718,10 @@ def test_a_failed_compilation_falls_back_to_the_graph(monkeypatch):
     def fail(*args):
         raise RuntimeError("inductor broke")
 
-    monkeypatch.setattr("pyro_anneal.graphs.captured.compiler_problem", lambda device: None)
-    monkeypatch.setattr("pyro_anneal.graphs.captured.compile_graph", fail)
+    monkeypatch.setattr(
+        "pyro_anneal.graphs.captured_density.compiler_problem", lambda device: None
+    )
+    monkeypatch.setattr("pyro_anneal.graphs.captured_density.compile_graph", fail)
     density = capture(schools(), torch.zeros(10), num_chains=K, compile=True)
     assert density.mode == "graph"
     assert "inductor broke" in density.reason

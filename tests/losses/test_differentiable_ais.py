@@ -65,6 +65,68 @@ def test_weights_are_unbiased_whatever_the_reverse_kernel_is():
     assert_within((kept[0][0] - truth).exp(), 1.0)
 
 
+def test_scales_by_coordinate_keep_weights_unbiased():
+    """A mass matrix of a correlated pair: E[w] = p(x), by the Gaussian evidence."""
+    x = torch.tensor([1.9, -3.0])
+    spread = torch.tensor([0.3, 4.0])
+
+    def pair(data):
+        with pyro.plate("data", len(data)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), spread).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.8), obs=data)
+
+    def base(data):
+        with pyro.plate("data", len(data)):
+            pyro.sample("z", dist.Normal(torch.tensor([0.1, -0.5]), spread).to_event(1))
+
+    loss = DifferentiableAIS(1, 4, step_size=0.3, damping=0.6, dim=2)
+    with torch.no_grad():
+        loss.log_scale += spread.log()
+    kept = []
+    anneal = loss._anneal
+    loss._anneal = lambda *args: (kept.append(anneal(*args)), kept[-1])[1]
+    data = x.repeat(3_000)
+    loss.loss(pair, base, data)
+    truth = dist.Normal(0.0, (spread.square().sum() + 0.64).sqrt()).log_prob(x)
+    logs = kept[0][0].reshape(-1, 2) - truth
+    for column in (0, 1):
+        assert_within(logs[:, column].exp(), 1.0)
+    with torch.no_grad():  # one step size for both is no good
+        loss.log_scale -= spread.log()
+    loss.loss(pair, base, data)
+    assert (kept[1][0].reshape(-1, 2) - truth).mean() < logs.mean() - 0.02
+    with pytest.raises(ValueError, match=r"dim=3 scales .* have size 2 .* use dim=2"):
+        DifferentiableAIS(1, 2, dim=3).loss(pair, base, data[:4])
+
+
+def test_the_first_step_size_fits_the_narrower_end():
+    """A prior of sd 1 and a likelihood of .01: leapfrogs are stable below twice the smaller."""
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.01), obs=x)
+
+    def wide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.02))
+
+    x = torch.linspace(-1.0, 1.0, 50)
+    loss = DifferentiableAIS(2, 6)
+    elbo = -Trace_ELBO(num_particles=50).loss(narrow, wide, x)
+    values = [-loss.loss(narrow, wide, x) for _ in range(10)]
+    assert not loss.log_step_size.isnan().any()
+    steps = loss.log_step_size.exp()
+    assert ((steps > 0.002) & (steps < 0.02)).all()
+    truth = dist.Normal(0.0, (1 + 1e-4) ** 0.5).log_prob(x).sum().item()
+    assert elbo + 1.0 < sum(values) / 10 < truth
+    assert torch.equal(loss.log_step_size.exp(), steps)  # found once
+    other = DifferentiableAIS(2, 6)
+    other.load_state_dict(loss.state_dict())
+    other.loss(narrow, wide, x)
+    assert torch.equal(other.log_step_size.exp(), steps)
+
+
 @pytest.mark.slow
 def test_a_learned_reverse_kernel_tightens_the_bound():
     """Few strongly damped steps: the momenta that positions reached are worth knowing."""

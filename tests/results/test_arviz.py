@@ -128,7 +128,8 @@ def test_data_tree_and_its_netcdf(kind, run, sandwich, tmp_path):
     assert isinstance(tree, xarray.DataTree)
     assert set(tree.children) == set(datasets)
     xarray.testing.assert_identical(tree["posterior"].to_dataset(), datasets["posterior"])
-    pytest.importorskip("h5netcdf")
+    pytest.importorskip("h5netcdf", reason="the file needs h5netcdf")
+    pytest.importorskip("h5py", reason="h5netcdf needs h5py to write")
     tree.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
     with xarray.open_datatree(tmp_path / "run.nc", engine="h5netcdf") as stored:
         np.testing.assert_array_equal(

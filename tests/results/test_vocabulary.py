@@ -9,7 +9,7 @@ import torch
 from example_results import S, example_results
 from perfect_chains import make_run, make_sandwich, simulate
 
-from pyro_anneal import AnnealedImportance, Diagnostic, MutualInformation
+from pyro_anneal import AnnealedImportance, Diagnostic, MutualInformation, mi
 from pyro_anneal.results import InferenceCheck, Provenance, Result, judge
 
 
@@ -208,6 +208,24 @@ def test_provenance_splits_the_wall_time():
         assert min(record.gradients.values()) > 0
         wall = next(line for line in repr(result).splitlines() if "wall time" in line)
         assert all(word in wall for word in ("s in all", "fit", "pilot", "chains"))
+
+
+@pytest.mark.parametrize("kind", ["AIS", "IWAE"])
+def test_estimates_of_mutual_information_say_how_they_were_made(kind):
+    joint = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.5))
+    if kind == "AIS":
+        bound = mi.AIS(joint, num_chains=3, num_steps=4)
+        settings = {"num_chains": "3", "num_steps": "4"}
+    else:
+        bound, settings = mi.IWAE(joint, None, num_particles=7), {"num_particles": "7"}
+    estimate = bound.estimate(num_pairs=25, seed=9)
+    record = estimate.provenance
+    assert record.task == f"mi.{kind}.estimate"
+    assert record.seed == 9
+    assert settings.items() <= record.settings.items()
+    assert record.kernel.startswith("HMC(") == (kind == "AIS")
+    assert record.seconds["total"] > 0.0
+    assert "wall time" in repr(estimate)
 
 
 def test_mutual_information_inherits_findings():

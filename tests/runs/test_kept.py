@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_anneal import AnnealedImportance
-from pyro_anneal.graphs import captured
+from pyro_anneal.graphs import captured, kept
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 
@@ -82,10 +82,10 @@ def test_a_branch_that_no_chain_reaches_is_another_density():
     x = torch.tensor(0.3, dtype=torch.float64)
     first = annealed(model, None, num_steps=50).run(x)
     model.cap = 60.0  # of standard deviations: the same densities wherever a chain may be
-    before = {key: set(kept) for key, kept in captured._GRAPHS.items()}
+    before = {key: set(graphs) for key, graphs in kept._GRAPHS.items()}
     second = annealed(model, None, num_steps=50).run(x)
     assert torch.equal(first.log_weights, second.log_weights)
-    found = {key: set(kept) for key, kept in captured._GRAPHS.items()}
+    found = {key: set(graphs) for key, graphs in kept._GRAPHS.items()}
     assert found != before  # recorded for itself, however alike
 
 
@@ -127,12 +127,12 @@ def test_a_repeated_run_gives_the_numbers_of_a_fresh_object(guide):
             pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
     y = torch.tensor([28.0, 8.0, -3.0])
-    captured._GRAPHS.clear()
+    kept._GRAPHS.clear()
     ais = annealed(model, guide, num_steps=20)
     first = ais.run(y)
     ais.run(y + 1.0)  # other data in between
     again = ais.run(y.clone())
-    captured._GRAPHS.clear()
+    kept._GRAPHS.clear()
     fresh = annealed(model, guide, num_steps=20).run(y)
     for other in (again, fresh):
         assert torch.equal(first.log_weights, other.log_weights)

@@ -1,0 +1,139 @@
+"""One graph in two parts, what is computed once per run and what per evaluation, and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from .evaluation import Outputs
+from .recording import Trace
+from .repetition import ComputeOnce, WrittenTo, repeated_dims
+from .rewriting import dependent_nodes
+
+__all__ = ["Evaluator", "Program", "replaced", "split", "stacked"]
+
+
+class Program:
+    """One graph, split into the part per run and the part per evaluation; it holds no data."""
+
+    def __init__(self, traced: Trace, num_constants: int) -> None:
+        self.prologue, self.body = split(traced.graph)
+        self.run: Callable[..., Outputs] = self.body
+        self.own = traced.constants[num_constants:]  # made by the passes, never rebound
+        # Of the values of the first evaluation, for which the body may be compiled.
+        self.layouts: list[tuple[torch.Size, tuple[int, ...]]] | None = None
+
+
+class Evaluator:
+    """A program on its data."""
+
+    def __init__(self, program: Program, constants: Sequence[Tensor]) -> None:
+        self.program = program
+        self.values: list[Tensor] = []
+        self.refresh(constants)
+
+    @property
+    def body(self) -> fx.GraphModule:
+        """The part per evaluation."""
+        return self.program.body
+
+    def refresh(self, constants: Sequence[Tensor]) -> None:
+        """Evaluates what does not depend on the position."""
+        prologue = self.program.prologue
+        with torch.no_grad():
+            tensors = [_dense(constant.detach()) for constant in (*constants, *self.program.own)]
+            try:
+                with ComputeOnce():
+                    values = list(prologue(*tensors))
+            except WrittenTo:
+                values = list(prologue(*tensors))
+        if self.program.layouts is None:
+            self.program.layouts = [(value.shape, value.stride()) for value in values]
+        for at, (shape, strides) in enumerate(self.program.layouts):
+            if values[at].shape != shape:
+                raise ValueError(
+                    f"the new constants change a shape inside the density from {list(shape)} to "
+                    f"{list(values[at].shape)} (a mask that selects another number of elements?): "
+                    "capture the density anew"
+                )
+            values[at] = _with_strides(strides, values[at])
+        self.values = values
+
+    def __call__(self, position: Tensor) -> Outputs:
+        """Evaluates densities and gradients."""
+        return self.program.run(position.contiguous(), *self.values)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Leaves only repetitions that follow from the graph, the same for any data."""
+    return tensor.contiguous() if repeated_dims(tensor) else tensor
+
+
+def _with_strides(strides: tuple[int, ...], value: Tensor) -> Tensor:
+    """Lays a value out as one for which code was compiled."""
+    if value.stride() == strides:
+        return value
+    laid = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+    return laid.copy_(value)
+
+
+def replaced(constants: list[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
+    """Puts a tensor in the place of another, which is known by identity."""
+    if not any(constant is old for constant in constants):
+        raise ValueError(
+            f"the density reads no tensor that is this one, of shape {list(old.shape)}; it reads "
+            f"tensors of shapes {[list(constant.shape) for constant in constants]}. Was it copied, "
+            "viewed or turned into numbers before?"
+        )
+    for name in ("shape", "dtype", "device"):
+        expected, got = getattr(old, name), getattr(new, name)
+        if expected != got:
+            raise ValueError(f"the new tensor has {name} {got}, expected {expected}")
+    return [new if constant is old else constant for constant in constants]
+
+
+def stacked(chains: Sequence[Outputs]) -> Outputs:
+    """Puts the results of single chains together."""
+    log_base, log_target, grad_base, grad_target = (
+        torch.stack(parts) for parts in zip(*chains, strict=True)
+    )
+    return log_base, log_target, grad_base, grad_target
+
+
+def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Splits off everything that does not depend on the position.
+
+    Args:
+        graph: Graph of ``(position, *constants)``.
+
+    Returns:
+        The prologue ``(*constants) -> values`` and the body ``(position, *values) -> Outputs``.
+    """
+    dependent = dependent_nodes(graph)
+    position, *constants = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    users = [node for node in graph.graph.nodes if node in dependent or node is output]
+    values = list(
+        dict.fromkeys(n for user in users for n in user.all_input_nodes if n not in dependent)
+    )
+
+    prologue, body = fx.Graph(), fx.Graph()
+    early: dict[fx.Node, fx.Node] = {}
+    late = {position: body.placeholder("position")}
+    for number, node in enumerate(constants):
+        early[node] = prologue.placeholder(f"constant_{number}")
+    for number, node in enumerate(values):
+        late[node] = body.placeholder(f"value_{number}")
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node in dependent:
+            late[node] = body.node_copy(node, late.__getitem__)
+        elif node.op == "call_function":
+            early[node] = prologue.node_copy(node, early.__getitem__)
+    prologue.output(tuple(early[node] for node in values))
+    body.output(fx.map_arg(output.args[0], late.__getitem__))
+    for part in (prologue, body):
+        part.eliminate_dead_code()
+        part.lint()
+    return fx.GraphModule(torch.nn.Module(), prologue), fx.GraphModule(torch.nn.Module(), body)

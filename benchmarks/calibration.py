@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from scipy import stats
+from scipy import special, stats
 from scipy.special import betaln, gammaln
 
 from pyro_anneal import HMC, AnnealedImportance, Linear, LogUniform, Power, RandomWalk, Sigmoid
 from pyro_anneal.diagnostics import diagnose
+from pyro_anneal.results.findings import judge
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibration.json"
 LEVELS = (0.5, 0.8, 0.95)
@@ -155,7 +157,118 @@ def squares(rng):
     return Problem("squares", d, 1, model, torch.zeros(d), log_evidence)
 
 
-FAMILIES = (linear_gaussian, shared_mean, gamma_poisson, beta_binomial, unknown_scale, squares)
+def small_beta(rng):
+    """Proportions next to 0 and 1, whose mass lies within rounding of the edges, in float32 too."""
+    n, total = int(rng.integers(1, 4)), int(rng.integers(1, 12))
+    a, b = rng.uniform(0.02, 0.3, size=2)
+
+    def model(x):
+        with pyro.plate("rows", n):
+            p = pyro.sample("p", dist.Beta(a, b))
+            pyro.sample("x", dist.Binomial(total, p), obs=x)
+
+    def log_evidence(x):
+        choose = gammaln(total + 1) - gammaln(x + 1) - gammaln(total - x + 1)
+        return choose + betaln(a + x, b + total - x) - betaln(a, b)
+
+    return Problem("small Beta", 1, n, model, torch.zeros(n), log_evidence)
+
+
+def angles(rng):
+    """Angles with observed directions: a circular prior, cut opposite to its centre."""
+    n = int(rng.integers(1, 4))
+    centre, prior, noise = rng.uniform(-3.0, 3.0), rng.uniform(0.2, 4.0), rng.uniform(0.3, 2.0)
+
+    def model(x):
+        with pyro.plate("rows", n):
+            z = pyro.sample("z", dist.VonMises(torch.tensor(centre), prior)).unsqueeze(-1)
+            fn = dist.Normal(torch.cat([z.cos(), z.sin()], -1), noise)
+            pyro.sample("x", fn.to_event(1), obs=x)
+
+    grid = np.linspace(-math.pi, math.pi, 4001)[:-1]
+    density = stats.vonmises.pdf(grid, prior, centre)
+
+    def log_evidence(x):
+        terms = stats.norm(np.cos(grid), noise).pdf(x[:, :1])
+        terms = terms * stats.norm(np.sin(grid), noise).pdf(x[:, 1:])
+        return np.log((density * terms).sum(-1) * (grid[1] - grid[0]))
+
+    return Problem("angles", 1, n, model, torch.zeros(n, 2), log_evidence)
+
+
+def counted_animals(rng):
+    """A number of animals, a count without an end, seen at several visits: a discrete latent."""
+    visits, mean, seen = int(rng.integers(1, 6)), rng.uniform(1.0, 15.0), rng.uniform(0.1, 0.9)
+
+    def model(x):
+        number = pyro.sample("number", dist.Poisson(torch.tensor(mean)))
+        with pyro.plate("visits", visits):
+            pyro.sample("x", dist.Binomial(number, torch.tensor(seen)), obs=x)
+
+    numbers = np.arange(200)
+
+    def log_evidence(x):
+        terms = stats.poisson.logpmf(numbers, mean)
+        return np.asarray(
+            special.logsumexp(terms + stats.binom.logpmf(x[:, None], numbers, seen).sum(0))
+        )
+
+    return Problem("discrete count", 1, 1, model, torch.zeros(visits), log_evidence)
+
+
+def switching(rng):
+    """Rows of two kinds, summed out, around a common location."""
+    n, apart, share = int(rng.integers(1, 8)), rng.uniform(1.0, 5.0), rng.uniform(0.1, 0.9)
+    tau, noise = rng.uniform(0.5, 10.0), rng.uniform(0.3, 1.5)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, tau))
+        with pyro.plate("rows", n):
+            k = pyro.sample("k", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(mean + apart * k, noise), obs=x)
+
+    grid = np.linspace(-9.0 * tau, 9.0 * tau, 20_001)
+
+    def log_evidence(x):
+        terms = stats.norm(0.0, tau).logpdf(grid)
+        for value in x:
+            one = stats.norm(grid + apart, noise).logpdf(value) + math.log(share)
+            other = stats.norm(grid, noise).logpdf(value) + math.log1p(-share)
+            terms = terms + np.logaddexp(one, other)
+        return np.asarray(special.logsumexp(terms) + math.log(grid[1] - grid[0]))
+
+    return Problem("enumerated rows", 1, 1, model, torch.zeros(n), log_evidence)
+
+
+def reflected(rng):
+    """A gamma variable, shifted and reflected below another latent."""
+    n, shape = int(rng.integers(1, 4)), rng.uniform(0.5, 4.0)
+    tau, noise = rng.uniform(0.3, 3.0), rng.uniform(0.2, 1.5)
+
+    def model(x):
+        top = pyro.sample("top", dist.Normal(0.0, tau))
+        fn = dist.TransformedDistribution(
+            dist.Gamma(torch.tensor(shape), 1.0), [dist.transforms.AffineTransform(top, -1.0)]
+        )
+        z = pyro.sample("z", fn)
+        with pyro.plate("rows", n):
+            pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+    v = (np.arange(2000) + 0.5) / 2000
+    gammas, tops = stats.gamma.ppf(v, shape), stats.norm(0.0, tau).ppf(v)
+    places = tops[:, None] - gammas
+
+    def log_evidence(x):
+        terms = sum(stats.norm(places, noise).logpdf(value) for value in x)
+        return np.asarray(special.logsumexp(terms) - 2.0 * math.log(2000))
+
+    return Problem("image of a support", 2, 1, model, torch.zeros(n), log_evidence)
+
+
+FAMILIES = (
+    *(linear_gaussian, shared_mean, gamma_poisson, beta_binomial, unknown_scale, squares),
+    *(small_beta, angles, counted_animals, switching, reflected),
+)
 # Name, kernel and fixed step size: None is the pilot's. Half of them are bad on purpose.
 KERNELS = (
     ("HMC, 2 leapfrogs", HMC(2), None),
@@ -165,18 +278,20 @@ KERNELS = (
     ("HMC that never accepts", HMC(2), 50.0),
     ("random walk that hardly moves", RandomWalk(), 1e-2),
 )
-HEALTHY = tuple(name for name, _, step_size in KERNELS if step_size is None)
+HEALTHY = (*(name for name, _, step_size in KERNELS if step_size is None), "pilot's choice")
 
 
-def draw_settings(rng):
+def draw_settings(rng, *, is_discrete=False):
     """Draws the number of chains and steps, the kernel, the schedule and the start."""
     name, kernel, step_size = KERNELS[rng.integers(len(KERNELS))]
+    if is_discrete:  # moved by the pilot's choice of discrete kernels
+        name, kernel, step_size = "pilot's choice", None, None
     schedules = ("adaptive", "adaptive", Linear(), Sigmoid(4.0), Power(3.0), LogUniform(1e-3))
     schedule = schedules[rng.integers(len(schedules))]
     options = {
         "num_chains": int(rng.choice([2, 4, 16, 64])),
         "num_steps": int(rng.choice([1, 3, 10, 30, 100])),
-        "kernel": kernel,
+        **({} if kernel is None else {"kernel": kernel}),
         "step_size": step_size,
         "schedule": schedule,
         "guide": (None, None, "auto")[rng.integers(3)],
@@ -188,7 +303,7 @@ def study(index, seed):
     """Runs one problem and compares everything with the truth, on the first pair."""
     rng = np.random.default_rng([seed, index])
     problem = FAMILIES[index % len(FAMILIES)](rng)
-    kernel, options = draw_settings(rng)
+    kernel, options = draw_settings(rng, is_discrete=problem.family == "discrete count")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the findings are recorded
         ais = AnnealedImportance(problem.model, progress_bar=False, seed=index, **options)
@@ -198,7 +313,8 @@ def study(index, seed):
     lower, upper = (float(b.reshape(-1)[0]) for b in (sandwich.lower, sandwich.upper))
     std_error = float(sandwich.forward.std_error.reshape(-1)[0])
     ends = {level: [float(e.reshape(-1)[0]) for e in sandwich.interval(level)] for level in LEVELS}
-    run_only = [d.name for d in diagnose(sandwich.forward) if d.severity == "warning"]
+    found = diagnose(sandwich.forward)
+    run_only = [d.name for d in found if d.severity == "warning"]
     return {
         "family": problem.family,
         "dim": problem.dim,
@@ -215,6 +331,8 @@ def study(index, seed):
         "covers": {str(level): low <= truth <= high for level, (low, high) in ends.items()},
         "bounds_cover": lower <= truth <= upper,
         "asymptotic_covers": abs(lower - truth) <= 1.96 * std_error + 1e-6,
+        "run_verdict": judge(found),
+        "verdict": sandwich.verdict,
         "run_warnings": run_only,
         "sandwich_warnings": [d.name for d in sandwich.diagnostics if d.severity == "warning"],
     }
@@ -261,6 +379,35 @@ def summarize(rows):
             "run": _share(healthy, lambda r: bool(r["run_warnings"])),
             "sandwich": _share(healthy, lambda r: bool(r["sandwich_warnings"])),
         },
+        "verdicts": {
+            quality: {
+                side: dict(Counter(r[key] for r in found))
+                for side, key in (("run", "run_verdict"), ("sandwich", "verdict"))
+            }
+            for quality, found in (("within_0.1_nat", healthy), ("over_1_nat_off", far))
+        },
+    }
+
+
+def per_kind(rows):
+    """Counts, per diagnostic, warnings of good and of bad runs; per family, silent misses."""
+    far = [r for r in rows if abs(r["truth"] - r["lower"]) > 1.0]
+    close = [r for r in rows if abs(r["truth"] - r["lower"]) <= 0.1]
+    names = sorted({name for r in rows for name in r["run_warnings"]})
+    count = lambda found, name: sum(name in r["run_warnings"] for r in found)
+    return {
+        "diagnostics": {
+            name: {"of_bad": count(far, name), "of_good": count(close, name)} for name in names
+        },
+        "families": {
+            family: {
+                "problems": sum(r["family"] == family for r in rows),
+                "over_1_nat_off": sum(r["family"] == family for r in far),
+                "silent": sum(r["family"] == family and not r["run_warnings"] for r in far),
+                "covered": sum(r["family"] == family and r["covers"]["0.95"] for r in rows),
+            }
+            for family in sorted({r["family"] for r in rows})
+        },
     }
 
 
@@ -277,6 +424,7 @@ def _write(path, seed, rows):
         "seed": seed,
         "torch": torch.__version__,
         "summary": summarize(rows),
+        "kinds": per_kind(rows),
         "rows": [_finite(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ this package or of Pyro that names what is wrong, with its words), or a crash. W
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -160,22 +161,25 @@ def _loss(entry, make):
     return {"outcome": "number", "value": float(value)}
 
 
-def one(folder: Path, name: str) -> dict:
-    """Runs one entry in every way."""
+def one(folder: Path, name: str) -> None:
+    """Runs one entry in every way, and prints each outcome as soon as it is there."""
     logging_off = mock.patch("logging.basicConfig")
     torch.set_num_threads(1)
     sys.meta_path.append(_Missing())
     pyro.set_rng_seed(0)
+    out = sys.stdout
     with logging_off, contextlib.redirect_stdout(sys.stderr):
         entry = ENTRIES[name](Sources(folder))
         ways = {}
         for guide in entry.guides:
             label = "own guide" if callable(guide) else (guide or "prior")
-            random.seed(0)
-            ways[f"run, {label}"] = _outcome(lambda guide=guide: _run(entry, guide))
+            ways[f"run, {label}"] = functools.partial(_run, entry, guide)
         for label, make in WAYS.items():
-            ways[label] = _outcome(lambda make=make: _loss(entry, make))
-    return {"source": entry.source, "ways": ways}
+            ways[label] = functools.partial(_loss, entry, make)
+        print(json.dumps({"source": entry.source, "ways": list(ways)}), file=out, flush=True)
+        for label, way in ways.items():
+            random.seed(0)
+            print(json.dumps({label: _outcome(way)}), file=out, flush=True)
 
 
 def page(results: dict) -> str:
@@ -249,7 +253,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (options.timeout, options.timeout))
-        print(json.dumps(one(options.folder.resolve(), options.one)))
+        one(options.folder.resolve(), options.one)
         return
     kept = json.loads(RESULTS.read_text())["entries"] if RESULTS.exists() else {}
     entries = {name: kept[name] for name in ENTRIES if name in kept}
@@ -258,18 +262,26 @@ def main() -> None:
         command = [sys.executable, __file__, str(options.folder), "--one", name]
         command += ["--timeout", str(options.timeout)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        text = done.stdout.strip().splitlines()
-        if done.returncode == 0 and text:
-            entries[name] = json.loads(text[-1])
-        elif done.returncode < 0:
-            says = f"not ended after {options.timeout} s of CPU time"
-            entries[name] = {"ways": {"all": {"outcome": "timeout", "says": says}}}
-        else:
-            entries[name] = {"ways": {"all": {"outcome": "crash", "says": done.stderr[-600:]}}}
+        entries[name] = _read(done, options.timeout)
         outcomes = [way["outcome"] for way in entries[name]["ways"].values()]
         print(f"{name}: {outcomes} ({time.perf_counter() - began:.0f} s)", flush=True)
         _write(entries)
     _write(entries)
+
+
+def _read(done, timeout: int) -> dict:
+    """Reads what a process of an entry printed: the ways it did not reach share its end."""
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    says, kind = f"not ended after {timeout} s of CPU time", "timeout"
+    if done.returncode > 0:
+        kind = "crash"
+        says = next((t for t in reversed(done.stderr.splitlines()) if "Error" in t), "")[:300]
+    if not lines:
+        return {"ways": {"all": {"outcome": kind, "says": says}}}
+    ways = {label: found for line in lines[1:] for label, found in line.items()}
+    for label in lines[0]["ways"]:
+        ways.setdefault(label, {"outcome": kind, "says": says})
+    return {"source": lines[0]["source"], "ways": ways}
 
 
 def _write(entries: dict) -> None:

@@ -1,17 +1,14 @@
-"""What the losses learn: a belief net by TVO, VIMCO and RWS, and the table of the AIWAE paper.
+"""The table of the AIWAE paper at a small size; ``papers/`` has all experiments at the papers' size.
 
-    python benchmarks/losses_training.py belief-net
-    python benchmarks/losses_training.py beta-sweep    # TVO, Fig. 2(d)
-    python benchmarks/losses_training.py aiwae --seeds 0 1 2
-    python benchmarks/losses_training.py aiwae --mnist FOLDER    # MNIST's gzipped idx files
-    python benchmarks/losses_training.py aiwae --quick    # everything, too short to mean anything
+    python benchmarks/losses_training.py --seeds 0 1 2
+    python benchmarks/losses_training.py --mnist FOLDER    # MNIST's gzipped idx files
+    python benchmarks/losses_training.py --quick    # everything, too short to mean anything
 
-Data: scikit-learn's digits, 8 x 8, binarized; or MNIST, averaged to 14 x 14 and binarized. Log evidence of test digits is measured by an
-IWAE bound of 2000 particles for the belief net, whose latents are discrete, and by annealed
-importance sampling of 16 chains for the autoencoder. Networks and run lengths are far smaller than
-in the papers; what should carry over is the order of the methods.
+Data: scikit-learn's digits, 8 x 8, binarized; or MNIST, averaged to 14 x 14 and binarized. Log evidence
+of test digits is measured by annealed importance sampling of 16 chains. Networks and run lengths are far
+smaller than in the paper; what should carry over is the order of the methods.
 
-Sources: Masrani et al. (2019), section 7.1; Ding and Freedman (2019), Table 1.
+Source: Ding and Freedman (2019), Table 1.
 """
 
 from __future__ import annotations
@@ -33,8 +30,7 @@ from torch import Tensor, nn
 
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.datasets import Digits, load_digits
-from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO
-from pyro_anneal.schedules import LogUniform
+from pyro_anneal.losses import AIWAE, IWAE
 
 Loss = Callable[[nn.Module, nn.Module, Tensor], Tensor]
 
@@ -50,33 +46,6 @@ def load_mnist(folder: Path) -> Digits:
         return (small > 127.5).to(torch.get_default_dtype())
 
     return Digits(train=read("train"), test=read("t10k"))
-
-
-class BeliefModel(nn.Module):
-    """Bits with learned probabilities, linear logits of the pixels."""
-
-    def __init__(self, num_bits: int) -> None:
-        super().__init__()
-        self.prior = nn.Parameter(torch.zeros(num_bits))
-        self.decoder = nn.Linear(num_bits, 64)
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(2 * z - 1)).to_event(1), obs=x)
-
-
-class BeliefGuide(nn.Module):
-    """Linear logits of the bits."""
-
-    def __init__(self, num_bits: int) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(64, num_bits)
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            logits = self.encoder(2 * x - 1)
-            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
 
 
 class Decoder(nn.Module):
@@ -138,50 +107,6 @@ def elbo_per_datum(model: nn.Module, guide: nn.Module, x: Tensor) -> float:
     loss = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
     with torch.no_grad():
         return -loss.loss(model, guide, x) / len(x)
-
-
-def belief_net(seed: int, steps: int, num_bits: int = 30) -> dict[str, dict[str, float]]:
-    """Trains the belief net by each method; returns test log evidence and KL(q || p), nats."""
-    data = load_digits()
-    options = {"vectorize_particles": True, "max_plate_nesting": 1}
-    tvo = TVO(10, LogUniform(0.05, partitions=2), **options)
-    vimco = IWAE(10, "vimco", **options)
-    plain, wake_phi = IWAE(10, **options), EUBO(10, **options)
-    methods: dict[str, Loss] = {
-        "TVO": lambda m, g, x: tvo.differentiable_loss(m, g, x),
-        "IWAE-VIMCO": lambda m, g, x: vimco.differentiable_loss(m, g, x),
-        "RWS": lambda m, g, x: (
-            plain.differentiable_loss(m, torch.no_grad()(g), x)
-            + wake_phi.differentiable_loss(m, g, x)
-        ),
-    }
-    result = {}
-    for name, loss in methods.items():
-        pyro.set_rng_seed(seed)
-        model, guide = BeliefModel(num_bits), BeliefGuide(num_bits)
-        milliseconds = train(model, guide, loss, data.train, steps, 3e-3)
-        bound = IWAE(2000, **options).loss(model, guide, data.test) / len(data.test)
-        elbo = elbo_per_datum(model, guide, data.test)
-        result[name] = {"log evidence": -bound, "KL(q||p)": -bound - elbo, "ms": milliseconds}
-    return result
-
-
-def beta_sweep(seeds: list[int], steps: int) -> list[dict[str, float]]:
-    """Trains the belief net by TVO with two partitions at several beta_1; test log evidence, nats."""
-    data = load_digits()
-    options = {"vectorize_particles": True, "max_plate_nesting": 1}
-    rows = []
-    for beta_1 in (1e-3, 1e-2, 0.05, 0.1, 0.2, 0.4, 0.7, 0.95):
-        for seed in seeds:
-            loss = TVO(10, torch.tensor([0.0, beta_1, 1.0]), **options)
-            pyro.set_rng_seed(seed)
-            model, guide = BeliefModel(30), BeliefGuide(30)
-            train(model, guide, loss.differentiable_loss, data.train, steps, 3e-3)
-            bound = IWAE(1000, **options).loss(model, guide, data.test) / len(data.test)
-            elbo = elbo_per_datum(model, guide, data.test)
-            rows.append({"beta_1": beta_1, "seed": seed, "log evidence": -bound, "ELBO": elbo})
-            print({k: round(v, 4) for k, v in rows[-1].items()}, flush=True)
-    return rows
 
 
 METHODS = ("VAE", "IWAE", "AIWAE T=5", "AIWAE T=11")
@@ -248,31 +173,20 @@ def summarize(runs: list[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=["belief-net", "beta-sweep", "aiwae"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of aiwae")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="losses")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--particles", type=int, default=5)
     parser.add_argument("--ais-steps", type=int, default=300)
     parser.add_argument("--num-test", type=int, default=300)
-    parser.add_argument("--mnist", type=Path, help="folder of MNIST's files, for aiwae")
+    parser.add_argument("--mnist", type=Path, help="folder of MNIST's files")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.quick:
         args.seeds, args.steps, args.ais_steps, args.num_test = [0], 20, 20, 10
-    if args.task == "beta-sweep":
-        rows = beta_sweep(args.seeds, args.steps)
-        if args.output is not None:
-            args.output.write_text(json.dumps(rows, indent=1) + "\n")
-        return
-    if args.task == "belief-net":
-        runs = [belief_net(seed, args.steps) for seed in args.seeds]
-        if args.output is not None:
-            args.output.write_text(json.dumps(runs, indent=1) + "\n")
-    else:
-        runs = aiwae(args)
+    runs = aiwae(args)
     if runs:
         summarize(runs)
 

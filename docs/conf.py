@@ -41,7 +41,6 @@ html_css_files = ["custom.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -95,11 +94,17 @@ def _describe_fields(cls: type, lines: list[str]) -> None:
     source = inspect.getsource(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        found = re.search(rf"^    {field.name}: (.+?)(?:\s+# (.+))?$", source, re.MULTILINE)
-        if found is None:
+        line = rf"^    {field.name}: (.+?)(?:[ ]+# (.+))?$"
+        found = re.search(rf"((?:^    # .+\n)*){line}", source, re.MULTILINE)
+        if found is None or field.name.startswith("_"):
             continue
-        kind = re.sub(r"\s+=\s+.*|\s+\($", "", found[1])
-        comment = re.sub(r"(\[[^\]]*\])", r"``\1``", f": {found[2]}") if found[2] else ""
+        above = " ".join(found[1].replace("    # ", "").split())
+        kind = re.sub(r"\s+=\s+.*|\s+\($", "", found[2])
+        text = found[3] or above
+        if not text and found[2].endswith("("):  # the comment stands in the parentheses
+            inside = re.search(r"# (.+)", source[found.end() :].partition("\n    )")[0])
+            text = inside[1] if inside else ""
+        comment = re.sub(r"(\[[^\]]*\])", r"``\1``", f": {text}") if text else ""
         rows.append(f"* ``{field.name}`` (``{kind}``){comment}")
     if rows:
         lines += ["", "**Fields**", "", *rows, ""]

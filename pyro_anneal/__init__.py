@@ -5,7 +5,15 @@ from ._version import __version__
 from .anneal import AnnealedImportance, log_evidence
 from .audits import check_inference, evidence_from_samples
 from .chains.pilot import Pilot
-from .kernels import HMC, Composite, DiscreteLangevin, Kernel, RandomWalk, SingleSite
+from .kernels import (
+    HMC,
+    ChromaticGibbs,
+    Composite,
+    DiscreteLangevin,
+    Kernel,
+    RandomWalk,
+    SingleSite,
+)
 from .results import (
     AnnealedRun,
     AnnealingWarning,
@@ -27,6 +35,7 @@ __all__ = [
     "AnnealedImportance",
     "AnnealedRun",
     "AnnealingWarning",
+    "ChromaticGibbs",
     "Comparison",
     "Composite",
     "Diagnostic",

@@ -16,10 +16,11 @@ from .arguments import as_count, check_reserved
 from .diagnostics import checks as diagnostics
 from .models.inspection import NothingToAnneal
 from .models.simulation import Arguments
+from .models.types import Fn
 from .persistence.fingerprints import describe_arguments, described
 from .persistence.journal import Journal, keep_journal
 from .problems.problem import Guide
-from .problems.samples import pack_samples
+from .problems.samples import HoldsDraws, pack_samples
 from .results.batches import EvidenceOfBatches
 from .results.mutual_information import FEW_PAIRS, MutualInformation
 from .results.rounds import PairRounds
@@ -129,7 +130,7 @@ class AnnealedImportance(Settings):
         True
     """
 
-    def run(self, *args: Any, **kwargs: Any) -> AnnealedRun:
+    def run(self, *args: object, **kwargs: object) -> AnnealedRun:
         """Runs K forward chains and returns a lower bound on log p(x) per datum.
 
         Args:
@@ -137,7 +138,7 @@ class AnnealedImportance(Settings):
             **kwargs: Likewise.
 
         Returns:
-            The run: ``lower`` in nats, log-weights, diagnostics, posterior samples.
+            The run, with ``lower`` in nats, log-weights, diagnostics and posterior samples.
 
         Raises:
             ValueError: If model, guide or data do not allow it; the message names the site.
@@ -171,10 +172,10 @@ class AnnealedImportance(Settings):
 
     def run_reverse(
         self,
-        posterior_samples: Any,
-        *args: Any,
+        posterior_samples: Mapping[str, Tensor] | HoldsDraws,
+        *args: object,
         exact: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> AnnealedRun:
         """Runs reverse chains from K independent posterior samples: the IR upper bound.
 
@@ -193,7 +194,7 @@ class AnnealedImportance(Settings):
             ValueError: If a latent site has no samples, or some outside its support.
         """
         arguments, began = (args, kwargs), time.perf_counter()
-        if callable(getattr(posterior_samples, "get_samples", None)):
+        if isinstance(posterior_samples, HoldsDraws):
             posterior_samples = posterior_samples.get_samples()
         options = {"exact": exact, "posterior_samples": posterior_samples}
         with self._journal("run_reverse", arguments, **options) as journal:
@@ -213,11 +214,11 @@ class AnnealedImportance(Settings):
 
     def sandwich(
         self,
-        *args: Any,
+        *args: object,
         num_simulations: int = 1,
         bounds: tuple[str, str] = ("IM lower", "CR upper"),
         keep_samples: bool | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Sandwich:
         """Bounds log p(x) from both sides, on data SIMULATED from the model in x's shape.
 
@@ -248,13 +249,13 @@ class AnnealedImportance(Settings):
 
     def mutual_information(
         self,
-        *args: Any,
+        *args: object,
         num_simulations: int | None = None,
         target_std_error: float | None = None,
         max_simulations: int = 10_000,
         bounds: tuple[str, str] = ("IM lower", "CR upper"),
         control_variates: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> MutualInformation:
         r"""Bounds the mutual information between the model's observed and latent sites.
 
@@ -324,9 +325,9 @@ class AnnealedImportance(Settings):
 
     def run_batches(
         self,
-        batches: Iterable[Any],
+        batches: Iterable[object],
         *,
-        arguments: Callable[[Any], Arguments] = as_arguments,
+        arguments: Callable[[object], Arguments] = as_arguments,
         on_batch: Callable[[int, AnnealedRun], object] | None = None,
     ) -> EvidenceOfBatches:
         """Runs forward chains on one batch of data after another, and keeps numbers per datum.
@@ -371,7 +372,7 @@ class AnnealedImportance(Settings):
         provenance = record_batches(self, began, journal.seconds, result)
         return replace(result, provenance=provenance)
 
-    def thermodynamic_curve(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def thermodynamic_curve(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Estimates E_beta[log p/q] along the path, whose integral is the log evidence.
 
         Args:
@@ -420,14 +421,17 @@ class AnnealedImportance(Settings):
         bounds: tuple[str, str],
         keep_samples: bool | None,
         more: Callable[[PairSum], int] | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> tuple[Sandwich, PairSum]:
         began = time.perf_counter()
         num_simulations = as_count("num_simulations", num_simulations)
         check_names(bounds)
         coupled = "CR lower" in bounds
         keep_samples = num_simulations == 1 if keep_samples is None else keep_samples
-        given = {"num_simulations": num_simulations, "keep_samples": keep_samples}
+        given: dict[str, object] = {
+            "num_simulations": num_simulations,
+            "keep_samples": keep_samples,
+        }
         given |= options or {}
         with self._journal(task, arguments, **given, coupled=coupled) as journal:
             pairs = simulate_pairs(
@@ -448,7 +452,7 @@ class AnnealedImportance(Settings):
 
     @contextlib.contextmanager
     def _journal(
-        self, task: str, arguments: Arguments = ((), {}), **options: Any
+        self, task: str, arguments: Arguments = ((), {}), **options: object
     ) -> Iterator[Journal]:
         """Opens the journal of a call, which depends on settings, arguments and options.
 
@@ -485,15 +489,15 @@ class AnnealedImportance(Settings):
 
 
 def log_evidence(
-    model: Callable[..., Any],
-    *args: Any,
+    model: Fn,
+    *args: object,
     guide: Guide = "auto",
     num_chains: int = 32,
     num_steps: int | None = None,
     target_gap: float | None = None,
     seed: int | None = None,
     progress_bar: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> AnnealedRun:
     """Bounds the log evidence of a model in one call.
 

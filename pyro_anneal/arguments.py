@@ -7,7 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex, cast
 
 from torch import Tensor
 from torch.distributions import Distribution
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def as_count(name: str, value: Any, *, least: int = 1) -> int:
+def as_count(name: str, value: object, *, least: int = 1) -> int:
     """Returns a number of things as an ``int``.
 
     Args:
@@ -43,7 +43,7 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        count = operator.index(value)
+        count = operator.index(cast("SupportsIndex", value))
     except TypeError:
         raise ValueError(
             f"{name} must be an integer, got {value!r} ({type(value).__name__})"
@@ -53,7 +53,7 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
     return count
 
 
-def as_real(name: str, value: Any) -> float:
+def as_real(name: str, value: object) -> float:
     """Returns a real number as a ``float``; NaN and infinity pass.
 
     Raises:
@@ -69,14 +69,14 @@ def as_real(name: str, value: Any) -> float:
     ):
         raise ValueError(f"{name} must be a number, got {value!r}")
     try:
-        return float(value)
+        return float(cast("SupportsFloat", value))
     except (TypeError, ValueError):
         raise ValueError(
             f"{name} must be a number, got {value!r} ({type(value).__name__})"
         ) from None
 
 
-def as_flag(name: str, value: Any, *others: str) -> bool | str:
+def as_flag(name: str, value: object, *others: str) -> bool | str:
     """Returns ``"auto"``, True, False or one of ``others``.
 
     Raises:
@@ -86,13 +86,13 @@ def as_flag(name: str, value: Any, *others: str) -> bool | str:
         >>> as_flag("compile", "auto")
         'auto'
     """
-    if isinstance(value, bool) or value in ("auto", *others):
-        return value  # type: ignore[no-any-return]
+    if isinstance(value, bool) or (isinstance(value, str) and value in ("auto", *others)):
+        return value
     named = ", ".join(f'"{other}"' for other in ("auto", *others))
     raise ValueError(f"{name} must be {named}, True or False, got {value!r}")
 
 
-def as_seed(value: Any) -> int | None:
+def as_seed(value: object) -> int | None:
     """Returns a seed, or None.
 
     Raises:
@@ -110,7 +110,7 @@ def as_seed(value: Any) -> int | None:
     return seed
 
 
-def check_function(name: str, value: Any, *, what: str = "a Pyro function") -> None:
+def check_function(name: str, value: object, *, what: str = "a Pyro function") -> None:
     """Checks that a model, a guide or a critic can be called.
 
     Raises:
@@ -129,7 +129,7 @@ def check_function(name: str, value: Any, *, what: str = "a Pyro function") -> N
         raise ValueError(f"{name} must be {what}, got {value!r}")
 
 
-def check_kernel(value: Any) -> None:
+def check_kernel(value: object) -> None:
     """Checks that a transition kernel has the parts that annealing calls.
 
     Raises:
@@ -144,13 +144,13 @@ def check_kernel(value: Any) -> None:
             f"kernel must be a transition kernel such as HMC(), got {value!r}, which lacks "
             f"{missing} (see pyro_anneal.Kernel)"
         )
-    as_count("kernel.num_gradients", value.num_gradients, least=0)
-    target = value.target_accept
+    num_gradients, target = (getattr(value, part) for part in parts[:2])
+    as_count("kernel.num_gradients", num_gradients, least=0)
     if target is not None and not 0.0 < as_real("kernel.target_accept", target) < 1.0:
         raise ValueError(f"kernel.target_accept must lie in (0, 1) or be None, got {target}")
 
 
-def check_step_size(value: Any) -> None:
+def check_step_size(value: object) -> None:
     """Checks a fixed step size: a positive number, or a tensor of one per batch element.
 
     Raises:
@@ -167,7 +167,7 @@ def check_step_size(value: Any) -> None:
 def check_reserved(
     task: str,
     model: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     options: Iterable[str],
     *,
     remedy: str,

@@ -408,7 +408,7 @@ def block_margin(num_blocks: int, num_kept: int, level: float = 0.95) -> float:
         level: Probability of coverage, in (0, 1).
 
     Returns:
-        Margin b in nats: ``log(1 / alpha) / R`` for m = R.
+        Margin b in nats, which is ``log(1 / alpha) / R`` for m = R.
 
     Raises:
         ValueError: If ``level`` is not in (0, 1).

@@ -6,14 +6,24 @@ from lattices import DISCRETE, MIXED, LatticePath, UncorrectedLangevin
 from test_identities import NUM_STEPS, frozen_path, identities
 
 from pyro_anneal.chains.path import Path, TuningTable
-from pyro_anneal.kernels import HMC, Composite, DiscreteLangevin, SingleSite
+from pyro_anneal.kernels import HMC, ChromaticGibbs, Composite, DiscreteLangevin, SingleSite
 from pyro_anneal.schedules import Linear
 
-REPEATS = 20_000
-LARGEST_STD_ERROR = 0.012
+REPEATS = 10_000
+LARGEST_STD_ERROR = 0.017
 KERNELS = {  # with step sizes far from the best ones
     "langevin": (DISCRETE, DiscreteLangevin(), 0.15),
     "single site": (DISCRETE, SingleSite(1), 1.0),
+    "colours": (
+        DISCRETE,
+        Composite(
+            (
+                ChromaticGibbs((0, 1, 0), DISCRETE.only("binary", "one-hot")),
+                DiscreteLangevin(lattice=DISCRETE.only("integer")),
+            )
+        ),
+        0.15,
+    ),
     "langevin and HMC": (MIXED, Composite((DiscreteLangevin(), HMC(1))), 0.3),
 }
 

@@ -56,6 +56,7 @@ from pyro_anneal.schedules import LogUniform
 
 METHODS = (
     "TVO tightest",
+    "TVO tightest, 5",
     "TVO moments",
     "TVO .05",
     "TVO .4",
@@ -72,6 +73,7 @@ def method(name: str, particles: int) -> Loss:
     count = particles
     schedules: dict[str, Any] = {
         "TVO tightest": Tightest(2),
+        "TVO tightest, 5": Tightest(5),
         "TVO moments": Moments(2),
         "TVO .05": LogUniform(0.05, partitions=2),
         "TVO .4": LogUniform(0.4, partitions=2),

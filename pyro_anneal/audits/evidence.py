@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from pyro.ops.stats import split_gelman_rubin
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..arguments import as_flag, check_reserved
 from ..diagnostics import checks
 from ..models.density import ModelDensity
+from ..models.types import Fn
 from ..persistence.journal import Journal, keep_journal
 from ..problems.components import DenseComponent
 from ..problems.discrete import lattice_of
@@ -53,15 +52,15 @@ class _Halves:
 
 
 def evidence_from_samples(
-    model: Callable[..., Any],
-    samples: Any,
-    *args: Any,
+    model: Fn,
+    samples: object,
+    *args: object,
     exact: bool = False,
     seed: int | None = None,
     num_chains: int = 32,
     num_steps: int = 200,
     progress_bar: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> EvidenceFromSamples:
     """Computes the log evidence of a model from draws of its posterior.
 

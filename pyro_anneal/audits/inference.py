@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -20,6 +19,7 @@ from ..models.density import Arguments, ModelDensity
 from ..models.inspection import inspect_model
 from ..models.simulation import MakeArgs
 from ..models.sites import Layout
+from ..models.types import Fn
 from ..persistence.journal import keep_journal
 from ..persistence.randomness import derived_seed, own_randomness, seeded_generator
 from ..problems.bases import GuideBase, StandardNormalBase
@@ -57,8 +57,8 @@ class _Outcome:
 class _Audit:
     """What all simulated data sets of an audit share."""
 
-    model: Callable[..., Any]
-    inference: Callable[..., Any]
+    model: Fn
+    inference: Fn
     arguments: Arguments
     fixed: dict[str, Tensor]
     make_args: MakeArgs | None
@@ -96,7 +96,7 @@ class _Audit:
             )
         return layout
 
-    def _kind(self, data: SimulatedData) -> tuple[bool, tuple[Any, set[str]] | None]:
+    def _kind(self, data: SimulatedData) -> tuple[bool, tuple[object, set[str]] | None]:
         """Tells a guide, which samples sites, from a function that returns draws."""
         if is_autoguide(self.inference):
             check_guide(self.inference)
@@ -114,7 +114,7 @@ class _Audit:
         check_guide(self.inference)
         return True, None
 
-    def _call(self, data: SimulatedData) -> tuple[Any, set[str]]:
+    def _call(self, data: SimulatedData) -> tuple[object, set[str]]:
         """Calls the inference; returns what it returns, and the sites that handlers have reached."""
         args, kwargs = data.arguments
         if _takes_model(self.inference):
@@ -123,7 +123,7 @@ class _Audit:
             found = self.inference(*args, **kwargs)
         return found, seen
 
-    def _draws(self, data: SimulatedData, called: tuple[Any, set[str]]) -> Any:
+    def _draws(self, data: SimulatedData, called: tuple[object, set[str]]) -> object:
         """Checks that draws were made with the simulated data and the fixed sites."""
         found, seen = called
         remedy = (
@@ -169,7 +169,7 @@ class _Audit:
         lower, upper = float(resampled - inner), float(ratio[0] - inner)
         return self._ranked(data, draws, log_joint, seed, lower, upper)
 
-    def _from_draws(self, data: SimulatedData, found: Any, seed: int) -> _Outcome:
+    def _from_draws(self, data: SimulatedData, found: object, seed: int) -> _Outcome:
         """Ranks draws, and compares the posterior with a density fitted to them."""
         assert self.layout is not None
         values = read_draws(found, self.layout)
@@ -246,7 +246,7 @@ class _Audit:
         return _Outcome(ranks, uniforms, count, lower, upper)
 
 
-def _takes_model(inference: Callable[..., Any]) -> bool:
+def _takes_model(inference: Fn) -> bool:
     try:
         return "model" in inspect.signature(inference).parameters
     except (TypeError, ValueError):  # no signature
@@ -261,16 +261,16 @@ def _tensors(data: SimulatedData, arguments: Arguments) -> dict[str, Tensor]:
 
 
 def check_inference(
-    model: Callable[..., Any],
-    inference: Callable[..., Any],
-    *args: Any,
+    model: Fn,
+    inference: Fn,
+    *args: object,
     num_simulations: int = 100,
     seed: int | None = None,
-    simulate_from: Mapping[str, Any] | None = None,
+    simulate_from: Mapping[str, Tensor] | None = None,
     make_args: MakeArgs | None = None,
     num_draws: int = 63,
     progress_bar: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> InferenceCheck:
     r"""Audits an inference on data simulated from the model, where exact posterior samples are known.
 
@@ -307,7 +307,7 @@ def check_inference(
         **kwargs: All other keywords are arguments of the model.
 
     Returns:
-        Ranks, p-values, bounds on the divergence in nats, and a verdict: ``"failed"`` if ranks are
+        Ranks, p-values, bounds on the divergence in nats, and a verdict, ``"failed"`` if ranks are
         not uniform (p < 0.005, corrected for the number of quantities), or a guide is further than
         0.1 nat off beyond chance; ``"suspicious"`` at p < 0.03, or 0.02 nat.
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..models.sites import Layout
+from ..problems.samples import HoldsDraws
 
 __all__ = ["read_draws", "values_by_name"]
 
 
-def values_by_name(samples: Any) -> dict[str, Any]:
+def values_by_name(samples: object) -> dict[str, Any]:
     """Opens a container of draws.
 
     Args:
@@ -25,7 +26,7 @@ def values_by_name(samples: Any) -> dict[str, Any]:
     Raises:
         ValueError: If it is none of these.
     """
-    if callable(getattr(samples, "get_samples", None)):
+    if isinstance(samples, HoldsDraws):
         return dict(samples.get_samples(group_by_chain=True))
     group: Any = getattr(samples, "posterior", None)
     if hasattr(group, "data_vars"):
@@ -39,7 +40,7 @@ def values_by_name(samples: Any) -> dict[str, Any]:
     )
 
 
-def read_draws(samples: Any, layout: Layout) -> dict[str, Tensor]:
+def read_draws(samples: object, layout: Layout) -> dict[str, Tensor]:
     """Reads the draws of every latent site, grouped by chain.
 
     Args:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -18,6 +17,7 @@ from ..graphs.captured import CapturedDensity, capture
 from ..models.density import Arguments, ModelDensity
 from ..models.simulation import MakeArgs, Simulation, check_copies, guide_arguments, simulate
 from ..models.sites import latent_sites
+from ..models.types import Fn, Message
 from ..problems.bases import Base, PathDensity
 
 __all__ = ["Densities", "Fixed", "SimulatedData", "simulate_data"]
@@ -33,7 +33,7 @@ class Fixed(Messenger):  # type: ignore[misc]
         super().__init__()
         self.values = dict(values)
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"]:
             return
@@ -51,7 +51,7 @@ class _Shown(Messenger):  # type: ignore[misc]
         super().__init__()
         self.names: set[str] = set()
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         self.names.add(msg["name"])
 
 
@@ -60,11 +60,11 @@ class SimulatedData:
     """One simulated data set, and how model and inference see it."""
 
     simulation: Simulation
-    model: Callable[..., Any]  # conditioned on the data, sites held fixed
+    model: Fn  # conditioned on the data, sites held fixed
     arguments: Arguments  # for the inference: simulated data in place of the observed
     hidden: dict[str, Tensor]  # data that no argument holds
 
-    held: Callable[..., Any]  # the model for the inference: sites fixed, hidden data in place
+    held: Fn  # the model for the inference: sites fixed, hidden data in place
 
     @contextlib.contextmanager
     def shown(self, fixed: Mapping[str, Tensor]) -> Iterator[set[str]]:
@@ -78,7 +78,7 @@ class SimulatedData:
 
 
 def simulate_data(
-    model: Callable[..., Any],
+    model: Fn,
     arguments: Arguments,
     fixed: Mapping[str, Tensor],
     make_args: MakeArgs | None,

@@ -92,7 +92,7 @@ class SamplerInduced(TorchDistribution):  # type: ignore[misc]
         new._batch_shape = batch_shape
         return new
 
-    def to(self, *args: Any, **kwargs: Any) -> SamplerInduced:
+    def to(self, *args: object, **kwargs: object) -> SamplerInduced:
         """Returns the distribution on another device or dtype, with arguments as ``Tensor.to``.
 
         Modules among its parts are moved in place, as ``nn.Module.to`` does; tensors are copied

@@ -9,6 +9,7 @@ import torch
 from .row_calls import Call, Meet, Result, Rows, aligned, dims_of, located
 
 __all__ = [
+    "as_pairs",
     "constant",
     "elementwise",
     "expanded",
@@ -164,6 +165,11 @@ def unreduced(call: Call) -> Result:
     if call["reduction"] != 0:
         raise Meet("it reduces the rows")
     return elementwise(call)
+
+
+def as_pairs(call: Call) -> Result:
+    """Views complex numbers as pairs, along a new last axis."""
+    return call.rows(call["self"])
 
 
 def constant(call: Call) -> Result:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .row_axes import (
+    as_pairs,
     constant,
     elementwise,
     expanded,
@@ -50,7 +51,8 @@ _GROUPS: list[tuple[Rule, str]] = [
         (
             "_to_copy clone detach alias lift_fresh lift_fresh_copy copy tril triu masked_fill where "
             "_prelu_kernel polygamma complex real imag conj _conj _neg_view resolve_conj resolve_neg "
-            "addcmul addcdiv lerp nan_to_num clamp angle"
+            "addcmul addcdiv lerp nan_to_num clamp angle log_sigmoid_forward "
+            "hardswish polar special_ndtr floor_divide"
         ),
     ),
     (
@@ -127,6 +129,7 @@ _GROUPS: list[tuple[Rule, str]] = [
     ),
     (likelihood_of_class, "nll_loss_forward"),
     (searched, "bucketize searchsorted"),
+    (as_pairs, "view_as_real"),
     (
         constant,
         (

@@ -1,6 +1,7 @@
 """Transition kernels and what they share."""
 
 from .base import Density, Info, Kernel, State, Tuning
+from .chromatic import ChromaticGibbs
 from .composite import Composite
 from .discrete import DiscreteLangevin, SingleSite
 from .hmc import HMC, leapfrog
@@ -11,6 +12,7 @@ from .random_walk import RandomWalk
 __all__ = [
     "HMC",
     "Block",
+    "ChromaticGibbs",
     "Composite",
     "Density",
     "DiscreteLangevin",

@@ -32,7 +32,7 @@ from torch.nn.functional import logsigmoid
 
 from ..arguments import as_count
 from .base import Density, Info, State, Tuning
-from .lattice import Block, Kind, Lattice
+from .lattice import Block, Kind, Lattice, bound
 from .metropolis import MetropolisKernel, accept, check_target_accept
 from .noise import Noise
 
@@ -212,7 +212,7 @@ class DiscreteLangevin(MetropolisKernel):
         noise: tuple[Tensor, ...],
     ) -> tuple[State, Info]:
         """Moves all chains once at inverse temperature ``beta``."""
-        lattice = _bound(self.lattice, self)
+        lattice = bound(self.lattice, self)
         each, uniform = noise
         here, grad = state.position, state.grad(beta)
         parts = []
@@ -238,15 +238,6 @@ def _step_of(block: Block, tuning: Tuning) -> Tensor:
     if block.kind != "integer":
         return step
     return step * tuning.scale[..., block.start : block.stop].clamp(min=0.5) + _LEAST_WIDTH
-
-
-def _bound(lattice: Lattice | None, kernel: object) -> Lattice:
-    if lattice is None:
-        raise ValueError(
-            f"{type(kernel).__name__} was given no discrete coordinates to move: build it with "
-            "lattice=..., or hand it to AnnealedImportance, which fills them in"
-        )
-    return lattice
 
 
 @dataclass(frozen=True)
@@ -307,7 +298,7 @@ class SingleSite(MetropolisKernel):
         noise: tuple[Tensor, ...],
     ) -> tuple[State, Info]:
         """Moves all chains once at inverse temperature ``beta``."""
-        lattice = _bound(self.lattice, self)
+        lattice = bound(self.lattice, self)
         numbers = lattice.variables(state.position)
         total = torch.zeros_like(state.log_base)
         failed = torch.zeros_like(state.log_base, dtype=torch.bool)

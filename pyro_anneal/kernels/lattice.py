@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import Kernel
 
-__all__ = ["Block", "Kind", "Lattice", "MovesLattice", "lattice_moved_by"]
+__all__ = ["Block", "Kind", "Lattice", "MovesLattice", "bound", "lattice_moved_by"]
 
 Kind = Literal["binary", "one-hot", "integer"]
 
@@ -161,3 +161,13 @@ class MovesLattice(Protocol):
 def lattice_moved_by(kernel: Kernel) -> Lattice | None:
     """Asks a kernel which discrete coordinates it moves; None if it moves none, or knows not yet."""
     return kernel.lattice if isinstance(kernel, MovesLattice) else None
+
+
+def bound(lattice: Lattice | None, kernel: object) -> Lattice:
+    """Returns the lattice of a kernel, or raises ValueError if it was given none."""
+    if lattice is None:
+        raise ValueError(
+            f"{type(kernel).__name__} was given no discrete coordinates to move: build it with "
+            "lattice=..., or hand it to AnnealedImportance, which fills them in"
+        )
+    return lattice

@@ -8,7 +8,9 @@ densities. New data and new parameters are then mere inputs of that graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,12 +31,14 @@ from ..problems.cache import Kept, KeptProblems, key_of, tensors_of
 from ..problems.discrete import lattice_of
 from ..problems.over_chains import map_chains
 from ..problems.problem import prepare
+from ..problems.watched import Watched
 from .scales import Scales
 from .traces import Arguments
 
 __all__ = ["FixedBatch", "Prepared", "ProblemCache", "pack_draws", "particle_values"]
 
 Fn = Callable[..., Any]
+_PATIENCE = 8  # recordings for changes of one value, before it is ignored
 
 
 class FixedBatch(Messenger):  # type: ignore[misc]
@@ -72,6 +76,8 @@ class Prepared(Kept):
 
     batch_plates: tuple[str, ...]
     example: Tensor  # a position, [*batch, D]
+    watched: Watched
+    ignored: set[str]  # what changes at every call, shared by all problems of a cache
     num_calls: int = 0
     differentiable: dict[int, DifferentiableDensity | None] = field(default_factory=dict)  # by K
 
@@ -79,6 +85,21 @@ class Prepared(Kept):
     def layout(self) -> Layout:
         """Layout of the model's latents."""
         return self.problem.layout
+
+    def serves(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Tells whether the recorded graph is right for these tensors, and Python as it is now."""
+        return self.watched.change(self.ignored) is None and super().serves(tensors)
+
+    def agrees(self, function: PathDensity, tensors: Mapping[str, Tensor]) -> bool:
+        """Compares the recorded graph with the model as it is now, at one position."""
+        density = self.problem.density
+        if density.mode == "eager":
+            return True  # nothing is recorded
+        try:
+            density.rebind(self.replacements(tensors), function).check(self.example.unsqueeze(0))
+        except ValueError:
+            return False
+        return True
 
     def differentiate(self, function: PathDensity, count: int) -> DifferentiableDensity | None:
         """Records both log densities of K chains for autograd, once; None where that fails."""
@@ -103,8 +124,10 @@ class ProblemCache:
     Where a value of one of them left the recording (a branch on the minibatch, a parameter turned
     into a number), the graph serves the data and parameters for which that value is the same; for
     others it is recorded anew, and several recordings are kept. A graph without such exits serves
-    all. What no tensor says (attributes of Python objects) is checked against the model itself, at
-    calls 2, 4, 8 and so on.
+    all. What no tensor says (attributes, closures, globals of Python) is watched for changes
+    (:class:`~pyro_anneal.problems.watched.Watched`). Where that is too much, or changes at every call,
+    the graph is compared with the model at one point per call instead, else at calls 2, 4, 8 and so
+    on. Where the two differ, the density is recorded anew and, with a warning, compared at every call.
 
     Args:
         num_chains: Number K of chains.
@@ -117,6 +140,9 @@ class ProblemCache:
         self.num_chains = num_chains
         self.compile = compile
         self._kept: KeptProblems[Prepared] = KeptProblems(size)
+        self._changes: Counter[str] = Counter()
+        self._ignored: set[str] = set()
+        self._always = False  # whether every call is compared with the model
 
     def get(
         self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
@@ -134,8 +160,7 @@ class ProblemCache:
             The prepared problem, and the captured density on the present data and parameters.
 
         Raises:
-            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`, and if model or guide use
-                data that the captured graph does not read as tensors.
+            ValueError: As :func:`~pyro_anneal.problems.problem.prepare`.
         """
         prepared, tensors = self.prepared(model, guide, arguments, subsamples, scales)
         common = scales.is_common
@@ -145,14 +170,7 @@ class ProblemCache:
         if density.mode == "eager":
             fresh = self._prepare(model, guide, arguments, subsamples, tensors, common)
             return fresh, fresh.problem.density
-        replacements = prepared.replacements(tensors)
-        if prepared.num_calls & (prepared.num_calls - 1):  # no power of two
-            return prepared, density.rebind(replacements)
-        with own_randomness(0):
-            function = self.function(prepared, model, guide, arguments, subsamples, common)
-            density = density.rebind(replacements, function)
-            density.check(prepared.example.unsqueeze(0))
-        return prepared, density
+        return prepared, density.rebind(prepared.replacements(tensors))
 
     def prepared(
         self, model: Fn, guide: Fn, arguments: Arguments, subsamples: Any, scales: Scales
@@ -161,13 +179,57 @@ class ProblemCache:
         places = _places(arguments, subsamples)
         tensors, key = tensors_of(places), key_of((model, guide), places)
         key = None if key is None else (*key, scales.key)
+        common = scales.is_common
         found = self._kept.find(key, tensors)
+        if found is not None and self._is_due(found):
+            with own_randomness(0):
+                function = self.function(found, model, guide, arguments, subsamples, common)
+                agrees = found.agrees(function, tensors)
+            if not agrees:
+                self._always = self._warn_of_hidden_values()
+                found = None
         if found is None:
-            common = scales.is_common
+            self._count_changes(key)
             found = self._prepare(model, guide, arguments, subsamples, tensors, common)
             self._kept.add(key, found)
         found.num_calls += 1
         return found, tensors
+
+    def _is_due(self, found: Prepared) -> bool:
+        """Tells whether a graph is to be compared with the model at the coming call."""
+        number = found.num_calls + 1
+        unseen = bool(self._ignored) or self._always or not found.watched.is_complete
+        return unseen or number & (number - 1) == 0
+
+    def _warn_of_hidden_values(self) -> bool:
+        if not (self._always or self._ignored):
+            warnings.warn(
+                "the density that was recorded is no longer that of the model: it depends on values "
+                "that cannot be watched (a file, the environment, a library's state); from now on "
+                "it is compared with the model at one point per call. Pass what the densities "
+                "depend on as a tensor among the arguments",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return True
+
+    def _count_changes(self, key: Any) -> None:
+        """Ignores what changes again and again, and says so."""
+        last = self._kept.last(key)
+        change = None if last is None else last.watched.change(self._ignored)
+        if change is None:
+            return
+        self._changes[change] += 1
+        if self._changes[change] > _PATIENCE:
+            self._ignored.add(change)
+            warnings.warn(
+                f"{change}, which model or guide can reach, changes from call to call, and a "
+                "density would be recorded anew each time; from now on the recorded one is "
+                "compared with the model at one point per call instead. Pass what the densities "
+                "depend on as a tensor among the arguments, and keep counters and outputs outside",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @staticmethod
     def function(
@@ -231,7 +293,15 @@ class ProblemCache:
             )
         plates = tuple(plate.name for plate in problem.layout.batch)
         example = problem.draw(1)[0].nan_to_num()
-        return Prepared(problem, tensors, (model, guide, arguments), plates, example)
+        return Prepared(
+            problem,
+            tensors,
+            (model, guide, arguments),
+            plates,
+            example,
+            Watched(model, guide),
+            self._ignored,
+        )
 
 
 def _keep_kind(fixed: FixedBatch, guide: Fn) -> Fn:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..arguments import check_function
 from ..models.checks import explained
+from ..models.masked import check_filled, fill_masked
 from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
 from ..models.types import Arguments, Fn, Message, Node, Trace
 
@@ -141,8 +142,10 @@ def run_guide(
     model_trace = prune_subsample_sites(model_trace)
     guide_trace = _without_observed(prune_subsample_sites(guide_trace))
     marked = tuple(n for n, s in guide_trace.nodes.items() if s.get("infer", {}).get("enumerate"))
+    fill_masked(model_trace)
     with model_context():
         model_trace.compute_log_prob()
+    check_filled(model_trace)
     _compute_score_parts(guide_trace, gated=gates is not None)
     if is_validation_enabled():
         for trace in (model_trace, guide_trace):

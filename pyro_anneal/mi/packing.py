@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.coordinates import bijection
 from ..models.density import Substitute
-from ..models.inspection import supports_are_static
+from ..models.moving import supports_are_static
 from ..models.types import Trace
 from ..models.validation import validation_disabled
 from .bijections import Bijection, FixedBijection, check_continuous

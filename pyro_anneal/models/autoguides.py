@@ -8,10 +8,10 @@ those values to the auxiliary sites that the guide is to be conditioned on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from pyro.infer import autoguide
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .types import Fn, Trace
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 
-def is_autoguide(guide: Any) -> bool:
+def is_autoguide(guide: object) -> bool:
     """Tells whether a guide is one of Pyro's AutoGuides."""
-    return isinstance(guide, autoguide.AutoGuide)
+    return isinstance(guide, AutoGuide)
 
 
-def _parts(guide: Any) -> Iterator[Any]:
+def _parts(guide: object) -> Iterator[AutoGuide]:
     """Iterates over the AutoGuides that sample auxiliary sites."""
     if isinstance(guide, autoguide.AutoGuideList):
         for part in guide:
@@ -40,7 +40,7 @@ def _parts(guide: Any) -> Iterator[Any]:
         yield guide
 
 
-def sees_arguments(guide: Any) -> bool:
+def sees_arguments(guide: object) -> bool:
     """Tells whether a guide's density depends on its arguments: it, or a part, is hand-written."""
     if isinstance(guide, autoguide.AutoGuideList):
         return any(sees_arguments(part) for part in guide)
@@ -81,18 +81,18 @@ def check_guide(guide: Fn | None, *, invertible: bool = True) -> None:
             )
 
 
-def _joint_site(guide: Any) -> str:
+def _joint_site(guide: AutoGuide) -> str:
     return f"_{guide._pyro_name}_latent"
 
 
-def derived_sites(guide: Any) -> set[str]:
+def derived_sites(guide: Fn) -> set[str]:
     """Collects the model sites whose values an AutoGuide derives from auxiliary sites."""
     return {
         name for part in _parts(guide) for name, _ in part.prototype_trace.iter_stochastic_nodes()
     }
 
 
-def unconstrained_values(guide: Any, trace: Trace) -> dict[str, Tensor]:
+def unconstrained_values(guide: Fn, trace: Trace) -> dict[str, Tensor]:
     """Reads the unconstrained value of each derived site from the guide's trace."""
     values = {}
     for part in _parts(guide):
@@ -106,7 +106,7 @@ def unconstrained_values(guide: Any, trace: Trace) -> dict[str, Tensor]:
     return values
 
 
-def auxiliary_values(guide: Any, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def auxiliary_values(guide: Fn, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Computes the values of the auxiliary sites that give these unconstrained values."""
     values = {}
     for part in _parts(guide):

@@ -7,7 +7,6 @@ Jacobian of the measure that the distributions there use: angle, surface, lower 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -162,11 +161,11 @@ class SphereTransform(Transform):
         constant = math.log(2.0 * math.pi) + (self.dim - 2) * math.log(math.pi)
         return constant + _log_slope(x).sum(-1) + (powers * sines.log()).sum(-1)
 
-    def forward_shape(self, shape: Any) -> torch.Size:
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Returns the shape of values."""
         return torch.Size([*shape[:-1], shape[-1] + 1])
 
-    def inverse_shape(self, shape: Any) -> torch.Size:
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """Returns the shape of unconstrained values."""
         return torch.Size([*shape[:-1], shape[-1] - 1])
 
@@ -194,7 +193,9 @@ class PositiveDefiniteTransform(Transform):
         return lower @ lower.mT
 
     def _inverse(self, y: Tensor) -> Tensor:
-        lower = torch.linalg.cholesky(y)
+        lower, info = torch.linalg.cholesky_ex(y)
+        # rounded beyond the edge: no finite u
+        lower = torch.where((info == 0)[..., None, None], lower, torch.nan)
         size = y.shape[-1]
         diagonal = lower.diagonal(dim1=-2, dim2=-1).log()
         lower = lower.tril(-1) + diagonal.diag_embed()
@@ -210,12 +211,12 @@ class PositiveDefiniteTransform(Transform):
         weights: Tensor = (size + 2 - ends) * log_diagonal
         return size * math.log(2.0) + weights.sum(-1)
 
-    def forward_shape(self, shape: Any) -> torch.Size:
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Returns the shape of values."""
         size = self._size(shape[-1])
         return torch.Size([*shape[:-1], size, size])
 
-    def inverse_shape(self, shape: Any) -> torch.Size:
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """Returns the shape of unconstrained values."""
         size = shape[-1]
         return torch.Size([*shape[:-2], size * (size + 1) // 2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
 from unittest import mock
 
 import pyro.distributions as dist
@@ -26,7 +25,7 @@ from .sites import (
     unmasked,
 )
 from .supports import normalized_support
-from .types import Fn, Message, Node, Trace
+from .types import Arguments, Fn, Message, Node, Support, Trace
 
 __all__ = [
     "check_latents",
@@ -42,7 +41,7 @@ __all__ = [
 ]
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a value of type {type(value).__name__} (pass a tensor)"
     kind = str(value.dtype).removeprefix("torch.")
@@ -82,7 +81,7 @@ def _explain(traceback: TracebackType | None) -> str | None:
     return None
 
 
-def hidden_sites(function: Fn, arguments: tuple[Any, Any]) -> list[str]:
+def hidden_sites(function: Fn, arguments: Arguments) -> list[str]:
     """Names the sites that are sampled out of sight of handlers, under ``poutine.block``.
 
     Args:
@@ -223,7 +222,7 @@ def undeclared_axes(name: str, site: Node, *, enumerated: bool) -> list[int]:
     return axes
 
 
-def check_structure(first: Any, second: Any) -> None:
+def check_structure(first: Trace, second: Trace) -> None:
     """Checks that two runs of the model had the same sites."""
     names = [set(latent_sites(trace)) | set(observed_sites(trace)) for trace in (first, second)]
     if names[0] != names[1]:
@@ -275,7 +274,7 @@ def _check_same_sites(
     continuous: list[str],
     enumerated: list[str],
     guide_trace: Trace,
-    observed: Mapping[str, Any],
+    observed: Mapping[str, Node],
 ) -> None:
     guided = latent_sites(guide_trace)
     missing = [name for name in continuous if name not in guided]
@@ -308,7 +307,7 @@ def _check_same_sites(
         raise ValueError("model and guide disagree on sites; " + "; ".join(problems))
 
 
-def support_of(name: str, site: Node) -> Any:
+def support_of(name: str, site: Node) -> Support:
     """Works out the support of a latent site, which a user's own distribution may lack."""
     try:
         return normalized_support(site["fn"])

@@ -68,7 +68,7 @@ def bijection(fn: Distribution, *, noncentred: bool = False) -> Any:
     return T.IndependentTransform(transform, fn.event_dim) if fn.event_dim else transform
 
 
-def _parameters(base: Any) -> list[Tensor]:
+def _parameters(base: Distribution) -> list[Tensor]:
     """Collects location and scale of a family that can be non-centred; empty for others."""
     if isinstance(base, dist.MultivariateNormal):
         # Pyro's transform knows one matrix only.

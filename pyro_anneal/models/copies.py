@@ -7,7 +7,8 @@ that holds them. Memory addresses do not tell, since ``torch.as_tensor(np.array(
 So the model is run once more on the simulated pair while every tensor that an operation reads is
 compared with the user's data. A tensor (or the numbers of a list) that shares their values is made
 a variable, and what its gradient reaches is a density that depends on the user's data. Values that
-the simulation replaced, as those of ``obs=x * 1.0``, reach nothing.
+the simulation replaced, as those of ``obs=x * 1.0``, reach nothing. What has no gradient is looked
+for by substitution (:mod:`~.substitutes`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from .places import Place, current_place, described
 from .sites import density_sites, mark_points
+from .substitutes import find_by_substitution, fractions
 from .types import Arguments, Array, Fn
 from .validation import validation_disabled
 
@@ -80,12 +82,6 @@ def _single(values: Tensor) -> Array:
     return flat + np.float32(0.0)  # no minus zero
 
 
-def _fractions(values: Array) -> Array:
-    """Returns the distinct values that are no integers: they do not agree by chance."""
-    finite = values[np.isfinite(values)]
-    return np.unique(finite[finite != np.round(finite)])
-
-
 def _neighbours(values: Array) -> Array:
     """Returns the distinct pairs of neighbouring values, as one number each."""
     bits = values.view(np.uint32).astype(np.uint64)
@@ -108,7 +104,7 @@ def share_values(values: Tensor, data: Tensor) -> bool:
     ours, theirs = _single(values), _single(data)
     if min(len(ours), len(theirs)) < 2:
         return False
-    first, second = _fractions(ours), _fractions(theirs)
+    first, second = fractions(ours), fractions(theirs)
     common = int(np.isin(first, second, assume_unique=True).sum())
     if common >= 2 and 2 * common >= min(len(first), len(second)):
         return True
@@ -128,10 +124,10 @@ class _Search(TorchFunctionMode):
     def __init__(self, data: Mapping[str, Tensor], known: list[Tensor]) -> None:
         super().__init__()
         self.data = data
-        fractions = {name: _fractions(_single(value)) for name, value in self.data.items()}
+        own = {name: fractions(_single(value)) for name, value in self.data.items()}
         self.numbers = {
             name: {float(v) for v in values}
-            for name, values in fractions.items()
+            for name, values in own.items()
             if _LEAST_SCALARS <= len(values) <= 100_000
         }
         self.seen: dict[int, tuple[Tensor, Tensor]] = {
@@ -209,12 +205,26 @@ def find_copies(
         original: The user's data, by site.
 
     Returns:
-        The copies. Empty also where the model cannot be followed: it leaves torch, or fails where
-        values are variables.
+        The copies. Empty also where the model cannot be followed, as it computes with closures outside
+        of torch, or fails where values are variables and where they are others.
     """
     data = _pooled(
         {n: v for n, v in original.items() if not torch.equal(v, observed[n].to(v.dtype))}
     )
+    found = _find_by_gradient(model, arguments, latents, observed, data)
+    if not found:
+        other = find_by_substitution(model, arguments, latents, observed, data)
+        found = [] if other is None else [Copy(*other)]
+    return found
+
+
+def _find_by_gradient(
+    model: Fn,
+    arguments: Arguments,
+    latents: Mapping[str, Tensor],
+    observed: Mapping[str, Tensor],
+    data: dict[str, Tensor],
+) -> list[Copy]:
     values = {
         name: value.detach().clone().requires_grad_(value.is_floating_point())
         for name, value in {**latents, **observed}.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -161,7 +161,7 @@ def _in_precision(method: Callable[..., Result]) -> Callable[..., Result]:
     """Makes a method of the model's side compute in the precision of its layout."""
 
     @functools.wraps(method)
-    def run(self: ModelDensity, *args: Any, **kwargs: Any) -> Result:
+    def run(self: ModelDensity, *args: object, **kwargs: object) -> Result:
         with in_float64(self.layout.wide):
             return method(self, *args, **kwargs)
 
@@ -177,7 +177,7 @@ class ModelDensity:
         self.arguments = arguments
         self._dims = [plate.dim for plate in layout.batch]
 
-    def _trace(self, substitute: Substitute, *, enumerate_sites: bool) -> Any:
+    def _trace(self, substitute: Substitute, *, enumerate_sites: bool) -> Trace:
         model = self.model
         if enumerate_sites:
             model = poutine.enum(model, first_available_dim=-1 - self.layout.max_plate_nesting)
@@ -241,7 +241,7 @@ class ModelDensity:
         """Computes the extensions of log prior and log joint density that differences come from."""
         args, kwargs = self.arguments
 
-        def run(wrap: Callable[[Any], Any], given: Mapping[str, Tensor]) -> Any:
+        def run(wrap: Callable[[Fn], Fn], given: Mapping[str, Tensor]) -> Trace:
             substitute = Substitute(constrained=given)
             with validation_disabled(), poutine.block(), substitute, IndexByTensor():
                 return poutine.trace(wrap(self.model)).get_trace(*args, **kwargs)
@@ -277,7 +277,7 @@ class ModelDensity:
         log_prior = self._summed(trace, latents, scaled=False)
         return log_prior, self._summed(trace, {**latents, **observed_sites(trace)}, scaled=True)
 
-    def _summed(self, trace: Trace, sites: dict[str, Any], *, scaled: bool) -> Tensor:
+    def _summed(self, trace: Trace, sites: dict[str, Node], *, scaled: bool) -> Tensor:
         """Multiplies the densities of some sites, enumerated ones summed out of them."""
         found = sum_out(
             trace,

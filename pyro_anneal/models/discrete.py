@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import EllipsisType
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -62,7 +63,11 @@ class IndexByTensor(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_single(key: Any) -> bool:
+# What a tensor may be indexed by.
+Index = Tensor | int | slice | list[int] | EllipsisType | None
+
+
+def _is_single(key: object) -> TypeGuard[Tensor]:
     return (
         isinstance(key, Tensor)
         and key.dim() == 0
@@ -70,7 +75,7 @@ def _is_single(key: Any) -> bool:
     )
 
 
-def _select(value: Tensor, key: tuple[Any, ...]) -> Tensor:
+def _select(value: Tensor, key: tuple[Index, ...]) -> Tensor:
     """Indexes with single integer tensors among numbers, slices, None and an ellipsis."""
     if any(isinstance(part, Tensor | list) and not _is_single(part) for part in key):
         return value[key]
@@ -111,12 +116,12 @@ class DiscreteMap:
     dtype: torch.dtype
 
     @property
-    def domain(self) -> Any:
+    def domain(self) -> Support:
         """Constraint on u, whose ``event_dim`` counts."""
         return constraints.real_vector if self._is_vector else constraints.real
 
     @property
-    def codomain(self) -> Any:
+    def codomain(self) -> Support:
         """Constraint on the value, likewise."""
         return constraints.real_vector if self.kind == "one-hot" else constraints.real
 
@@ -165,7 +170,7 @@ def is_discrete(fn: Distribution) -> bool:
         return False
 
 
-def _plain(support: Support) -> Any:
+def _plain(support: Support) -> Support:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
@@ -189,7 +194,7 @@ def discrete_map(name: str, fn: Distribution) -> DiscreteMap:
     floating = example.dtype if example.is_floating_point() else torch.get_default_dtype()
     shape = fn.batch_shape + fn.event_shape
 
-    def whole(value: Any) -> Tensor:
+    def whole(value: Tensor | float) -> Tensor:
         tensor = torch.as_tensor(value, device=example.device).detach()
         return tensor.to(floating).expand(shape)
 
@@ -213,7 +218,7 @@ def discrete_map(name: str, fn: Distribution) -> DiscreteMap:
     )
 
 
-def _parameters(base: Any) -> list[Tensor]:
+def _parameters(base: Distribution) -> list[Tensor]:
     names = getattr(base, "arg_constraints", {})
     found = (base.__dict__.get(name) for name in names)
     return [value for value in found if isinstance(value, Tensor)]

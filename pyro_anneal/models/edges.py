@@ -19,7 +19,8 @@ import torch
 from pyro.distributions import transforms as T
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import TransformedDistribution
+from torch import distributions as families
+from torch.distributions import Transform, TransformedDistribution
 from torch.nn.functional import logsigmoid
 
 from .charts import BendTransform
@@ -36,19 +37,30 @@ __all__ = [
     "same_kind",
 ]
 
-_RELAXED_BERNOULLI = (dist.RelaxedBernoulli, dist.RelaxedBernoulliStraightThrough)
-_RELAXED_CATEGORICAL = (
-    dist.RelaxedOneHotCategorical,
-    dist.RelaxedOneHotCategoricalStraightThrough,
-)
-_OWN = (dist.Beta, dist.Kumaraswamy, dist.Dirichlet, dist.Gamma, dist.InverseGamma, dist.Weibull)
+# The classes of torch: those of Pyro derive from them, and Chi2 from a Gamma.
+_BETA, _KUMARASWAMY, _DIRICHLET = families.Beta, families.Kumaraswamy, families.Dirichlet
+_GAMMA, _WEIBULL = families.Gamma, families.Weibull
+_INVERSE_GAMMA = (dist.InverseGamma, getattr(families, "InverseGamma", dist.InverseGamma))
+_RELAXED_BERNOULLI = families.RelaxedBernoulli
+_RELAXED_CATEGORICAL = families.RelaxedOneHotCategorical
+_OWN = (_BETA, _KUMARASWAMY, _DIRICHLET, _GAMMA, *_INVERSE_GAMMA, _WEIBULL)
 _TINY_TAIL = -30.0  # log of a probability below which 1 - (1 - t)^a is a t
 
 
 def has_closed_form(fn: Distribution) -> bool:
     """Tells whether a family's density and draws are known in u."""
     base = base_distribution(fn)
-    return isinstance(base, (*_OWN, *_RELAXED_BERNOULLI, *_RELAXED_CATEGORICAL)) or _is_image(base)
+    known = isinstance(base, (*_OWN, _RELAXED_BERNOULLI, _RELAXED_CATEGORICAL))
+    return (known and not _is_redefined(base)) or _is_image(base)
+
+
+def _is_redefined(fn: Distribution) -> bool:
+    """Tells whether a user's class has a density or draws of its own, whatever it derives from."""
+    owners = [
+        next(kind for kind in type(fn).__mro__ if name in vars(kind)).__module__.split(".")[0]
+        for name in ("log_prob", "rsample", "sample", "support")
+    ]
+    return not set(owners) <= {"torch", "pyro"}
 
 
 def _is_image(fn: Distribution) -> bool:
@@ -59,14 +71,14 @@ def _is_image(fn: Distribution) -> bool:
     )
 
 
-def same_kind(first: Any, second: Any) -> bool:
+def same_kind(first: Distribution, second: Distribution) -> bool:
     """Tells whether two bijections are one sigmoid, exponential or stick-breaking transform."""
     kinds = {type(_leaf(first)), type(_leaf(second))}
     known = {T.SigmoidTransform, T.StickBreakingTransform, T.ExpTransform}
     return len(kinds) == 1 and kinds <= known
 
 
-def _leaf(transform: Any) -> Any:
+def _leaf(transform: Transform) -> Transform:
     while isinstance(transform, T.IndependentTransform):
         transform = transform.base_transform
     if isinstance(transform, T.ComposeTransform) and len(transform.parts) == 1:
@@ -94,14 +106,16 @@ def bend(fn: Distribution) -> Any:
 
 def _tail_rates(fn: Distribution) -> tuple[Tensor, Tensor] | None:
     """Finds the rates at which the density of u falls to the left and to the right."""
-    if isinstance(fn, dist.Beta | dist.Kumaraswamy):
+    if not has_closed_form(fn):
+        return None
+    if isinstance(fn, _BETA | _KUMARASWAMY):
         return fn.concentration1, fn.concentration0
-    if isinstance(fn, dist.Dirichlet):
+    if isinstance(fn, _DIRICHLET):
         a = fn.concentration
         return a[..., :-1], a.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-    if isinstance(fn, dist.Gamma | dist.Weibull):
+    if isinstance(fn, _GAMMA | _WEIBULL):
         return fn.concentration, torch.ones_like(fn.concentration)
-    if isinstance(fn, dist.InverseGamma):
+    if isinstance(fn, _INVERSE_GAMMA):
         rate = fn.base_dist.concentration
         return torch.ones_like(rate), rate
     if isinstance(fn, _RELAXED_BERNOULLI):
@@ -109,7 +123,7 @@ def _tail_rates(fn: Distribution) -> tuple[Tensor, Tensor] | None:
     return _tail_rates(base_distribution(fn.base_dist)) if _is_image(fn) else None
 
 
-def exact_log_det(transform: Any, u: Tensor, value: Tensor) -> Tensor:
+def exact_log_det(transform: Transform, u: Tensor, value: Tensor) -> Tensor:
     """Computes log |dz/du|, also where ``value`` has rounded to an edge."""
     if isinstance(_leaf(transform), T.StickBreakingTransform):
         log_share, log_rest, _ = _sticks(u)
@@ -142,25 +156,25 @@ def exact_log_prob(fn: Distribution, u: Tensor) -> Tensor | None:
 
 
 def _density(fn: Distribution, u: Tensor) -> Any:
-    if isinstance(fn, dist.Beta):
+    if isinstance(fn, _BETA):
         a, b = fn.concentration1, fn.concentration0
         constant = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
         return constant + (a - 1.0) * logsigmoid(u) + (b - 1.0) * logsigmoid(-u)
-    if isinstance(fn, dist.Kumaraswamy):
+    if isinstance(fn, _KUMARASWAMY):
         a, b = fn.concentration1, fn.concentration0
         log_rest = _log_one_minus_power(logsigmoid(u), logsigmoid(-u), a)
         return (a * b).log() + (a - 1.0) * logsigmoid(u) + (b - 1.0) * log_rest
-    if isinstance(fn, dist.Dirichlet):
+    if isinstance(fn, _DIRICHLET):
         a = fn.concentration
         constant = torch.lgamma(a.sum(-1)) - torch.lgamma(a).sum(-1)
         return constant + ((a - 1.0) * _log_simplex(u)).sum(-1)
-    if isinstance(fn, dist.Gamma):
+    if isinstance(fn, _GAMMA):
         a, rate = fn.concentration, fn.rate
         return a * rate.log() - torch.lgamma(a) + (a - 1.0) * u - rate * u.exp()
-    if isinstance(fn, dist.InverseGamma):
+    if isinstance(fn, _INVERSE_GAMMA):
         a, rate = fn.base_dist.concentration, fn.base_dist.rate
         return a * rate.log() - torch.lgamma(a) - (a + 1.0) * u - rate * (-u).exp()
-    if isinstance(fn, dist.Weibull):
+    if isinstance(fn, _WEIBULL):
         k, log_scale = fn.concentration, fn.scale.log()
         return k.log() - k * log_scale + (k - 1.0) * u - (k * (u - log_scale)).exp()
     if isinstance(fn, _RELAXED_BERNOULLI):
@@ -240,9 +254,9 @@ def draw_unconstrained(fn: Distribution) -> Tensor | None:
 
 
 def _draw(fn: Distribution) -> Any:
-    if isinstance(fn, dist.Beta):
+    if isinstance(fn, _BETA):
         return _log_gamma(fn.concentration1) - _log_gamma(fn.concentration0)
-    if isinstance(fn, dist.Kumaraswamy):
+    if isinstance(fn, _KUMARASWAMY):
         log_rest = _log_uniform(fn.concentration0) / fn.concentration0  # log(1 - z^a)
         near = log_rest < _TINY_TAIL
         log_z = _log1mexp(torch.where(near, -1.0, log_rest)) / fn.concentration1
@@ -250,13 +264,13 @@ def _draw(fn: Distribution) -> Any:
             near, log_rest - fn.concentration1.log(), _log1mexp(torch.where(near, -1.0, log_z))
         )
         return torch.where(near, 0.0, log_z) - log_other
-    if isinstance(fn, dist.Dirichlet):
+    if isinstance(fn, _DIRICHLET):
         return _break(_log_gamma(fn.concentration))
-    if isinstance(fn, dist.Gamma):
+    if isinstance(fn, _GAMMA):
         return _log_gamma(fn.concentration) - fn.rate.log()
-    if isinstance(fn, dist.InverseGamma):
+    if isinstance(fn, _INVERSE_GAMMA):
         return fn.base_dist.rate.log() - _log_gamma(fn.base_dist.concentration)
-    if isinstance(fn, dist.Weibull):
+    if isinstance(fn, _WEIBULL):
         return fn.scale.log() + (-_log_uniform(fn.concentration)).log() / fn.concentration
     if isinstance(fn, _RELAXED_BERNOULLI):
         return fn.base_dist.sample()

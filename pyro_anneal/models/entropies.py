@@ -10,7 +10,6 @@ so the sum of such terms over sites has mean zero over pairs simulated from the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -18,12 +17,13 @@ from pyro import poutine
 from torch import Tensor
 
 from .sites import Layout, density_sites, sum_to_batch
+from .types import Arguments, Distribution, Fn
 from .validation import validation_disabled
 
 __all__ = ["entropy_of", "excess", "pair_controls"]
 
 
-def entropy_of(fn: Any) -> Tensor | None:
+def entropy_of(fn: Distribution) -> Tensor | None:
     """Computes the entropy of a distribution where torch has it in closed form.
 
     Args:
@@ -52,7 +52,7 @@ def entropy_of(fn: Any) -> Tensor | None:
     return entropy if bool(entropy.isfinite().all()) else None
 
 
-def excess(fn: Any, value: Tensor) -> Tensor | None:
+def excess(fn: Distribution, value: Tensor) -> Tensor | None:
     """Computes ``log f(v) + H(f)``, whose mean over draws v of f is zero, or None if H is unknown.
 
     Example:
@@ -64,8 +64,8 @@ def excess(fn: Any, value: Tensor) -> Tensor | None:
 
 
 def pair_controls(
-    model: Any,
-    arguments: tuple[Any, Any],
+    model: Fn,
+    arguments: Arguments,
     latents: Mapping[str, Tensor],
     observed: Mapping[str, Tensor],
     layout: Layout,
@@ -80,7 +80,7 @@ def pair_controls(
         layout: Which plates are the batch.
 
     Returns:
-        Sums over latent and over observed sites, in nats, shape ``[C, *batch]`` with C up to 2:
+        Sums over latent and over observed sites, in nats, shape ``[C, *batch]`` with C up to 2,
         groups without a site of known entropy are left out.
     """
     args, kwargs = arguments

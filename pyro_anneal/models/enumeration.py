@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import torch
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from .sites import plate_frames
-from .types import Trace
+from .types import Node, Trace
 
 __all__ = ["Summed", "sum_out"]
 
@@ -29,9 +31,9 @@ class Summed(NamedTuple):
 
 def sum_out(
     trace: Trace,
-    sites: Iterable[tuple[str, Mapping[str, Any]]],
+    sites: Iterable[tuple[str, Node]],
     enumerated: Iterable[str],
-    log_prob: Callable[[Mapping[str, Any]], Tensor],
+    log_prob: Callable[[Node], Tensor],
 ) -> Summed:
     """Sums enumerated sites out of the product of some sites' densities.
 
@@ -63,6 +65,18 @@ def sum_out(
         ordinal = frozenset(trace.plate_to_symbol[frame.name] for frame in frames)
         factors.setdefault(ordinal, []).append(term)
         summed.append(name)
+    kinds = [term.dtype for terms in factors.values() for term in terms]
+    if len(set(kinds)) > 1:  # latents in one precision and data in another
+        widest = functools.reduce(torch.promote_types, kinds)
+        for terms in factors.values():
+            terms[:] = [_in_dtype(term, widest) for term in terms]
     trees = contract_tensor_tree(factors, sum_dims, cache={}).values() if factors else ()
     terms = [packed.unpack(term, symbol_to_dim) for tree in trees for term in tree]
     return Summed(terms, tuple(summed), tuple(plain))
+
+
+def _in_dtype(term: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts a factor and keeps the names of its dimensions."""
+    converted = term.to(dtype)
+    converted._pyro_dims = term._pyro_dims  # type: ignore[attr-defined]
+    return converted

@@ -13,7 +13,6 @@ The gradient guides proposals only; log densities stay those of the model itself
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -31,7 +30,7 @@ from .sites import (
     observed_sites,
     sum_to_batch,
 )
-from .types import Distribution, Message, Node, Trace
+from .types import Distribution, Fn, Message, Node, Trace
 
 __all__ = ["CannotLift", "liftable_sites", "lifted_densities", "own_extension"]
 
@@ -78,11 +77,11 @@ def liftable_sites(layout: Layout, trace: Trace) -> list[str]:
 
 
 def lifted_densities(
-    run: Callable[[Callable[[Any], Any], Mapping[str, Tensor]], Any],
+    run: Callable[[Callable[[Fn], Fn], Mapping[str, Tensor]], Trace],
     layout: Layout,
     values: Mapping[str, Tensor],
     unconstrained: Mapping[str, Tensor],
-    log_prob: Callable[[Mapping[str, Any], bool], Tensor],
+    log_prob: Callable[[Node, bool], Tensor],
     names: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Computes the extensions of log prior and log joint density, ``[*batch]`` each.
@@ -100,8 +99,9 @@ def lifted_densities(
     """
     first = -1 - layout.max_plate_nesting
 
-    def wrap(model: Any) -> Any:
-        return poutine.enum(_Mark(names)(model), first_available_dim=first)
+    def wrap(model: Fn) -> Fn:
+        enumerated: Fn = poutine.enum(_Mark(names)(model), first_available_dim=first)
+        return enumerated
 
     given = {name: value.detach() for name, value in values.items() if name not in names}
     trace = run(wrap, given)

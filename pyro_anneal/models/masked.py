@@ -15,7 +15,7 @@ from .sites import base_distribution, is_factor, is_wrapper, observed_sites, unm
 from .supports import bijection_onto, normalized_support
 from .types import Distribution, Node, Trace
 
-__all__ = ["check_masked", "fill_masked", "reads_nan_as_missing"]
+__all__ = ["check_filled", "check_masked", "fill_masked", "reads_nan_as_missing"]
 
 
 def reads_nan_as_missing(fn: Distribution) -> bool:
@@ -53,15 +53,39 @@ def check_masked(trace: Trace) -> None:
             continue
         inside = _inside(fn, value) if value.is_floating_point() else None
         log_prob = fn.log_prob(value if inside is None else torch.where(mask, value, inside))
-        wrong = log_prob.isnan()
-        outer = mask.reshape(*mask.shape[: mask.dim() - fn.event_dim], -1).all(-1)
-        wrong = wrong & ~outer.expand(wrong.shape)
-        if bool(wrong.any()):
-            raise ValueError(
-                f'at site "{name}" the log density is NaN at {int(wrong.sum())} masked place(s): a '
-                "mask makes such a term zero, but not its gradient; fill the NaN among the "
-                "distribution's parameters (x.nan_to_num(), say), or leave those rows out"
-            )
+        _check_terms(name, fn, log_prob, mask)
+
+
+def check_filled(trace: Trace) -> None:
+    """Checks that the terms under masks are finite, once their values are filled.
+
+    Args:
+        trace: A run of the model after :func:`fill_masked`, with its log densities.
+
+    Raises:
+        ValueError: If a masked term is NaN by a parameter, since its gradient would be NaN in spite
+            of the mask.
+    """
+    for name, site in observed_sites(trace).items():
+        mask = _mask(site)
+        if mask is None:
+            continue
+        fn = unmasked(site["fn"])
+        hidden = fn is not site["fn"]  # the distribution's own mask is in its log density
+        log_prob = fn.log_prob(site["value"]) if hidden else site["unscaled_log_prob"]
+        _check_terms(name, fn, log_prob.detach(), mask)
+
+
+def _check_terms(name: str, fn: Distribution, log_prob: Tensor, mask: Tensor) -> None:
+    wrong = log_prob.isnan()
+    outer = mask.reshape(*mask.shape[: mask.dim() - fn.event_dim], -1).all(-1)
+    wrong = wrong & ~outer.expand(wrong.shape)
+    if bool(wrong.any()):
+        raise ValueError(
+            f'at site "{name}" the log density is NaN at {int(wrong.sum())} masked place(s): a '
+            "mask makes such a term zero, but not its gradient; fill the NaN among the "
+            "distribution's parameters (x.nan_to_num(), say), or leave those rows out"
+        )
 
 
 def _check_unmasked(name: str, site: Node, mask: Tensor | None) -> None:

@@ -17,11 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import TransformedDistribution
+from torch.distributions import Transform, TransformedDistribution
 
 from .sites import base_distribution
 from .supports import bijection_onto, can_be_sampled, normalized_support
@@ -50,7 +49,7 @@ def is_of_user(fn: Distribution) -> bool:
     return any(part is not None and part is not fn and is_of_user(part) for part in parts)
 
 
-def saturates(transform: Any, value: Tensor) -> Tensor:
+def saturates(transform: Transform, value: Tensor) -> Tensor:
     """Tells where a value no longer moves with u: at its edge, or by half a unit of u.
 
     Args:
@@ -58,7 +57,7 @@ def saturates(transform: Any, value: Tensor) -> Tensor:
         value: Values of shape ``[..., *event_shape]``.
 
     Returns:
-        Truth values, one per value: whether any of its coordinates stands still.
+        Truth values, one per value, of whether any of its coordinates stands still.
 
     Example:
         >>> sigmoid = torch.distributions.transforms.SigmoidTransform()
@@ -141,7 +140,7 @@ def _problem(fn: Distribution, support: Support) -> str | None:
     return _problem_of_mass(fn, support, draws)
 
 
-def _example(draws: Tensor, fine: Tensor, fn: Distribution) -> Any:
+def _example(draws: Tensor, fine: Tensor, fn: Distribution) -> Distribution:
     first = tuple(int(i) for i in (~fine).nonzero()[0])
     return draws[first[: draws.dim() - len(fn.event_shape)]].tolist()
 
@@ -197,7 +196,7 @@ def _knots(u: Tensor) -> Tensor:
 
 
 def _integrate(
-    fn: Distribution, transform: Any, knots: Tensor, dtype: torch.dtype
+    fn: Distribution, transform: Transform, knots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Integrates a piecewise log-linear density: the mass ``[B]``, and its part below each knot."""
     u = knots.to(dtype).reshape(len(knots), *fn.batch_shape)

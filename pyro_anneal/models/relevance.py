@@ -9,15 +9,15 @@ latent function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .discrete import is_discrete
 from .sites import latent_sites, mark_points, observed_sites
-from .types import Arguments, Fn, Message, Node, Trace
+from .types import Arguments, Distribution, Fn, Message, Node, Trace
 from .validation import validation_disabled
 
 __all__ = ["unread_sites"]
@@ -38,7 +38,7 @@ class _Put(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-def unread_sites(model: Fn, arguments: Arguments, first: Any, second: Any) -> tuple[str, ...]:
+def unread_sites(model: Fn, arguments: Arguments, first: Trace, second: Trace) -> tuple[str, ...]:
     """Names the latents that reach no observed site.
 
     A site is read where the gradient of an observed site's log density with respect to its value is
@@ -62,13 +62,25 @@ def unread_sites(model: Fn, arguments: Arguments, first: Any, second: Any) -> tu
     except Exception:  # noqa: BLE001 - whatever a model raises that leaves torch
         read = set()
     left = [name for name in names if name not in read]
-    others = [
-        {name: _value(second, name) for name in values},
-        {n: -v if v.is_floating_point() else _value(second, n) for n, v in values.items()},
-    ]
+    others: list[dict[str, Tensor]] = [{}, {}]
+    for name, value in values.items():
+        pair = _neighbours(first.nodes[name]["fn"], value) or (_value(second, name), -value)
+        for other, moved in zip(others, pair, strict=True):
+            other[name] = moved
     if not left or len(left) * len(others) > _MOST_RUNS:
         return ()
     return _unread_by_value(model, arguments, values, others, left, read)
+
+
+def _neighbours(fn: Distribution, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Finds two other values for every element of a discrete site; None if it is none."""
+    if not is_discrete(fn) or fn.event_shape:
+        return None
+    if not fn.has_enumerate_support:
+        return value + 1, (value - 1).abs()
+    states = fn.enumerate_support(expand=False).reshape(-1).to(value.dtype)
+    index = (value.unsqueeze(-1) == states).to(torch.uint8).argmax(-1)
+    return states[(index + 1) % len(states)], states[index - 1]
 
 
 def _value(trace: Trace, name: str) -> Tensor:
@@ -84,7 +96,7 @@ def _is_missing_data(name: str, trace: Trace) -> bool:
 
 def _trace(
     model: Fn, arguments: Arguments, values: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Node], dict[str, Node]]:
     """Runs the model at given values; returns its latent and its observed sites."""
     args, kwargs = arguments
     with validation_disabled(), poutine.block(), _Put(values):

@@ -33,6 +33,7 @@ from .sites import (
     mark_points,
     unmasked,
 )
+from .types import Arguments, Fn, Message, Node, Trace
 from .validation import validation_disabled
 
 __all__ = [
@@ -45,7 +46,6 @@ __all__ = [
     "simulate",
 ]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MakeArgs = Callable[[dict[str, Tensor]], Arguments]
 
 
@@ -53,10 +53,10 @@ MakeArgs = Callable[[dict[str, Tensor]], Arguments]
 class Conditioned:
     """A model conditioned on data, which can be told apart from it."""
 
-    model: Callable[..., Any]
+    model: Fn
     data: dict[str, Tensor]  # by site
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Runs the model on the data."""
         return poutine.condition(self.model, data=self.data)(*args, **kwargs)
 
@@ -72,7 +72,7 @@ class Simulation:
     unconstrained: dict[str, Tensor]  # of latents with mass at an edge, as they were drawn in u
 
 
-def _check_exact(name: str, site: Mapping[str, Any]) -> None:
+def _check_exact(name: str, site: Node) -> None:
     """Checks that simulating a site draws from the density that the model declares."""
     fn = base_distribution(site["fn"])
     scale = site["scale"]
@@ -98,7 +98,7 @@ def _check_exact(name: str, site: Mapping[str, Any]) -> None:
 class _CheckExact(Messenger):  # type: ignore[misc]
     """Checks each site before it is simulated."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) or is_deterministic(msg) or is_point(msg):
             return
         for frame in msg["cond_indep_stack"]:
@@ -117,7 +117,7 @@ class _DrawAtEdges(Messenger):  # type: ignore[misc]
         super().__init__()
         self.unconstrained: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         free = not msg["is_observed"] and not msg["done"] and msg["value"] is None
         if site_is_subsample(msg) or not free or msg["infer"].get("was_observed"):
             return
@@ -140,7 +140,7 @@ class _Joint(NamedTuple):
         return abs(self.log_prob - other.log_prob) <= tolerance
 
 
-def _joint(trace: Any) -> _Joint:
+def _joint(trace: Trace) -> _Joint:
     total, size, precision = 0.0, 0.0, 0.0
     for name, site in density_sites(trace):
         # A copy misses the cache of transforms, whose inverse would differ by rounding.
@@ -158,7 +158,7 @@ def _joint(trace: Any) -> _Joint:
     return _Joint(total, size, precision)
 
 
-def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
+def simulate(model: Fn, arguments: Arguments) -> Simulation:
     """Draws (z, x) from the model, x in the shape of the user's data.
 
     Args:
@@ -207,7 +207,7 @@ def simulate(model: Callable[..., Any], arguments: Arguments) -> Simulation:
     return Simulation(latents, observed, original, joint.log_prob, exact)
 
 
-def check_copies(model: Callable[..., Any], arguments: Arguments, simulation: Simulation) -> None:
+def check_copies(model: Fn, arguments: Arguments, simulation: Simulation) -> None:
     """Checks that the densities of a simulated pair do not depend on a copy of the user's data.
 
     One run of the model and one of its gradient: a property of the model, so that one of several
@@ -236,7 +236,7 @@ def _check_agreement(
         )
 
 
-def _redraw_masked(site: Mapping[str, Any]) -> Tensor:
+def _redraw_masked(site: Node) -> Tensor:
     """Draws the masked entries of an observed site again; the others keep their values."""
     fn, value = site["fn"], site["value"]
     keep = torch.ones((), dtype=torch.bool, device=value.device)
@@ -261,14 +261,15 @@ def _addresses(value: Tensor) -> Tensor:
     return value.data_ptr() + value.element_size() * address.flatten()
 
 
-def _as_tensor(leaf: Any) -> Tensor | None:
+def _as_tensor(leaf: object) -> Tensor | None:
     """Views a tensor or a NumPy array as a tensor that shares its memory; None for the rest."""
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of read-only arrays: this one is read
             leaf = torch.as_tensor(leaf, device="cpu")
-    is_dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
-    return leaf if is_dense else None
+    if not isinstance(leaf, Tensor):
+        return None
+    return leaf if leaf.layout == torch.strided and leaf.numel() > 0 else None
 
 
 class _Overwritten(NamedTuple):
@@ -289,7 +290,7 @@ def _overwrite(
     complete: set[str] = set()
     disputed: set[str] = set()
 
-    def replace(leaf: Any) -> Any:
+    def replace(leaf: object) -> object:
         tensor = _as_tensor(leaf)
         if tensor is None:
             return leaf

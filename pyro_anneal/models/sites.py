@@ -13,8 +13,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from .types import Distribution, Node, Support, Trace
 
@@ -28,6 +30,7 @@ __all__ = [
     "is_deterministic",
     "is_factor",
     "is_flat",
+    "is_partly_masked",
     "is_point",
     "is_wrapper",
     "latent_sites",
@@ -51,14 +54,14 @@ def is_wrapper(fn: Distribution) -> bool:
     )
 
 
-def base_distribution(fn: Distribution) -> Any:
+def base_distribution(fn: Distribution) -> Distribution:
     """Unwraps ``to_event``, ``mask`` and ``expand`` down to the distribution that does the work."""
     while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
 
-def unmasked(fn: Distribution) -> Any:
+def unmasked(fn: Distribution) -> Distribution:
     """Removes every ``mask`` from a distribution, also from below ``to_event`` and ``expand``."""
     if isinstance(fn, dist.MaskedDistribution):
         return unmasked(fn.base_dist)
@@ -92,11 +95,21 @@ def is_flat(site: Node) -> bool:
     NeuTraReparam and contrib.epidemiology do so: the prior is written elsewhere, as a factor. A
     mask that is a tensor says which entries count, as ``obs_mask`` does, and is no such statement.
     """
+    return any(mask is False for mask in _masks(site))
+
+
+def is_partly_masked(site: Node) -> bool:
+    """Tells whether a tensor masks some elements of a latent site."""
+    masks = _masks(site)
+    return any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
+
+
+def _masks(site: Node) -> list[Any]:
     masks, fn = [site["mask"]], site["fn"]
     while is_wrapper(fn):
         masks.append(getattr(fn, "_mask", None))
         fn = fn.base_dist
-    return any(mask is False for mask in masks)
+    return masks
 
 
 def is_point(site: Node) -> bool:
@@ -143,12 +156,12 @@ def observed_sites(trace: Trace) -> dict[str, Node]:
     return {name: site for name, site in density_sites(trace) if site["is_observed"]}
 
 
-def plate_frames(site: Node) -> dict[str, Any]:
+def plate_frames(site: Node) -> dict[str, CondIndepStackFrame]:
     """Collects the vectorized plates around a site, by name."""
     return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
 
 
-def plate_size(frame: Any, sites: Iterable[Mapping[str, Any]]) -> int:
+def plate_size(frame: CondIndepStackFrame, sites: Iterable[Node]) -> int:
     """Returns the size of a plate; one that was made without a size has that of its sites.
 
     Args:
@@ -187,7 +200,7 @@ class Site:
     dtype: torch.dtype
     start: int
     stop: int
-    support: Support = None  # where the prototype's density is normalized
+    support: Support = constraints.real  # where the prototype's density is normalized
     is_exact: bool = False  # whether its density is known in u itself, also at edges
 
     @property

@@ -9,14 +9,16 @@ the image of the base's support under the transforms, the components' support fo
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
 from torch import Tensor
-from torch.distributions import TransformedDistribution, biject_to
+from torch import distributions as families
+from torch.distributions import Transform, TransformedDistribution, biject_to
 
 from .charts import CircleTransform, PositiveDefiniteTransform, SphereTransform
 from .sites import base_distribution
@@ -34,7 +36,7 @@ __all__ = [
     "normalized_support",
 ]
 
-_CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+_CIRCULAR = (families.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 # Families whose own ``support`` is right, or that a chain through their base describes better.
 _PUSHED = (dist.AffineBeta,)
 _POSITIVE = (type(constraints.positive), type(constraints.nonnegative))
@@ -71,7 +73,7 @@ class Sphere(constraints.Constraint):  # type: ignore[misc]
 class Image(constraints.Constraint):  # type: ignore[misc]
     """The image of a set under transforms."""
 
-    def __init__(self, base: Any, transforms: tuple[Any, ...], event_dim: int) -> None:
+    def __init__(self, base: Support, transforms: tuple[Transform, ...], event_dim: int) -> None:
         self.base = base
         self.transforms = transforms
         self._event_dim = event_dim
@@ -102,14 +104,14 @@ class Image(constraints.Constraint):  # type: ignore[misc]
         return f"image of {self.base} under {names}"
 
 
-def leaf_constraint(constraint: Support) -> Any:
+def leaf_constraint(constraint: Support) -> Support:
     """Removes ``constraints.independent``."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
 
 
-def normalized_support(fn: Distribution) -> Any:
+def normalized_support(fn: Distribution) -> Support:
     """Works out the set on which a distribution's density is normalized.
 
     Args:
@@ -141,34 +143,36 @@ def normalized_support(fn: Distribution) -> Any:
     return constraints.independent(support, extra) if extra > 0 else support
 
 
-def _base_support(fn: Distribution) -> Any:
+def _base_support(fn: Distribution) -> Support:
     if isinstance(fn, _CIRCULAR):
         return Circle(_centre(fn))
     if isinstance(fn, dist.ProjectedNormal | dist.VonMises3D):
         return Sphere(fn.concentration, fn.event_shape[0])
-    if isinstance(fn, dist.MixtureSameFamily):
+    if isinstance(fn, families.MixtureSameFamily):
         return _mixture_support(fn)
     if type(fn).__name__ == "GeneralizedPareto":  # not in every version of torch
         return _pareto_support(fn)
     if isinstance(fn, TransformedDistribution) and _is_pushed(fn):
         return _pushed(fn)
-    support = fn.support
+    support: Support = fn.support
     if isinstance(leaf_constraint(support), type(constraints.sphere)):
         return Sphere(None, fn.event_shape[0])
     return support
 
 
-def _pareto_support(fn: Distribution) -> Any:
+def _pareto_support(fn: Distribution) -> Support:
     """Tells bounded tails from unbounded ones; the declared interval has an infinite end."""
     bounded = fn.concentration < 0
+    support: Support = fn.support
     if bool(bounded.all()):
-        return fn.support
+        return support
     if bool(bounded.any()):
         raise ValueError(
             "some elements of GeneralizedPareto are bounded (negative concentration) and some are "
             "not; sample them as two sites"
         )
-    return constraints.greater_than(fn.loc)
+    half_line: Support = constraints.greater_than(fn.loc)
+    return half_line
 
 
 def _centre(fn: Distribution) -> Tensor:
@@ -177,7 +181,7 @@ def _centre(fn: Distribution) -> Tensor:
         return _centre(fn.base_dist)
     if isinstance(fn, dist.SineBivariateVonMises):
         return torch.stack([fn.phi_loc, fn.psi_loc], -1)
-    if isinstance(fn, dist.VonMises):
+    if isinstance(fn, families.VonMises):
         return torch.as_tensor(fn.loc)
     return torch.zeros(())
 
@@ -188,20 +192,20 @@ def _is_pushed(fn: Distribution) -> bool:
     return bool(fn.transforms) and (generic or isinstance(fn, _PUSHED))
 
 
-def _pushed(fn: Distribution) -> Any:
+def _pushed(fn: Distribution) -> Support:
     bent = [type(t).__name__ for t in fn.transforms if not t.bijective]
     if bent:
         raise ValueError(
             f"{bent[0]} is not one to one, so TransformedDistribution has no density; use "
             "FoldedDistribution, HalfNormal or HalfCauchy, or a transform that has an inverse"
         )
-    support = normalized_support(fn.base_dist)
+    support, declared = normalized_support(fn.base_dist), fn.support
     if _fills(support, fn.transforms, len(fn.base_dist.event_shape)):
-        return fn.support
+        return cast("Support", declared)
     return Image(support, tuple(fn.transforms), len(fn.event_shape))
 
 
-def _fills(support: Support, transforms: Any, event_dim: int) -> bool:
+def _fills(support: Support, transforms: Sequence[Transform], event_dim: int) -> bool:
     """Tells whether a set is all of each transform's domain in turn."""
     for transform in transforms:
         if not _equal_sets(leaf_constraint(support), leaf_constraint(transform.domain)):
@@ -210,7 +214,7 @@ def _fills(support: Support, transforms: Any, event_dim: int) -> bool:
     return True
 
 
-def _equal_sets(first: Any, second: Any) -> bool:
+def _equal_sets(first: Support, second: Support) -> bool:
     if isinstance(first, _POSITIVE) and isinstance(second, _POSITIVE):
         return True
     if isinstance(first, Circle | Sphere | Image) or type(first) is not type(second):
@@ -222,13 +226,13 @@ def _equal_sets(first: Any, second: Any) -> bool:
     return plain and all(a == b for a, b in pairs)
 
 
-def _mixture_support(fn: Distribution) -> Any:
+def _mixture_support(fn: Distribution) -> Support:
     """Finds the common support of the components of a mixture."""
     component = fn.component_distribution
     support = normalized_support(component)
     leaf = leaf_constraint(support)
     if isinstance(leaf, Circle):
-        plain: Any = Circle(torch.zeros(()))
+        plain: Support = Circle(torch.zeros(()))
     elif isinstance(leaf, Sphere):
         plain = Sphere(None, leaf.dim)
     elif isinstance(leaf, Image):
@@ -267,7 +271,7 @@ def _common(leaf: Any, axis: int, component: Any) -> Any:
         value = bounds[key]
         if value.dim() < -axis:
             continue
-        if isinstance(component, dist.Uniform):  # has density zero outside of its own bounds
+        if isinstance(component, families.Uniform):  # has density zero outside of its own bounds
             bounds[key] = value.amin(axis) if key == "lower_bound" else value.amax(axis)
         elif bool((value == value.select(axis, 0).unsqueeze(axis)).all()):
             bounds[key] = value.select(axis, 0)
@@ -279,7 +283,7 @@ def _common(leaf: Any, axis: int, component: Any) -> Any:
     return type(leaf)(*[bounds[key] for key in ("lower_bound", "upper_bound") if key in bounds])
 
 
-def bijection_onto(constraint: Support) -> Any:
+def bijection_onto(constraint: Support) -> Transform:
     """Finds the bijection from unconstrained values onto a set.
 
     Args:
@@ -293,7 +297,7 @@ def bijection_onto(constraint: Support) -> Any:
     """
     if isinstance(constraint, constraints.independent):
         base = bijection_onto(constraint.base_constraint)
-        return T.IndependentTransform(base, constraint.reinterpreted_batch_ndims)
+        return _independent(base, constraint.reinterpreted_batch_ndims)
     if isinstance(constraint, Circle):
         return CircleTransform(constraint.centre)
     if isinstance(constraint, Sphere):
@@ -303,9 +307,17 @@ def bijection_onto(constraint: Support) -> Any:
     if isinstance(constraint, Image):
         parts = [bijection_onto(constraint.base), *constraint.transforms]
         chain = T.ComposeTransform(parts)
-        extra = constraint.event_dim - chain.codomain.event_dim
-        return T.IndependentTransform(chain, extra) if extra > 0 else chain
-    return biject_to(constraint)
+        return _independent(chain, constraint.event_dim - chain.codomain.event_dim)
+    found: Transform = biject_to(constraint)
+    return found
+
+
+def _independent(transform: Transform, extra: int) -> Transform:
+    """Counts more of the last axes as one event."""
+    if extra <= 0:
+        return transform
+    independent: Transform = T.IndependentTransform(transform, extra)
+    return independent
 
 
 def is_improper(fn: Distribution) -> bool:

@@ -14,7 +14,7 @@ f(a), and factors take q(a) and the log densities of the Deltas away again.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ __all__ = ["Transport", "TransportDensity", "inspect_transport", "is_transport"]
 _MAX_JACOBIAN = 64  # numbers up to which the log density of the Deltas is compared with f's
 
 
-def is_transport(guide: Any, arguments: Arguments) -> bool:
+def is_transport(guide: Fn, arguments: Arguments) -> bool:
     """Tells whether a guide derives latents from auxiliary sites in a way of its own.
 
     Args:
@@ -140,7 +140,7 @@ class Transport:
             )
         return reveal
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Runs the guide, and the model at the values that the guide derives."""
         return poutine.condition(self.model, data=self.run_guide().values)(*args, **kwargs)
 
@@ -156,7 +156,7 @@ class TransportDensity(ModelDensity):
         with validation_disabled(), poutine.block(), substitute:
             return self.model.run_guide().values
 
-    def pack(self, values: Any, exact: Any = None) -> Tensor:
+    def pack(self, values: Mapping[str, Tensor], exact: frozenset[str] = frozenset()) -> Tensor:
         """Packs values of the auxiliary sites.
 
         Raises:
@@ -177,7 +177,7 @@ def inspect_transport(
     model_args: Arguments,
     guide_args: Arguments,
     *,
-    batch_plates: Any,
+    batch_plates: str | Sequence[str],
 ) -> tuple[Transport, Layout]:
     """Builds the model of a guide's auxiliary sites, and works out its layout.
 

@@ -7,9 +7,13 @@ promise to the reader, and to nobody's type checker.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine import Trace
+from pyro.poutine.runtime import Message
+from torch.distributions import constraints
 
 __all__ = [
     "Arguments",
@@ -26,11 +30,9 @@ __all__ = [
 
 Fn = Callable[..., Any]  # a model, a guide, or a function of the same kind
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a model or a guide: positional, by name
-Trace = Any  # a pyro.poutine.Trace
 Node = Mapping[str, Any]  # a site of a trace, by field
-Message = Any  # a site while handlers see it, who may change it
-Distribution = Any  # what a sample statement takes, wrappers and masks included
-Support = Any  # a constraint of torch or Pyro, or one of their wrappers
+Distribution: TypeAlias = TorchDistributionMixin  # what a sample statement takes, masks included
+Support: TypeAlias = constraints.Constraint  # of torch or Pyro, or one of their wrappers
 Array = np.ndarray[Any, Any]  # of NumPy, any shape and dtype
 Axes = Any  # of matplotlib, one or several
 Figure = Any  # of matplotlib

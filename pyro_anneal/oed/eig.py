@@ -13,7 +13,7 @@ exponentially many draws where an observation is informative; annealing does not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..anneal import AnnealedImportance
 from ..arguments import as_count
+from ..models.types import Fn
 from ..results.controls import leave_one_out_control
 from ..results.findings import Diagnostic
 from ..results.information_gain import ExpectedInformationGain
@@ -33,7 +34,7 @@ __all__ = ["ExpectedInformationGain", "ais_eig"]
 
 
 def ais_eig(
-    model: Callable[..., Any],
+    model: Fn,
     design: Tensor,
     observation_labels: str | Sequence[str],
     target_labels: str | Sequence[str] | None = None,
@@ -46,7 +47,7 @@ def ais_eig(
     num_steps: int = 100,
     control_variates: bool = True,
     progress_bar: bool = False,
-    **options: Any,
+    **options: object,
 ) -> ExpectedInformationGain:
     r"""Bounds the expected information gain of a batch of designs by annealing.
 

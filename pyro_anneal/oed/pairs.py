@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -16,6 +15,7 @@ from ..arguments import as_seed
 from ..models.entropies import excess
 from ..models.simulation import Simulation, simulate
 from ..models.sites import is_deterministic
+from ..models.types import Fn, Message
 from ..models.validation import validation_disabled
 from ..results.sandwich import Sandwich
 
@@ -53,7 +53,7 @@ class _Ignore(Messenger):  # type: ignore[misc]
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["is_observed"] = self.values[msg["name"]], True
             msg["mask"] = False
@@ -72,7 +72,7 @@ class Experiment:
         seed: Seed of the pairs.
     """
 
-    model: Callable[..., Any]
+    model: Fn
     design: Tensor
     labels: Labels
     latents: tuple[str, ...]
@@ -81,7 +81,7 @@ class Experiment:
 
     @staticmethod
     def read(
-        model: Callable[..., Any], design: Tensor, labels: Labels, num_pairs: int, seed: int | None
+        model: Fn, design: Tensor, labels: Labels, num_pairs: int, seed: int | None
     ) -> Experiment:
         """Runs the model once on the expanded designs, and simulates the pairs.
 
@@ -131,7 +131,7 @@ class Experiment:
         """Simulated values of all sites."""
         return self.simulation.latents | self.simulation.observed
 
-    def observing(self, names: Sequence[str]) -> Callable[..., Any]:
+    def observing(self, names: Sequence[str]) -> Fn:
         """Returns the model with these sites observed, and other observations left out."""
         data = {name: self.values[name] for name in names}
         ignored = {n: self.values[n] for n in self.labels.observations if n not in data}
@@ -198,9 +198,7 @@ class Experiment:
             (slope,) = torch.autograd.grad((weight * log_prob).sum(), design)
         return slope
 
-    def _log_prob(
-        self, model: Callable[..., Any], names: Sequence[str], design: Tensor | None = None
-    ) -> Tensor:
+    def _log_prob(self, model: Fn, names: Sequence[str], design: Tensor | None = None) -> Tensor:
         """Sums the log densities of sites, ``[N, *designs]``."""
         with validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(self.design if design is None else design)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyro.distributions as dist
 import torch
@@ -232,11 +232,11 @@ class GuideBase:
     def _at(values: dict[str, Tensor]) -> Substitute:
         return Substitute(constrained=values, ignore_masks=True)
 
-    def _trace(self, substitute: Messenger | None, *, enumerate_sites: bool = False) -> Any:
+    def _trace(self, substitute: Messenger | None, *, enumerate_sites: bool = False) -> Trace:
         args, kwargs = self.arguments
         guide = self.guide
         if enumerate_sites:  # whether the guide marks them or not: the model sums them out
-            marks: dict[str, Any] = {"enumerate": "parallel"}
+            marks: dict[str, object] = {"enumerate": "parallel"}
             guide = poutine.infer_config(
                 guide, lambda site: marks if site["name"] in self._summed else {}
             )
@@ -422,7 +422,7 @@ class PathDensity:
         self.model = model
         self.base = base
 
-    def context(self) -> AbstractContextManager[Any]:
+    def context(self) -> AbstractContextManager[object]:
         """Makes the context in which densities and their gradients are to be computed."""
         return in_float64(self.model.layout.wide)
 

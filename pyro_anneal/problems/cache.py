@@ -74,6 +74,10 @@ class KeptProblems(Generic[K]):
         self._entries.move_to_end(key)
         return next((kept for kept in self._entries[key] if kept.serves(tensors)), None)
 
+    def last(self, key: Any) -> K | None:
+        """Returns the problem of this key that was kept or found last; None if there is none."""
+        return None if key is None else next(iter(self._entries.get(key, ())), None)
+
     def add(self, key: Any, kept: K) -> None:
         """Keeps a problem, unless it has no key."""
         if key is None:

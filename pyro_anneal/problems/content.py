@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
+from ..graphs.recorded import RecordedDensity
 from ..persistence.fingerprints import describe
 
 __all__ = ["Remembered", "content_of"]
@@ -15,7 +16,7 @@ __all__ = ["Remembered", "content_of"]
 Value = TypeVar("Value")
 
 
-def content_of(density: Any, *options: object) -> tuple[str, ...] | None:
+def content_of(density: RecordedDensity, *options: object) -> tuple[str, ...] | None:
     """Describes a captured density by content: its operations, and all tensors that they read.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from ..graphs.evaluation import evaluate_or_nan
 from ..kernels import (
     HMC,
     Block,
+    ChromaticGibbs,
     Composite,
     DiscreteLangevin,
     Kernel,
@@ -27,9 +29,11 @@ from ..models.lifting import liftable_sites
 from ..models.sites import Layout, Site
 from ..models.validation import validation_disabled
 from .bases import PathDensity, PriorBase
+from .colours import change_one
 
 __all__ = ["kernels_for", "lattice_of", "lift"]
 
+Colour = Callable[[Lattice], tuple[int, ...] | None]
 _MIXED = "Composite((DiscreteLangevin(), HMC()))"
 
 
@@ -95,22 +99,6 @@ def _positions(model: ModelDensity, example: Tensor, count: int) -> list[Tensor]
     return [torch.where(draw.isfinite(), draw, example) for draw in draws]
 
 
-def _changed(lattice: Lattice, position: Tensor, index: int) -> Tensor:
-    """Changes one variable to another value."""
-    chosen = lattice.variables(position) == index
-    parts = []
-    for block in lattice.blocks:
-        x = block.take(position)
-        if block.kind == "binary":
-            parts.append(1.0 - x)
-        elif block.kind == "one-hot":
-            parts.append(x.roll(int(torch.randint(1, max(block.size, 2), ())), -1))
-        else:
-            lower, upper = block.bounds(x)
-            parts.append(torch.where(x < upper, x + 1.0, torch.maximum(x - 1.0, lower)))
-    return torch.where(chosen, lattice.replace(position, parts), position)
-
-
 def _differences(
     model: ModelDensity,
     example: Tensor,
@@ -129,7 +117,7 @@ def _differences(
     for here in _positions(model, example, num_draws):
         start = evaluate_or_nan(function, here)
         for index in torch.randperm(lattice.count)[:num_changes].tolist():
-            there = _changed(lattice, here, index)
+            there = change_one(lattice, here, index)
             end = evaluate_or_nan(function, there)
             move = there - here
             rows.append(
@@ -173,7 +161,12 @@ def _is_informed(model: ModelDensity, example: Tensor, lattice: Lattice) -> bool
 
 
 def kernels_for(
-    kernel: Kernel, model: ModelDensity, example: Tensor, *, seed: int
+    kernel: Kernel,
+    model: ModelDensity,
+    example: Tensor,
+    *,
+    seed: int,
+    colour: Colour = lambda lattice: None,
 ) -> tuple[Kernel, ...]:
     """Tells a kernel which coordinates are discrete, and gives it parts that move them.
 
@@ -182,9 +175,11 @@ def kernels_for(
         model: The model's side of the path.
         example: A finite position, ``[*batch, D]``.
         seed: Seed of the points at which gradients are tried out.
+        colour: Colours the zeros, ones and categories of a lattice so that neighbours differ; None
+            where few colours do not suffice.
 
     Returns:
-        The kernel alone, unless the model has discrete latents: then the kernel with their lattice,
+        The kernel alone, or where the model has discrete latents the kernel with their lattice,
         or, if it moves continuous coordinates only, composites of it and of discrete kernels, among
         which a pilot may choose; the first is the one to take without.
 
@@ -208,7 +203,9 @@ def kernels_for(
                 f"{type(kernel).__name__} moves discrete latents only, and the model has "
                 f"continuous ones, too: use {_MIXED}"
             )
-        return (kernel.on(lattice),)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            return (_with_colours(kernel.on(lattice), lattice, colour),)
     continuous = kernel.parts if isinstance(kernel, Composite) else (kernel,)
     strange = [type(part).__name__ for part in continuous if not _moves_by_scale(part)]
     if strange:
@@ -219,7 +216,7 @@ def kernels_for(
     rest = () if covers_all else continuous
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        options = _discrete_parts(model, example, lattice)
+        options = _discrete_parts(model, example, lattice, colour)
     return tuple(Composite((*parts, *rest)).on(lattice) for parts in options)
 
 
@@ -238,8 +235,28 @@ def _moves_continuous(kernel: Kernel) -> bool:
     return isinstance(kernel, Composite) and not all(_moves_discrete(p) for p in kernel.parts)
 
 
+def _with_colours(kernel: Kernel, lattice: Lattice, colour: Colour) -> Kernel:
+    """Colours the variables of a kernel that asks for it."""
+    if isinstance(kernel, Composite):
+        parts = tuple(_with_colours(part, lattice, colour) for part in kernel.parts)
+        return replace(kernel, parts=parts)
+    if not isinstance(kernel, ChromaticGibbs) or kernel.colours is not None:
+        return kernel
+    colours = colour(kernel.lattice or lattice)
+    if colours is None:
+        raise ValueError(
+            "ChromaticGibbs reads conditional distributions off gradients, which do not foretell "
+            "every change of this model's discrete latents exactly, or it needs more than 8 "
+            "colours: use DiscreteLangevin() or SingleSite()"
+        )
+    return replace(kernel, colours=colours)
+
+
 def _discrete_parts(
-    model: ModelDensity, example: Tensor, lattice: Lattice
+    model: ModelDensity,
+    example: Tensor,
+    lattice: Lattice,
+    colour: Colour,
 ) -> list[tuple[Kernel, ...]]:
     """Lists kernels for choices and integers, which have step sizes of their own.
 
@@ -252,9 +269,34 @@ def _discrete_parts(
     own = [lattice.only("binary", "one-hot"), lattice.only("integer")]
     own = [part for part in own if part.blocks]
     if names == set(layout.lifted):
-        return [tuple(DiscreteLangevin(lattice=part) for part in own)]
+        exact: tuple[Kernel, ...] = tuple(DiscreteLangevin(lattice=part) for part in own)
+        return _with_conditionals([exact], exact, own, colour)
     informed = [_is_informed(model, example, part) for part in own]
     if not any(informed):
         return [single]
     kinds = [DiscreteLangevin if good else SingleSite for good in informed]
-    return [tuple(kind(lattice=part) for kind, part in zip(kinds, own, strict=True)), single]
+    many = tuple(kind(lattice=part) for kind, part in zip(kinds, own, strict=True))
+    if not informed[0]:
+        return [many, single]
+    return _with_conditionals([many, single], many, own, colour)
+
+
+def _with_conditionals(
+    options: list[tuple[Kernel, ...]],
+    parts: tuple[Kernel, ...],
+    lattices: list[Lattice],
+    colour: Colour,
+) -> list[tuple[Kernel, ...]]:
+    """Draws zeros, ones and categories from their conditionals where few colours suffice.
+
+    Short pilots of kernels that change little at a time miss slow memory and promise too much, so
+    up to four colours are taken without asking; more compete. With one colour a long step of the
+    discrete Langevin kernel is the same.
+    """
+    if any(block.kind == "integer" for block in lattices[0].blocks):
+        return options
+    colours = colour(lattices[0])
+    if colours is None or max(colours) == 0:
+        return options
+    by_colour = (ChromaticGibbs(colours, lattices[0]), *parts[1:])
+    return [by_colour] if max(colours) < 4 else [options[0], by_colour]

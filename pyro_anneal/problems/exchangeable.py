@@ -20,7 +20,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +34,10 @@ _LARGEST_GROUP = 720
 _MOST_AXES = 8
 
 Axis = tuple[int, int]  # index of a site, axis of its value
+
+
+# Sets of axes as plain lists: their length, and the axes of each.
+Spread = Sequence[tuple[int, list[Axis]]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Symmetry:
         return math.prod(math.factorial(length) for length, _ in self.groups)
 
     @property
-    def spread(self) -> list[list[Any]]:
+    def spread(self) -> Spread:
         """The sets of axes as plain lists, to be kept in a journal."""
-        return [[length, [list(axis) for axis in axes]] for length, axes in self.groups]
+        return [(length, list(axes)) for length, axes in self.groups]
 
     def describe(self) -> str:
         """Says which sites have exchangeable elements."""
@@ -151,9 +154,9 @@ def _to_log_simplex(stick: Tensor) -> tuple[Tensor, Tensor]:
     return log_weights, (log_weights[..., :-1] + left).sum(-1)
 
 
-def as_symmetry(layout: Layout, spread: Sequence[Sequence[Any]]) -> Symmetry | None:
+def as_symmetry(layout: Layout, spread: Spread) -> Symmetry | None:
     """Undoes :attr:`Symmetry.spread`; None for no sets of axes."""
-    groups = tuple((length, tuple(tuple(axis) for axis in axes)) for length, axes in spread)
+    groups = tuple((length, tuple(axes)) for length, axes in spread)
     return Symmetry(layout, groups) if groups else None
 
 

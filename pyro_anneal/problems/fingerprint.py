@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import torch
 
+from ..models.types import Fn
 from ..persistence.fingerprints import Fingerprint, describe, described, digest
 from .bases import Base, GuideBase, MixtureBase
 from .problem import Problem
@@ -57,7 +56,7 @@ def describe_problem(problem: Problem) -> Fingerprint:
     return found
 
 
-def _functions(model: Any, base: Base) -> dict[str, Any]:
+def _functions(model: Fn, base: Base) -> dict[str, Fn]:
     """Collects the functions that a density calls, by what they are."""
     if isinstance(base, MixtureBase):
         return _functions(model, base.first) | _functions(model, base.second)

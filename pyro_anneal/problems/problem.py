@@ -26,6 +26,7 @@ from ..models.precision import in_float64
 from ..models.sites import Layout, latent_sites, mark_points, observed_sites
 from ..models.supports import normalized_support
 from ..models.transport import Transport, TransportDensity, inspect_transport, is_transport
+from ..models.types import Fn
 from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
@@ -46,7 +47,7 @@ from .precision import why_float64
 
 __all__ = ["MakeStart", "Problem", "assemble", "finish", "prepare", "reason_for_float64"]
 
-Guide = Callable[..., Any] | Literal["auto"] | None
+Guide = Fn | Literal["auto"] | None
 MakeStart = Callable[[ModelDensity, Tensor], FittedStart]  # from the model and a finite position
 
 
@@ -213,7 +214,7 @@ class Problem:
         named = f"at site(s) {sites} the log density" if sites else "the log density"
         raise ValueError(
             f"{named} {problem}: check the data for NaN or values outside the support, and the "
-            "guide for mass where the model has none"
+            "guide for mass where the model has none, or for draws that round to the edge of a support"
         )
 
     def _culprits(self, position: Tensor) -> list[str]:
@@ -240,7 +241,7 @@ class Problem:
 
 
 def prepare(
-    model: Callable[..., Any],
+    model: Fn,
     guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,
@@ -255,6 +256,7 @@ def prepare(
     once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
     make_start: MakeStart | None = None,
+    native: bool = False,
     widen: bool = True,
     why_wide: str | None = None,
 ) -> Problem:
@@ -275,6 +277,7 @@ def prepare(
         once: Calls the automatic fit, or returns what it gave before.
         gradients: Whether the chains need gradients.
         make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
+        native: Whether small graphs become native code.
         widen: Whether to go to float64 where float32 is not enough.
         why_wide: Why the problem is computed in float64 whatever the model's own precision.
 
@@ -306,9 +309,15 @@ def prepare(
             model, hand_written, model_args, guide_args, batch_plates=batch_plates
         )
     if layout.improper and (guide is None or (guide == "auto" and lattice_of(layout))):
+        remedy = 'use guide="auto" or a guide with a density'
+        if guide == "auto":
+            remedy = (
+                'guide="auto" fits nothing beside discrete latents; enumerate those, or pass a '
+                "guide that samples all latents"
+            )
         raise ValueError(
             f"the prior of site(s) {list(layout.improper)} is improper (ImproperUniform, mask(False)) or has no draws, so "
-            'chains cannot start from it; use guide="auto" or a guide with a density'
+            f"chains cannot start from it; {remedy}"
         )
     problem = assemble(model, guide, model_args, guide_args, layout)
     coupling = find_coupling(
@@ -347,6 +356,7 @@ def prepare(
         once=once,
         gradients=gradients,
         make_start=make_start,
+        native=native,
     )
     if not widen or why_wide is not None or lattice_of(layout) is not None:
         return problem
@@ -370,6 +380,7 @@ def finish(
     once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
     make_start: MakeStart | None = None,
+    native: bool = False,
     made: Callable[[PathDensity], Any] | None = None,
 ) -> Problem:
     """Fits the base, where that is asked for, and captures the densities.
@@ -387,6 +398,7 @@ def finish(
         once: Likewise.
         gradients: Likewise.
         make_start: Likewise.
+        native: Likewise.
         made: Makes the density of both ends for one chain into that for all; None to capture it.
     """
     with _hidden_sites_named(problem.model, problem.base):
@@ -400,6 +412,7 @@ def finish(
                     progress=progress,
                     max_rows=max_rows,
                     once=once,
+                    native=native,
                 )
             else:
                 start = make_start(problem.model, example)
@@ -415,6 +428,7 @@ def finish(
             num_chains=num_chains,
             compile=compile,
             gradients=gradients,
+            native=native,
         )
     return replace(problem, density=density)
 
@@ -472,7 +486,7 @@ def _hidden_sites_named(model: ModelDensity, base: Base) -> Iterator[None]:
 
 
 def assemble(
-    model: Callable[..., Any],
+    model: Fn,
     guide: Guide,
     model_args: Arguments,
     guide_args: Arguments,

@@ -18,7 +18,7 @@ _MANY_ROWS, _FEW_ROWS = 128, 8
 _SMALL_DATA, _LARGE_DATA = 10_000, 200_000
 
 
-def rows_at_once(density: Any, dim: int) -> int:
+def rows_at_once(density: object, dim: int) -> int:
     """Chooses how many positions one evaluation of the fit takes.
 
     Args:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .problem import Problem
 
-__all__ = ["pack_samples"]
+__all__ = ["HoldsDraws", "pack_samples"]
+
+
+@runtime_checkable
+class HoldsDraws(Protocol):
+    """What holds draws of a posterior, as ``pyro.infer.MCMC`` after its run."""
+
+    def get_samples(self, *, group_by_chain: bool = False) -> Mapping[str, Tensor]:
+        """Returns the draws by site, ``[N, *value_shape]``, or ``[chains, N, *value_shape]``."""
+        ...
 
 
 def pack_samples(problem: Problem, samples: Mapping[str, Tensor]) -> Tensor:

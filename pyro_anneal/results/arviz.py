@@ -20,13 +20,17 @@ from typing_extensions import TypeIs
 from .._version import __version__
 from ..models.types import Array
 
-if TYPE_CHECKING:  # results import their exports, not the other way round
+if TYPE_CHECKING:  # optional packages; and results import their exports, not the other way round
+    from arviz import InferenceData
+    from xarray import Dataset, DataTree
+
     from .run import AnnealedRun
     from .sandwich import Sandwich
 
 __all__ = ["to_arviz", "to_data_tree", "to_datasets", "to_inference_data"]
 
 
+Variable = tuple[tuple[str, ...], Array]  # names of dimensions, values
 _DRAWS_FOR_LOO = 1000
 
 
@@ -41,7 +45,7 @@ def to_arviz(
     num_samples: int | None = None,
     log_likelihood: bool = False,
     seed: int | None = None,
-) -> Any:
+) -> InferenceData | DataTree:
     """Converts a result to what the installed ArviZ works with.
 
     Args:
@@ -56,7 +60,7 @@ def to_arviz(
         seed: Seed of the draws.
 
     Returns:
-        ``arviz.InferenceData`` where ArviZ has it, else ``xarray.DataTree``. Groups: ``posterior``
+        ``arviz.InferenceData`` where ArviZ has it, else ``xarray.DataTree``, of groups ``posterior``
         (forward chains only), ``sample_stats``, ``observed_data``, ``annealing`` (curves over
         beta), ``evidence`` (bounds, estimates and effective sample sizes per datum), and on demand
         ``log_likelihood``.
@@ -79,12 +83,12 @@ def to_arviz(
     return to_data_tree(datasets)
 
 
-def to_inference_data(datasets: Mapping[str, Any]) -> Any:
+def to_inference_data(datasets: Mapping[str, Dataset]) -> InferenceData:
     """Builds an ``arviz.InferenceData`` (ArviZ before 1.0) from datasets by group."""
     return _import("arviz").InferenceData(**datasets)
 
 
-def to_data_tree(datasets: Mapping[str, Any]) -> Any:
+def to_data_tree(datasets: Mapping[str, Dataset]) -> DataTree:
     """Builds an ``xarray.DataTree`` (ArviZ from 1.0 on) from datasets by group."""
     return _import("xarray").DataTree.from_dict({f"/{k}": v for k, v in datasets.items()})
 
@@ -96,7 +100,7 @@ def to_datasets(
     num_samples: int | None = None,
     log_likelihood: bool = False,
     seed: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Dataset]:
     """Converts a result to one ``xarray.Dataset`` per group; see :func:`to_arviz`."""
     if log_likelihood and num_samples is None:
         num_samples = _DRAWS_FOR_LOO
@@ -117,10 +121,10 @@ def _run_datasets(
     seed: int | None,
     drawn: Mapping[str, Tensor] | None = None,
     log_likelihood: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Dataset]:
     plates = tuple(run.plates)
     forward = run.direction == "forward"
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Variable]] = {}
     count, equal = run.num_chains, resample or drawn is not None
     if forward:
         ends = run.resample(run.num_chains, seed=seed) if resample else run.posterior
@@ -155,8 +159,8 @@ def _run_datasets(
 
 
 def _sandwich_datasets(
-    sandwich: Sandwich, of_forward: Mapping[str, Any], *, resampled: bool
-) -> dict[str, Any]:
+    sandwich: Sandwich, of_forward: Mapping[str, Dataset], *, resampled: bool
+) -> dict[str, Dataset]:
     """Adds what a sandwich has beside its forward run."""
     forward, reverse = sandwich.forward, sandwich.reverse
     plates, datasets = tuple(forward.plates), dict(of_forward)
@@ -194,7 +198,7 @@ def _sandwich_datasets(
     return {name: dataset.assign_attrs(attrs) for name, dataset in datasets.items()}
 
 
-def _posterior(run: AnnealedRun, draws: Mapping[str, Tensor]) -> dict[str, Any]:
+def _posterior(run: AnnealedRun, draws: Mapping[str, Tensor]) -> dict[str, Variable]:
     return {
         site: (
             ("chain", "draw", *_named_dims(run, site, value.shape[1:])),
@@ -204,7 +208,7 @@ def _posterior(run: AnnealedRun, draws: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _observed(run: AnnealedRun, values: Mapping[str, Tensor]) -> dict[str, Any]:
+def _observed(run: AnnealedRun, values: Mapping[str, Tensor]) -> dict[str, Variable]:
     return {s: (_named_dims(run, s, v.shape), _numpy(v)) for s, v in values.items()}
 
 
@@ -220,7 +224,7 @@ def _named_dims(run: AnnealedRun, site: str, shape: Sequence[int]) -> tuple[str,
     return tuple(dims)
 
 
-def _curves(run: AnnealedRun) -> dict[str, Any]:
+def _curves(run: AnnealedRun) -> dict[str, Variable]:
     return {
         "betas": (("beta",), _numpy(run.betas)),
         "accept_prob": (("transition_beta",), _numpy(run.accept_prob)),
@@ -231,13 +235,13 @@ def _curves(run: AnnealedRun) -> dict[str, Any]:
     }
 
 
-def _beta_coordinates(run: AnnealedRun) -> dict[str, Any]:
+def _beta_coordinates(run: AnnealedRun) -> dict[str, Array]:
     betas = _numpy(run.betas)
     taken = betas[:-1] if run.direction == "forward" else betas[1:]
     return {"beta": betas, "transition_beta": betas[1:-1], "increment_beta": taken}
 
 
-def _attributes(run: AnnealedRun) -> dict[str, Any]:
+def _attributes(run: AnnealedRun) -> dict[str, str | float]:
     """Attributes that netCDF can store: numbers and strings only."""
     return {
         "inference_library": "pyro_anneal",
@@ -257,10 +261,10 @@ def _attributes(run: AnnealedRun) -> dict[str, Any]:
 
 
 def _datasets(
-    groups: Mapping[str, Mapping[str, Any]],
-    attrs: Mapping[str, Any],
-    coords: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+    groups: Mapping[str, Mapping[str, Variable]],
+    attrs: Mapping[str, str | float],
+    coords: Mapping[str, Mapping[str, Array]],
+) -> dict[str, Dataset]:
     xarray = _import("xarray")
     result = {}
     for group, variables in groups.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..models.types import Figure
 from .files import load_result, save_result, stored
 from .findings import Diagnostic, Verdict, judge
 from .tables import Table
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result"]
 
-Columns = Mapping[str, "Tensor | Sequence[Any]"]
+Columns = Mapping[str, "Tensor | Sequence[object]"]
 
 
 class Result(ABC):
@@ -36,7 +37,7 @@ class Result(ABC):
     # Of words of the vocabulary that a class lacks: why, and what to use.
     _absent: ClassVar[Mapping[str, str]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         stored(cls)
 
@@ -69,7 +70,7 @@ class Result(ABC):
         """Collects the index and the columns of :meth:`to_dataframe`, one entry per row."""
 
     @abstractmethod
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the result and returns a matplotlib figure."""
 
     @property
@@ -143,5 +144,5 @@ class Result(ABC):
         return result
 
 
-def _values(values: Tensor | Sequence[Any]) -> Any:
+def _values(values: Tensor | Sequence[object]) -> Any:
     return values.detach().cpu().flatten().numpy() if isinstance(values, Tensor) else list(values)

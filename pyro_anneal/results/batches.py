@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import bounds
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -35,20 +35,20 @@ class EvidenceOfBatches(Result):
     std_error: Tensor  # of each lower bound, nats, [N]
     ess: Tensor  # effective sample sizes, [N]
     batch_sizes: tuple[int, ...]  # numbers per batch: one if the model has no batch plates
-    num_chains: int
-    num_steps: int
+    num_chains: int  # K, for each datum
+    num_steps: int  # T; where rounds chose it, that of the first batch
     num_gradients: int  # per chain and batch
     seconds: float  # of the chains, summed over batches
-    seed: int
-    scale: float = 1.0
-    notes: tuple[str, ...] = ()
-    diagnostics: tuple[Diagnostic, ...] = ()
+    seed: int  # of the call; batch i has the seed plus i
+    scale: float = 1.0  # of a poutine.scale that all sites share
+    notes: tuple[str, ...] = ()  # what the numbers are about
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found, in all batches
     data_digest: str = ""  # of the observed values of all batches
-    # Sums over all data of the bounds of R independent blocks of chains, nats, [R], and how many of
-    # them are kept for the interval; chosen before the chains ran. None for the total alone.
+    # Sums over all data of the bounds of R independent blocks of chains, nats, [R]; None for the
+    # total alone.
     block_totals: Tensor | None = None
-    num_kept: int | None = None
-    provenance: Provenance | None = None
+    num_kept: int | None = None  # blocks that interval keeps; chosen before the chains ran
+    provenance: Provenance | None = None  # how it was computed, and what it cost
 
     @property
     def directions(self) -> dict[str, AnnealedRun]:
@@ -117,7 +117,7 @@ class EvidenceOfBatches(Result):
         names = ("lower", "std_error", "single", "ess")
         return {}, {"batch": batch} | {name: getattr(self, name) for name in names}
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the evidence per datum; see :func:`pyro_anneal.results.plotting.plot_batches`."""
         from .plotting import plot_batches
 

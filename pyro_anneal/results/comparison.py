@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_real
+from ..models.types import Figure
 from .base import Columns, Result
 from .batches import EvidenceOfBatches
 from .drawn import EvidenceFromSamples
@@ -35,12 +36,12 @@ class Comparison(Result):
     table, or :meth:`plot` it.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the M models, by evidence
     lower: Tensor  # lower bounds on the log evidence, [M]
     upper: Tensor  # upper bounds, +inf without a certified reverse run, [M]
     std_error: Tensor  # of the lower bounds, by the delta method, [M]
     log_prior: Tensor | None = None  # log prior probabilities of the models, [M]; None: equal
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what qualifies the numbers, by model
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
     provenance: Provenance | None = None  # of all runs together
@@ -146,7 +147,7 @@ class Comparison(Result):
             return None
         return record.seed if what == "seed" else record.seconds.get("total")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws a forest of the log Bayes factors against the best model.
 
         See :func:`pyro_anneal.results.plotting.plot_comparison`.
@@ -382,7 +383,7 @@ def _shared_digest(entries: Mapping[str, object], allow: bool) -> tuple[str, str
     return "", f"{text}: Bayes factors compare models of the same data only"
 
 
-def _parts(entry: Any) -> tuple[Any, ...]:
+def _parts(entry: object) -> tuple[Any, ...]:
     """Returns the results of an entry that have a digest of their data."""
     if isinstance(entry, EvidenceFromSamples):
         return (entry.forward,)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_real
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -29,20 +30,20 @@ class EvidenceFromSamples(Result):
     is as good as the draws; the truncated harmonic mean of that half checks it.
     """
 
-    forward: AnnealedRun
-    reverse: AnnealedRun | None = None
-    bridge: Tensor  # nats, [*batch]
-    bridge_std_error: Tensor
-    harmonic_mean: Tensor  # THAMES, nats, [*batch]
-    harmonic_mean_std_error: Tensor
+    forward: AnnealedRun  # chains from the fitted density
+    reverse: AnnealedRun | None = None  # chains from exact draws; None for other draws
+    bridge: Tensor  # bridge sampling's estimate of the log evidence, nats, [*batch]
+    bridge_std_error: Tensor  # its standard error, nats, [*batch]
+    harmonic_mean: Tensor  # estimate by the truncated harmonic mean (THAMES), nats, [*batch]
+    harmonic_mean_std_error: Tensor  # its standard error, nats, [*batch]
     pareto_k: Tensor  # of p / q at draws of the base, and of q / p at posterior draws, [2, *batch]
     r_hat: Tensor  # largest over dimensions, [*batch]; NaN for exact draws
     num_effective: Tensor  # effective number of posterior draws, the least over them, [*batch]
-    num_draws: int  # all of them
-    base: str  # what was fitted
-    exact: bool = False
-    diagnostics: tuple[Diagnostic, ...] = ()
-    provenance: Provenance | None = None
+    num_draws: int  # of all chains together
+    base: str  # the density that was fitted to the first half of the draws, in words
+    exact: bool = False  # whether the draws were said to be exact
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found
+    provenance: Provenance | None = None  # how it was computed, and what it cost
 
     @property
     def lower(self) -> Tensor:
@@ -192,7 +193,7 @@ class EvidenceFromSamples(Result):
         notes = [*self.notes, *(d.message for d in self.diagnostics)]
         return Table(title, fields, notes)
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws bounds and estimates with two standard errors; returns a matplotlib figure."""
         from .drawn_plot import plot_evidence_from_samples
 

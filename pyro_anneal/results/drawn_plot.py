@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..models.types import Figure
 from .plotting import pyplot
 
 if TYPE_CHECKING:  # results import their pictures, not the other way round
@@ -26,7 +27,7 @@ _NAMES = {
 _COLORS = {"lower": "#0072B2", "upper": "#D55E00", "bridge": "#000000", "thames": "#999999"}
 
 
-def plot_evidence_from_samples(result: EvidenceFromSamples) -> Any:
+def plot_evidence_from_samples(result: EvidenceFromSamples) -> Figure:
     """Draws bounds and estimates side by side, with two standard errors; sums over a batch.
 
     Args:
@@ -61,7 +62,7 @@ def plot_evidence_from_samples(result: EvidenceFromSamples) -> Any:
     return figure
 
 
-def plot_ranks(result: InferenceCheck) -> Any:
+def plot_ranks(result: InferenceCheck) -> Figure:
     """Draws, by quantity, the distribution function of ranks minus the uniform one.
 
     The band holds a uniform sample's whole curve with probability 95%. A curve above the band on the

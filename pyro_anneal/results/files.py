@@ -109,7 +109,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> Array:
     return array
 
 
-def _encode(value: Any, arrays: dict[str, Array], where: str) -> Any:
+def _encode(value: Any, arrays: dict[str, Array], where: str) -> object:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -132,7 +132,7 @@ def _encode(value: Any, arrays: dict[str, Array], where: str) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}, which cannot be saved")
 
 
-def _encode_tensor(value: Tensor, arrays: dict[str, Array], where: str) -> Any:
+def _encode_tensor(value: Tensor, arrays: dict[str, Array], where: str) -> object:
     key = f"{len(arrays)} {where}".replace("/", "|")
     value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     dtype = str(value.dtype).removeprefix("torch.")
@@ -143,7 +143,7 @@ def _encode_tensor(value: Tensor, arrays: dict[str, Array], where: str) -> Any:
     return {"tensor": key, "dtype": dtype, "shape": list(value.shape)}
 
 
-def _decode(value: Any, arrays: dict[str, Array]) -> Any:
+def _decode(value: object, arrays: dict[str, Array]) -> Any:
     if isinstance(value, list):
         return [_decode(item, arrays) for item in value]
     if not isinstance(value, dict):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -49,10 +50,10 @@ class InferenceCheck(Result):
     lower_terms: Tensor  # of the divergence, nats, [S]; empty if the lower end comes from ranks
     upper_terms: Tensor  # nats, [S]
     rank_limit: float  # lower 95% confidence limit on the divergence from ranks, nats
-    is_guide: bool
-    notes: tuple[str, ...] = ()
-    diagnostics: tuple[Diagnostic, ...] = ()
-    provenance: Provenance | None = None
+    is_guide: bool  # whether a guide was audited, which has a density
+    notes: tuple[str, ...] = ()  # what the audit is about
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found
+    provenance: Provenance | None = None  # how the audit was made, and what it cost
     _absent: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("interval", "normal_interval"),
         "an audit is no evidence. jeffreys has bounds on the divergence with standard errors, "
@@ -128,6 +129,7 @@ class InferenceCheck(Result):
         names = [label for name, value in self.p_values.items() for label in labels(name, value)]
         adjusted = torch.cat([p.reshape(-1) for p in self.adjusted_p_values.values()])
         worst = int(adjusted.argmin())
+        fewest, most = str(int(self.num_ranked.min())), str(int(self.num_ranked.max()))
         upper = "Jeffreys divergence at most" + ("" if self.is_guide else ", of a density fitted")
         fields = [
             ("verdict", self.verdict),
@@ -138,7 +140,7 @@ class InferenceCheck(Result):
             (upper, format_value(found.upper.item(), found.upper_std_error.item())),
             ("quantities ranked", str(len(names))),
             ("least adjusted p-value", f"{adjusted[worst].item():.2g} ({names[worst]})"),
-            ("draws ranked", f"{int(self.num_ranked.min())} to {int(self.num_ranked.max())}"),
+            ("draws ranked per data set", fewest if fewest == most else f"{fewest} to {most}"),
         ]
         if self.provenance is not None:
             fields.append(("wall time", self.provenance.describe_seconds()))
@@ -148,7 +150,7 @@ class InferenceCheck(Result):
         )
         return Table(title, fields, [*self.notes, *(d.message for d in self.diagnostics)])
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws ranks against a uniform distribution; returns a matplotlib figure."""
         from .drawn_plot import plot_ranks
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..models.types import Figure
 from .base import Columns, Result
 from .controls import leave_one_out_control
 from .findings import Diagnostic
@@ -260,7 +261,7 @@ class MutualInformation(Result):
         kept = {name: values for name, values in columns.items() if values is not None}
         return {"pair": torch.arange(self.num_pairs)}, kept
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the bounds; see :func:`pyro_anneal.results.plotting.plot_mutual_information`."""
         from .plotting import plot_mutual_information
 

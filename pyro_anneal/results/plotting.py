@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -48,7 +48,7 @@ def plot_bounds(
     results: Mapping[int, AnnealedRun | Sandwich],
     *,
     truth: float | None = None,
-    axes: Sequence[Any] | None = None,
+    axes: Sequence[Axes] | None = None,
 ) -> Figure:
     """Draws bounds on the log evidence against the number of steps T.
 
@@ -206,7 +206,7 @@ def plot_thermodynamic_curve(result: AnnealedRun | Sandwich, *, axes: Axes = Non
 
 
 def plot_acceptance(
-    result: AnnealedRun | Sandwich, *, axes: tuple[Any, Any] | None = None
+    result: AnnealedRun | Sandwich, *, axes: tuple[Axes, Axes] | None = None
 ) -> Figure:
     """Draws acceptance and step size against beta.
 
@@ -296,7 +296,7 @@ def plot_batches(evidence: EvidenceOfBatches) -> Figure:
         evidence: Lower bounds per datum.
 
     Returns:
-        The figure: a histogram of the lower bounds, and effective sample sizes against them.
+        The figure, with a histogram of the lower bounds, and effective sample sizes against them.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -333,7 +333,7 @@ def plot_mutual_information(information: MutualInformation) -> Figure:
         information: The bounds.
 
     Returns:
-        The figure: bounds with bars of twice their standard error, and histograms over pairs.
+        The figure, with bars of twice their standard error, and histograms over pairs.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -618,7 +618,7 @@ def _scale_step_sizes(axes: Axes, step_sizes: Array) -> None:
         axes.set_ylim(bottom=0.0)
 
 
-def _tidy(*panels: Any) -> None:
+def _tidy(*panels: Axes) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import bounds
 from ..arguments import as_count, as_real, as_seed
+from ..models.types import Figure
 from ..weights import (
     effective_sample_size,
     log_mean_exp,
@@ -58,14 +59,14 @@ class Continues(Protocol):
 class PilotSummary:
     """What the pilot found and what it cost; the run used it frozen."""
 
-    num_chains: int
-    num_gradients: int  # per chain
-    betas: Tensor  # knots of the tuning, [S]
+    num_chains: int  # particles M of the pilot
+    num_gradients: int  # per particle
+    betas: Tensor  # where its S stages ended, [S]
     step_size: Tensor  # [S], geometric mean over the batch
     accept_prob: Tensor  # [S], mean over chains and batch
     ess_fraction: Tensor  # conditional effective sample size over K between knots, [S]
     length: float  # thermodynamic length of the path
-    seconds: float
+    seconds: float  # wall time
     correlation: float = math.nan  # of log p/q over one transition, to the same effect if constant
     expected_variance: float = math.nan  # of log-weights at this T, per datum
     expected_gap: float = math.nan  # of a sandwich at this K and T, nats per datum
@@ -100,54 +101,53 @@ class AnnealedRun(Result):
         True
     """
 
-    direction: Literal["forward", "reverse"]
-    log_weights: Tensor  # [K, *batch], float64
-    betas: Tensor  # [T + 1], from 0 to 1
-    accept_prob: Tensor  # [T - 1], mean over chains and batch
-    num_diverging: Tensor  # [T - 1], over chains and batch
-    step_size: Tensor  # [T - 1], geometric mean over the batch
-    mean_log_ratio: Tensor  # [T], of log p/q where increment t is taken, per datum
-    var_log_ratio: Tensor  # [T], over chains, per datum
-    log_evidence_ti: Tensor  # [K, *batch], each chain's integral of log p/q over beta
-    posterior: dict[str, Tensor]  # [K, *value_shape] by site, at the last weight
+    direction: Literal["forward", "reverse"]  # from the base to the model, or back
+    log_weights: Tensor  # of the chains, nats, [K, *batch], float64
+    betas: Tensor  # inverse temperatures, from 0 to 1, [T + 1]
+    accept_prob: Tensor  # mean over chains and batch, for each beta at which chains move, [T - 1]
+    num_diverging: Tensor  # number of divergent transitions, over chains and batch, [T - 1]
+    step_size: Tensor  # geometric mean over the batch, [T - 1]
+    mean_log_ratio: Tensor  # mean of log p/q where each increment is taken, nats per datum, [T]
+    var_log_ratio: Tensor  # its variance over chains, per datum, [T]
+    log_evidence_ti: Tensor  # integral of log p/q over beta, by chain, nats, [K, *batch]
+    posterior: dict[str, Tensor]  # ends of the chains by site, [K, *value_shape], weighted
     plates: dict[str, int]  # sizes of the batch plates, in the order of the batch
-    site_plates: dict[str, tuple[str | None, ...]]  # of a site's leading dims
-    num_gradients: int  # per chain: 1 + L (T - 1)
+    site_plates: dict[str, tuple[str | None, ...]]  # plates of the leading dims of a site's values
+    num_gradients: int  # per chain: 1 + L (T - 1) with L leapfrogs
     num_evaluations: int  # calls of the density, counted
-    seconds: float  # of the chains
-    seed: int | None
-    kernel: str
-    density_mode: str
-    pilot: PilotSummary | None = None
-    setup_seconds: float = 0.0  # inspection, capture and automatic guide; the pilot has its own
-    fit_gradients: int = 0  # single-chain gradients spent on guide="auto", per batch element
-    notes: tuple[str, ...] = ()
-    scale: float = 1.0
-    certified: bool = True
+    seconds: float  # wall time of the chains
+    seed: int | None  # of the call
+    kernel: str  # the transition kernel
+    density_mode: str  # how densities were evaluated: "graph", "compiled loop", "eager" and so on
+    pilot: PilotSummary | None = None  # what the pilot found; None without one
+    setup_seconds: float = 0.0  # wall time of inspection, recording and automatic guide
+    fit_gradients: int = 0  # gradients of single chains spent on guide="auto", per batch element
+    notes: tuple[str, ...] = ()  # what the number is about, and what was chosen for you
+    scale: float = 1.0  # of a poutine.scale that all sites share
+    certified: bool = True  # False for a reverse run from approximate posterior samples
     independent_starts: bool = (
-        False  # reverse only: one posterior sample per chain, not one in all
+        False  # reverse only: whether chains start from posterior samples of their own
     )
     target_accept: float | None = None  # of the kernel; None if it has no step size to tune
-    observed: dict[str, Tensor] = field(default_factory=dict)
-    diagnostics: tuple[Diagnostic, ...] = ()
+    observed: dict[str, Tensor] = field(default_factory=dict)  # the data, by observed site
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found
     data_digest: str = ""  # of the observed values, whatever their arrangement
-    provenance: Provenance | None = None
+    provenance: Provenance | None = None  # how the run was computed, and what it cost
     population_size: int = 1  # neighbouring chains that resampled among each other
     ancestors: Tensor | None = None  # the first ancestor of each resampled chain, [K, *batch]
     num_resamplings: Tensor | None = None  # of each population, [R, *batch]
-    # Blocks of chains for the guaranteed interval, and how many of them are kept: for each element
-    # of the batch, and for their sum. Chosen before the chains ran.
+    # Blocks of chains for the guaranteed interval, and how many of them are kept, for each element
+    # of the batch; chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)
-    total_blocks: tuple[int, int] = (1, 1)
-    # Of a call with a target: all rounds without samples, the last of which is this run; which of the
-    # rounds that might have been reported it is; the target, and the error measured, in nats.
-    rounds: tuple[AnnealedRun, ...] = ()
-    num_looks: int = 0
-    target_gap: float | None = None
-    measured_gap: float | None = None
+    total_blocks: tuple[int, int] = (1, 1)  # the same for the sum over the batch
+    rounds: tuple[AnnealedRun, ...] = ()  # all rounds of a call with a target; this is the last
+    num_looks: int = 0  # which of the rounds that might have been reported this is
+    target_gap: float | None = None  # the error that was asked for, nats
+    measured_gap: float | None = None  # the error that was measured, nats
+    # What posterior_samples continues; it lasts as long as the process, and is not saved.
     continuation: Continues | None = field(default=None, metadata={"saved": False})
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leaves out what lasts only as long as the process."""
         return self.__dict__ | {"continuation": None}
 
@@ -613,7 +613,7 @@ class AnnealedRun(Result):
             seed=seed,
         )
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the run; see :func:`pyro_anneal.results.plotting.plot_run`."""
         from .plotting import plot_run
 

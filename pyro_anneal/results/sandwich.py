@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .. import bounds
+from ..models.types import Figure
 from .base import Columns, Result
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -21,14 +23,18 @@ _LOWER = ("IM lower", "CR lower", "single lower")
 _UPPER = ("IM upper", "CR upper", "single upper")
 
 
-def check_names(names: Any) -> None:
+def check_names(names: object) -> None:
     """Checks the names of the two bounds that a sandwich shall report.
 
     Raises:
         ValueError: If they are not one of a lower and one of an upper bound, in this order.
     """
-    is_pair = isinstance(names, tuple | list) and len(names) == 2
-    if not is_pair or names[0] not in _LOWER or names[1] not in _UPPER:
+    if (
+        not isinstance(names, tuple | list)
+        or len(names) != 2
+        or names[0] not in _LOWER
+        or names[1] not in _UPPER
+    ):
         raise ValueError(
             f"bounds must be a pair of one of {list(_LOWER)} and one of {list(_UPPER)}, got {names!r}"
         )
@@ -60,17 +66,18 @@ class Sandwich(Result):
         True
     """
 
-    forward: AnnealedRun
-    reverse: AnnealedRun
-    # From the end of forward chain 0, [K - 1, *batch]; or of population 0, [K - M, *batch].
+    forward: AnnealedRun  # chains from the base, on the simulated data
+    reverse: AnnealedRun  # chains from the exact posterior samples
+    # Log-weights of the reverse chains of the CR lower bound, from the end of forward chain 0,
+    # [K - 1, *batch], or of population 0, [K - M, *batch]; None unless that bound was asked for.
     coupled_reverse: Tensor | None = None
     simulated: dict[str, Tensor] = field(default_factory=dict)  # observed sites' values
     true_log_likelihood: Tensor | None = None  # log p(x | z) of the pairs, nats, [*batch]
-    lower_bound: str = "IM lower"
-    upper_bound: str = "CR upper"
-    notes: tuple[str, ...] = ()
-    diagnostics: tuple[Diagnostic, ...] = ()
-    provenance: Provenance | None = None
+    lower_bound: str = "IM lower"  # which of the bounds lower is
+    upper_bound: str = "CR upper"  # which of the bounds upper is
+    notes: tuple[str, ...] = ()  # remarks beside those of the runs
+    diagnostics: tuple[Diagnostic, ...] = ()  # what checks found, in both runs and between them
+    provenance: Provenance | None = None  # how the sandwich was computed, and what it cost
 
     def __post_init__(self) -> None:
         if self.forward.direction != "forward" or self.reverse.direction != "reverse":
@@ -218,7 +225,11 @@ class Sandwich(Result):
 
     def _columns(self) -> tuple[Columns, Columns]:
         index, forward = self.forward._columns()
-        columns: dict[str, Any] = {"lower": self.lower, "upper": self.upper, "gap": self.gap}
+        columns: dict[str, Tensor | Sequence[object]] = {
+            "lower": self.lower,
+            "upper": self.upper,
+            "gap": self.gap,
+        }
         columns |= self.bounds
         columns |= {
             "bennett": self.bennett,
@@ -314,7 +325,7 @@ class Sandwich(Result):
             seed=seed,
         )
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draws the sandwich; see :func:`pyro_anneal.results.plotting.plot_sandwich`."""
         from .plotting import plot_sandwich
 

@@ -72,8 +72,8 @@ def format_value(value: float, std_error: float | None = None) -> str:
     Example:
         >>> format_value(-2.26551, 0.00123)
         '-2.2655 +- 0.0012'
-        >>> format_value(-309.92433)
-        '-309.924'
+        >>> format_value(-309.92433), format_value(-0.00001)
+        ('-309.924', '0.000')
     """
     if std_error is None or math.isnan(std_error):
         return f"{value:.3f}" if abs(value) >= 0.0005 else "0.000"

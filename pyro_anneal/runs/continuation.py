@@ -76,7 +76,7 @@ class Continuation:
             draws: Values by latent site, ``[n, *value_shape]``.
 
         Returns:
-            Nats by observed site, ``[n, *batch_shape of the site]``: masked entries are 0, and
+            Nats by observed site, ``[n, *batch_shape of the site]``. Masked entries are 0, and
             scales of ``poutine.scale`` are left out.
 
         Raises:

@@ -28,7 +28,7 @@ def exact_run(model: Fn, arguments: Arguments, layout: Layout, *, num_chains: in
         num_chains: Number K of equal log-weights that the result holds, at least 2.
 
     Returns:
-        A run of one step, all of whose weights are equal: its standard error is 0.
+        A run of one step, all of whose weights are equal, so that its standard error is 0.
     """
     began = time.perf_counter()
     position = torch.zeros(*layout.batch_shape, 0, dtype=layout.dtype, device=layout.device)

@@ -27,6 +27,7 @@ from ..models.simulation import Arguments
 from ..persistence.journal import Journal
 from ..persistence.randomness import derived_seed, seeded_generator
 from ..problems.cache import Kept, KeptProblems, prepare_kept
+from ..problems.colours import colour
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import MakeStart, Problem
@@ -88,6 +89,7 @@ def make_problem(
             once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
             gradients=moves and needs_gradients(settings.plan.kernel),
             make_start=make_start,
+            native=settings.compile is not False,
         )
     # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.
     torch.manual_seed(derived_seed(seed, "draws"))
@@ -182,7 +184,13 @@ def freeze(
 
         plan = settings.plan
         if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
-            kernels = kernels_for(plan.kernel, problem.model, problem.probe(), seed=seed)
+            kernels = kernels_for(
+                plan.kernel,
+                problem.model,
+                problem.probe(),
+                seed=seed,
+                colour=lambda lattice: colour(problem, lattice),
+            )
             plan = choose_kernel(walkers, replace(plan, kernels=kernels), once=once)
         path, summary, found = tune(walkers, plan, num_steps=num_steps, once=once)
     density = loop_for(problem.density, path, settings.compile, num_runs=num_runs)
@@ -245,9 +253,7 @@ def loop_for(
 
 
 def _steps_run_by(density: Any) -> str:
-    if not isinstance(density, LoopedDensity):
-        return "steps"
-    return "a loop, unrolled" if density.unroll else "a loop"
+    return "a loop" if isinstance(density, LoopedDensity) else "steps"
 
 
 def forward(

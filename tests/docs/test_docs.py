@@ -174,6 +174,16 @@ def test_table_of_diagnostics_is_complete():
     assert listed == {name for names in named for name in names}
 
 
+def test_returns_are_sentences():
+    """Before a colon in its first line, napoleon would read what is returned as a type."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for line in re.findall(r"^ *(?:Returns|Yields):\n +(.*)$", path.read_text(), re.MULTILINE):
+            if re.search(r"(?<!:):(?!:)", re.sub(r"`[^`]*`|:\w+:(?=`)", "", line)):
+                found.append(f"{path.name}: {line}")
+    assert not found
+
+
 def test_version_is_that_of_the_citation():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {pyro_anneal.__version__}" in citation

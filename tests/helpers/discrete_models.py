@@ -130,6 +130,34 @@ def potts_truth(data):
     return torch.tensor(total).logsumexp(0)
 
 
+SPINS = (3, 4)
+FIELDS = numbers(12, seed=3)
+BONDS = [
+    (r * 4 + c, r2 * 4 + c2)
+    for r, c in itertools.product(range(3), range(4))
+    for r2, c2 in ((r + 1, c), (r, c + 1))
+    if r2 < 3 and c2 < 4
+]
+
+
+def _bonds(up):
+    left, right = torch.tensor(BONDS).T
+    return 0.8 * ((2.0 * up - 1.0)[..., left] * (2.0 * up - 1.0)[..., right]).sum(-1) + up @ FIELDS
+
+
+def spins(data=None):
+    """An Ising model on 3 x 4 sites in a random field, which is all the data there is."""
+    with pyro.plate("sites", 12):
+        up = pyro.sample("up", dist.Bernoulli(torch.full((12,), 0.3)))
+    pyro.factor("bonds", _bonds(up))
+
+
+def spins_truth(data=None):
+    up = cube(12).double()
+    prior = dist.Bernoulli(torch.full((12,), 0.3)).log_prob(up).sum(-1)
+    return (prior + _bonds(up)).logsumexp(0)
+
+
 def potts_by_index(data):
     """The same by indices, which no gradient reaches."""
     with pyro.plate("ring", 5):

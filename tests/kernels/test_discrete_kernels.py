@@ -1,6 +1,7 @@
 """Discrete kernels against sums over all states: draws, detailed balance, and broken kernels."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lattices import DISCRETE, MIXED, LatticePath, OneWay, UncorrectedLangevin, 
 from pyro_anneal.kernels import (
     HMC,
     Block,
+    ChromaticGibbs,
     Composite,
     DiscreteLangevin,
     Lattice,
@@ -21,12 +23,32 @@ from pyro_anneal.kernels.discrete import _PROPOSALS, _step_of
 BETA = torch.tensor(0.7, dtype=torch.float64)
 LANGEVIN = DiscreteLangevin(lattice=DISCRETE)
 SITES = SingleSite(2, lattice=DISCRETE)
+COLOURS = ChromaticGibbs((1, 0, 0), DISCRETE.only("binary", "one-hot"))  # the number stays
 KERNELS = {
     "langevin": (LANGEVIN, 0.5),
     "langevin, long": (LANGEVIN, 30.0),
     "single site": (SITES, 0.7),
     "palindrome": (Composite((LANGEVIN, SITES)), 0.6),
+    "colours": (COLOURS, 1.0),
 }
+
+
+@dataclass(frozen=True)
+class Untested(ChromaticGibbs):
+    """BROKEN: accepts what a wrong gradient proposes."""
+
+    def noise(self, state, generator):
+        each, tests, coin = super().noise(state, generator)
+        return each, 0.0 * tests, coin
+
+
+@dataclass(frozen=True)
+class Forward(ChromaticGibbs):
+    """BROKEN: always in one order, yet claims to be its own reversal."""
+
+    def noise(self, state, generator):
+        each, tests, coin = super().noise(state, generator)
+        return each, tests, 0.0 * coin
 
 
 def tuning(kernel, step_size, dim=6):
@@ -86,6 +108,9 @@ def test_the_test_of_balance_catches_broken_kernels():
     assert excess(broken) > 50.0
     one_way, _ = flows(OneWay((LANGEVIN, SITES)), 0.6)
     assert excess(one_way) > 15.0
+    for kind in (Untested, Forward):
+        broken, _ = flows(kind(COLOURS.colours, COLOURS.lattice), 1.0, count=200_000)
+        assert excess(broken) > 15.0
 
 
 def test_gradients_that_say_nothing_cost_no_exactness():
@@ -205,3 +230,39 @@ def test_a_kernel_without_coordinates_says_so():
         Block("integer", 0, 2, lower=(0.0,), upper=(1.0,))
     with pytest.raises(ValueError, match="holds no vectors of 3"):
         Block("one-hot", 0, 4, size=3)
+    with pytest.raises(ValueError, match="without gaps"):
+        ChromaticGibbs((0, 2))
+    with pytest.raises(ValueError, match="2 colours for 3 discrete variables"):
+        ChromaticGibbs((0, 1), COLOURS.lattice)
+    with pytest.raises(ValueError, match="use DiscreteLangevin"):
+        ChromaticGibbs().on(DISCRETE)
+    kernel = ChromaticGibbs(lattice=COLOURS.lattice)
+    noise = kernel.noise(state, None)
+    with pytest.raises(ValueError, match="given no colours"):
+        kernel.step(state, density, BETA, tuning(kernel, 1.0), noise)
+
+
+def test_variables_of_one_colour_are_drawn_from_their_conditionals():
+    # a ring of spins with fields, linear in each: nothing is rejected, and one sweep forgets where
+    # it came from but for the neighbours of what moved first
+    fields = torch.linspace(-1.0, 1.5, 6, dtype=torch.float64)
+
+    def density(position):
+        right = position.roll(-1, -1)
+        value = position @ fields + 1.3 * (position * right).sum(-1)
+        return State(position, value, value, *[fields + 1.3 * (right + position.roll(1, -1))] * 2)
+
+    lattice = Lattice(6, (Block("binary", 0, 6),))
+    kernel = ChromaticGibbs((0, 1) * 3, lattice)
+    state = density(torch.ones(200_000, 6, dtype=torch.float64))
+    each, tests, coin = kernel.noise(state, torch.Generator().manual_seed(8))
+    noise = each, tests, 0.0 * coin  # even ones first
+    new, info = kernel.step(state, density, BETA, tuning(kernel, 1.0), noise)
+    assert info.accept_prob.min() > 1.0 - 1e-9
+    even = torch.sigmoid(fields[0::2] + 2.6)  # with both neighbours up
+    seen = new.position[:, 0::2].mean(0)
+    assert ((seen - even).abs() < 4.5 * (even * (1.0 - even) / 200_000).sqrt()).all()
+    around = new.position[:, 0::2] + new.position[:, 0::2].roll(-1, -1)
+    expected = torch.sigmoid(fields[1::2] + 1.3 * around).mean(0)  # given those drawn before
+    seen = new.position[:, 1::2].mean(0)
+    assert ((seen - expected).abs() < 4.5 * 0.5 / 200_000**0.5).all()

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "papers"))
 
 import aiwae
 import common
-import eim
+import eim_priors
 import nets
 import tvo
 
 TINY = ["--images", "digits", "--steps", "4", "--batch", "5", "--rate", "0.01", "--num-test", "4"]
 NET = ["--latents", "3", "--hidden", "8"]
 CASES = {
-    "compare": (tvo, ["compare", "--layers", "4", "3", "--particles", "3"], 9),
+    "compare": (tvo, ["compare", "--layers", "4", "3", "--particles", "3"], 10),
     "partitions": (tvo, ["partitions", "--layers", "4", "--particles", "3"], 21),
     "gradients": (tvo, ["gradients", "--layers", "4", "--particles", "3"], 10),
     "continuous": (tvo, ["continuous", "--particles", "3", *NET], 5),
@@ -41,8 +41,16 @@ CASES = {
         ],
         7,
     ),
-    "eim": (eim, [*NET, "--hidden-energy", "5", "--proposals", "8", "--eval-particles", "5"], 4),
-    "eim, grey": (eim, [*NET, "--hidden-energy", "5", "--proposals", "8", "--continuous"], 4),
+    "eim": (
+        eim_priors,
+        [*NET, "--hidden-energy", "5", "--proposals", "8", "--eval-particles", "5"],
+        4,
+    ),
+    "eim, grey": (
+        eim_priors,
+        [*NET, "--hidden-energy", "5", "--proposals", "8", "--continuous"],
+        4,
+    ),
 }
 
 

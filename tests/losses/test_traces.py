@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNorma
 from pyro.nn import PyroModule
 from pyro.optim import Adam
 
-from pyro_anneal.losses import EUBO, IWAE, TVO
+from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO, DifferentiableAIS
 from pyro_anneal.schedules import Linear
 
 DATA = torch.tensor([0.2, 1.9, -0.4, 3.0, 0.7], dtype=torch.float64)
@@ -609,3 +609,61 @@ def test_constructor_takes_pyro_arguments():
             retain_graph=True,
         )
         assert loss.max_plate_nesting == Trace_ELBO(3, 2, None, True).max_plate_nesting == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: IWAE(3),
+        lambda: TVO(3, gradient="dreg"),
+        lambda: EUBO(3),
+        lambda: AIWAE(3, 2, step_size=0.2),
+        pytest.param(lambda: DifferentiableAIS(3, 2, step_size=0.2), marks=pytest.mark.slow),
+    ],
+    ids=["IWAE", "TVO", "EUBO", "AIWAE", "DifferentiableAIS"],
+)
+def test_what_is_masked_may_be_nan(make):
+    """Missing values have the loss and the gradients of rows without that site's term."""
+    x = torch.tensor([0.4, float("nan"), -1.0])
+    results = []
+    for value in (x, torch.tensor([0.4, 7.0, -1.0])):  # what a mask hides may be any number
+        shift = torch.tensor(0.3, requires_grad=True)
+
+        def model(x, shift=shift):
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                with poutine.mask(mask=torch.tensor([True, False, True])):
+                    pyro.sample("x", dist.Normal(z + shift, 0.5), obs=x)
+
+        def guide(x, shift=shift):
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(shift, 0.8))
+
+        pyro.set_rng_seed(2)
+        loss = make().differentiable_loss(model, guide, value)
+        (grad,) = torch.autograd.grad(loss, shift)
+        results.append([loss.item(), grad.item()])
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+    assert abs(results[0][1]) > 1e-3
+
+
+def masked_regression(x, y):
+    slope = pyro.param("slope", torch.tensor(0.7))
+    with pyro.plate("data", len(y)), poutine.mask(mask=~y.isnan()):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(slope * x + z, 0.5), obs=y)
+
+
+def masked_guide(x, y):
+    shift = pyro.param("shift", torch.tensor(0.2))
+    with pyro.plate("data", len(y)), poutine.mask(mask=~y.isnan()):
+        pyro.sample("z", dist.Normal(shift, 0.8))
+
+
+def test_masked_nan_among_parameters_is_named():
+    x, y = torch.tensor([1.0, math.nan, -1.0]), torch.tensor([0.4, math.nan, 0.1])
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(ValueError, match=r'"y" the log density is NaN at 1 masked place'),
+    ):
+        IWAE(20).loss_and_grads(masked_regression, masked_guide, x, y)

@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.losses import EUBO
@@ -65,6 +66,34 @@ class Holder:
             pyro.sample("x", dist.Normal(a * self.x.roll(1), 1.0), obs=x.clone())
 
 
+COUNTS = torch.tensor([3.0, 7.0, 2.0, 9.0, 4.0, 1.0])
+
+
+def lagged_counts(read):
+    """Counts that depend on those before them, however the model reads these."""
+
+    def model(x):
+        a = pyro.sample("a", dist.Gamma(2.0, 2.0))
+        with pyro.plate("data", 5):
+            pyro.sample("x", dist.Poisson(a * (1.0 + read(x))), obs=x[1:] * 1.0)
+
+    return model
+
+
+HELD = COUNTS.long()
+TABLE = torch.linspace(0.0, 1.0, 10)
+OUTSIDE_OF_GRADIENTS = {
+    "whole numbers of a closure": lambda x: HELD[:-1],
+    "array of whole numbers": lambda x: torch.as_tensor(HELD.numpy()[:-1]),
+    "list of whole numbers": lambda x: torch.tensor([3, 7, 2, 9, 4]),
+    "indices": lambda x: TABLE.to(x.dtype)[x.long()[:-1]],
+    "comparison": lambda x: (x > 3)[:-1].to(x.dtype),
+    "NumPy": lambda x: torch.as_tensor(np.sqrt(x.numpy()[:-1])),
+    "number of a mean": lambda x: x.mean().item(),
+    "number of Python": lambda x: sum(x.tolist()) / 6,
+}
+
+
 COPIES = {
     "lagged array of a list": (lagged_array, DATA),
     "lagged array of a tensor": (lagged_array, torch.tensor(DATA, dtype=torch.float64)),
@@ -87,6 +116,14 @@ def test_copies_of_data_are_refused(name):
     with pytest.raises(ValueError, match=message):
         annealed(model).mutual_information(x)
     annealed(model).run(x)  # a lower bound needs no simulation
+
+
+@pytest.mark.parametrize("way", OUTSIDE_OF_GRADIENTS)
+def test_copies_that_no_gradient_shows_are_refused(way):
+    model = lagged_counts(OUTSIDE_OF_GRADIENTS[way])
+    x = COUNTS.to(torch.get_default_dtype())
+    with pytest.raises(ValueError, match=r'reads the data of site "x" elsewhere'):
+        annealed(model).sandwich(x)
 
 
 def test_closures_are_searched():
@@ -142,7 +179,31 @@ def constants(y):
         pyro.sample("y", dist.Normal(a, torch.tensor([1.0, 1.0, 2.0, 2.0])), obs=y)
 
 
+def masked(y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)), poutine.mask(mask=(y > -900.0) & ~y.isnan()):
+        pyro.sample("y", dist.Normal(a, 0.5), obs=y + 0.0)
+
+
+def standardized(y):
+    a = pyro.sample("a", dist.Normal(0.0, 0.5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a, 0.5), obs=(y - y.mean()) / y.std())
+
+
+def counted(group, y):
+    a = pyro.sample("a", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Poisson(a * (1.0 + group)), obs=y.to(a.dtype))
+
+
 CLEAN = {
+    "a mask of missing data": (masked, (torch.tensor([0.31, -999.0, 0.75, float("nan"), 1.2]),)),
+    "standardized data": (standardized, (torch.tensor([0.31, -1.22, 0.75, 2.0]),)),
+    "groups beside counts": (
+        counted,
+        (torch.tensor([0, 1, 2, 1, 0, 2, 1, 2]), torch.tensor([1, 0, 2, 4, 0, 1, 3, 2])),
+    ),
     "covariates": (regression, (torch.linspace(-1, 1, 8), LONG)),
     "a transform of the data": (transformed, ([0.31, -1.22, 0.75],)),
     "index ranges beside counts": (counts, (torch.tensor([0.0, 1.0, 2.0, 3.0, 9.0]),)),
@@ -154,10 +215,12 @@ CLEAN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # four chains, two steps
 @pytest.mark.parametrize("name", CLEAN)
 def test_values_that_agree_by_chance_do_no_harm(name):
     model, arguments = CLEAN[name]
-    result = annealed(model).sandwich(*arguments)
+    ais = AnnealedImportance(model, num_chains=4, num_steps=2, seed=0, progress_bar=False)
+    result = ais.sandwich(*arguments)
     assert bool(result.gap.isfinite().all())
 
 

@@ -10,7 +10,12 @@ from scipy import special
 
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.models.coordinates import bijection
-from pyro_anneal.models.edges import draw_unconstrained, exact_log_det, exact_log_prob
+from pyro_anneal.models.edges import (
+    draw_unconstrained,
+    exact_log_det,
+    exact_log_prob,
+    has_closed_form,
+)
 from pyro_anneal.runs.run import freeze, reverse
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
@@ -39,10 +44,27 @@ FAMILIES = {
         torch.tensor(0.2), logits=torch.tensor([0.5, -1.0])
     ),
     "AffineBeta": lambda: dist.AffineBeta(0.2, torch.tensor([0.3, 2.0]), -1.0, 3.0),
+    "Chi2": lambda: dist.Chi2(torch.tensor([0.2, 3.0])),
+    "reflected Chi2": lambda: dist.TransformedDistribution(
+        torch.distributions.Chi2(torch.tensor([0.2, 3.0])),  # a class of torch itself
+        [dist.transforms.AffineTransform(0.5, -2.0)],
+    ),
     "scaled": lambda: dist.TransformedDistribution(
         dist.Beta(torch.tensor([0.2, 2.0]), 0.5), [dist.transforms.AffineTransform(1.0, -2.0)]
     ),
 }
+
+
+class Tempered(dist.Beta):
+    """A user's class that derives from a family and has another density."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) + 2.0 * value.log()
+
+
+def test_classes_with_a_density_of_their_own_are_no_known_family():
+    assert not has_closed_form(Tempered(torch.tensor(2.0), torch.tensor(1.0)))
+    assert has_closed_form(dist.Beta(torch.tensor(2.0), torch.tensor(1.0)))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

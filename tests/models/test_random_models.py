@@ -1,43 +1,24 @@
-"""Random models of all supports, couplings and dtypes: no quiet error beyond 5 standard errors.
+"""Random models of all supports, couplings and precisions: no quiet error beyond 5 standard errors.
 
-``RANDOM_MODELS=1000 pytest -m slow tests/models/test_random_models.py`` for more of them.
+``python benchmarks/random_models.py`` runs them by the thousand and keeps the records.
 """
 
 import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from random_models import Drawn, Seeded, build
-
-from pyro_anneal import AnnealedImportance
+from random_models import Seeded, build, judge
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+FIRST = int(os.environ.get("RANDOM_MODELS_FIRST", "10000"))
 COUNT = int(os.environ.get("RANDOM_MODELS", "200"))
-DEFAULT = 10  # models that the default suite runs, at about half a second each
-FOUND: list[int] = []  # seeds of what the generator found, mended since
-
-
-def check(random_model, *, seed, num_chains=48, num_steps=8):
-    ais = AnnealedImportance(
-        random_model.model,
-        random_model.guide,
-        num_chains=num_chains,
-        num_steps=num_steps,
-        batch_plates=random_model.batch_plates,
-        seed=seed,
-        progress_bar=False,
-    )
-    result = ais.run()
-    error = abs(float(result.log_evidence) - random_model.log_evidence)
-    allowed = 5.0 * float(result.std_error) + 0.01 + random_model.accuracy
-    flags = [found.name for found in result.diagnostics if found.severity == "warning"]
-    assert error <= allowed or flags, (
-        f"{random_model.description}: {float(result.log_evidence):.4f} "
-        f"({float(result.std_error):.4f}), truth {random_model.log_evidence:.4f}"
-    )
-    return flags
+# Of the default suite: structures that are quick to record, of which four models share a graph.
+STRUCTURES, NUMBERS = (1, 2, 3, 4, 5, 7, 12, 14, 15, 16, 17, 20, 21), 4
+FOUND = [  # seeds of what the generator found, mended since
+    100001,  # data in float64 beside latents in float32 and an enumerated site
+    100076,  # a guide with a Wishart: matrices that round beyond the edge
+    100199,  # a reflected Chi2: not known as a Gamma
+]
 
 
 @pytest.fixture(autouse=True)
@@ -47,26 +28,30 @@ def default_dtype():
     torch.set_default_dtype(dtype)
 
 
+def check(model, seed):
+    assert model.accuracy < 5e-3
+    record = judge(model, seed=seed)
+    quiet = not record["warnings"]
+    assert abs(record["error"]) <= record["allowed"] or not quiet, (seed, record)
+    return not quiet
+
+
 def test_no_quiet_error():
     flagged = 0
-    for seed in [*range(DEFAULT), *FOUND]:
-        model = build(Seeded(seed))
-        assert model.accuracy < 1e-3
-        flagged += bool(check(model, seed=seed))
-    assert flagged <= 0.4 * (DEFAULT + len(FOUND))  # were all flagged, nothing would be tested
+    for structure in STRUCTURES:
+        for numbers in range(NUMBERS):
+            model = build(Seeded(structure, numbers=numbers), small=True)
+            flagged += check(model, seed=numbers)
+    assert flagged <= 0.2 * len(STRUCTURES) * NUMBERS  # were all flagged, nothing would be tested
+
+
+@pytest.mark.slow  # each has a test of its kind besides
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_was_found(seed):
+    check(build(Seeded(seed)), seed)
 
 
 @pytest.mark.slow
 def test_no_quiet_error_in_many():
-    @settings(
-        max_examples=COUNT,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def explore(data):
-        model = build(Drawn(data.draw, st))
-        check(model, seed=0)
-
-    explore()
+    for seed in range(FIRST, FIRST + COUNT):
+        check(build(Seeded(seed)), seed)

@@ -65,6 +65,22 @@ def test_dependence_without_a_gradient_counts():
     assert unread(model) == ()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_discrete_latents_are_read_whatever_is_drawn(seed):
+    def model():
+        k = pyro.sample("k", dist.Bernoulli(0.05))
+        n = pyro.sample("n", dist.Poisson(0.1))
+        with pyro.plate("rows", 2):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.9, 0.05, 0.05])))
+        lost = pyro.sample("lost", dist.Binomial(3, 0.1))
+        pyro.sample("lost child", dist.Bernoulli(0.2 + 0.1 * lost))
+        loc = k + n + torch.tensor([0.0, 1.0, 2.0])[c].sum()
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(0.3))
+
+    pyro.set_rng_seed(seed)
+    assert unread(model) == ("lost", "lost child")
+
+
 def test_factors_read_and_masks_and_missing_data_do_not_alarm():
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))

@@ -237,6 +237,13 @@ def test_components_of_different_support_are_refused():
         run(one_latent(prior, around, 1.0))
 
 
+def test_matrices_that_round_beyond_the_edge_have_no_finite_coordinate():
+    transform = bijection(dist.Wishart(torch.tensor(4.0), torch.eye(2)))
+    inside, beyond = torch.eye(2), torch.tensor([[1.0, 1.0 + 1e-12], [1.0 + 1e-12, 1.0]])
+    u = transform.inv(torch.stack([inside, beyond]))
+    assert u.isnan().all(-1).tolist() == [False, True]
+
+
 def test_a_density_without_draws_starts_from_a_fit():
     prior = lambda: dist.VonMises3D(torch.tensor([0.5, 1.0, 0.0]))
     model = one_latent(prior, lambda z: dist.Normal(z[0], 1.0), 1.0)
@@ -297,6 +304,19 @@ def test_a_context_that_masks_latents_makes_them_flat_too():
     square = float((x - x.mean()).square().sum())
     truth = -math.log(2 * PI) - 0.5 * square - 0.5 * math.log(3)
     assert near(run(model), truth)
+
+
+def test_masks_of_some_elements_of_a_latent_are_left_out_and_noted():
+    def model():
+        with pyro.plate("rows", 2):
+            with poutine.mask(mask=torch.tensor([True, False])):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([0.5, 0.7]))
+
+    result = run(model, num_chains=8, num_steps=5)
+    truth = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([0.5, 0.7]))
+    torch.testing.assert_close(result.log_evidence, truth, rtol=0, atol=1e-6)
+    assert any("masks of latent sites ['z'] are left out" in note for note in result.notes)
 
 
 def test_scalar_masks_of_missing_data_are_no_flat_priors():

@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.graphs.rows import find_meeting, forward_graph
+from pyro_anneal.models.charts import CircleTransform
 
 ROWS, DIM = 5, 3
 torch.manual_seed(0)
@@ -45,6 +46,22 @@ def assembled(u):
     h[:, 1:] = u[:, :2]
     h[..., 0] += 1.0
     return h.sum(-1)
+
+
+def every_function(u):
+    functions = nn.functional
+    names = "logsigmoid softplus gelu silu mish elu celu selu hardtanh hardswish hardsigmoid"
+    names += " softsign tanhshrink softshrink hardshrink relu6 leaky_relu"
+    value = sum(getattr(functions, name)(u) for name in names.split())
+    names = "ndtr log_ndtr erfinv expit erfcx entr i0e i1 digamma gammaln sinc xlog1py"
+    for name in names.split():
+        arguments = (u, u) if name == "xlog1py" else (u,)
+        value = value + getattr(torch.special, name)(*arguments)
+    value = (
+        value + torch.special.gammainc(u.abs(), u.abs()) + torch.special.zeta(u.abs() + 2.0, 1.0)
+    )
+    value = value + torch.xlogy(u, u) + torch.logaddexp(u, -u) + torch.hypot(u, u) + u.heaviside(u)
+    return value + torch.atan2(u, u) + u.copysign(-u) + u.frac() + torch.polar(u, u).real
 
 
 def outer(u):
@@ -89,6 +106,8 @@ APART = {
     "cut and joined": lambda u: total(torch.cat([*[a for a in u.split(1, -1)][::-1], u], -1)),
     "transposed": lambda u: (u.T * torch.arange(3.0).unsqueeze(-1)).sum(0),
     "constants along rows": lambda u: total(u * X[:, :1].flip(0).cumsum(0)),
+    "elementwise functions": lambda u: total(every_function(u)),
+    "angles": lambda u: dist.VonMises(CircleTransform(EYE[0])(u), 2.0).log_prob(EYE[0]).sum(-1),
     "custom gradient": lambda u: total(Square.apply(u)),
 }
 TOGETHER = {

@@ -6,8 +6,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_anneal import HMC, Composite, DiscreteLangevin, SingleSite
+from pyro_anneal import HMC, ChromaticGibbs, Composite, DiscreteLangevin, SingleSite
 from pyro_anneal.kernels import Block
+from pyro_anneal.problems.colours import colour
 from pyro_anneal.problems.discrete import kernels_for, lattice_of
 from pyro_anneal.problems.problem import prepare
 
@@ -103,6 +104,49 @@ def test_couplings_within_a_plate_are_not_lifted():
     assert isinstance(only.parts[0], SingleSite)  # indices have no gradient
 
 
+def colours(found):
+    return colour(found, lattice_of(found.layout))
+
+
+def ring_of_five():
+    with pyro.plate("ring", 5):
+        z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(5, 3)))
+    pyro.factor("alike", 0.9 * (z * z.roll(1, 0)).sum())
+
+
+def test_variables_that_meet_in_no_factor_share_a_colour():
+    spins = colours(problem(models.spins))
+    board = [(row + column) % 2 for row in range(3) for column in range(4)]
+    assert spins in (tuple(board), tuple(1 - value for value in board))
+    ring = colours(problem(ring_of_five))
+    assert max(ring) == 2
+    assert all(ring[k] != ring[k - 1] for k in range(5))
+    assert colours(problem(models.mixture, POINTS)) == (0,)  # per row of a batch
+    chain = colours(problem(models.sequence, POINTS))
+    assert chain in ((0, 1, 0, 1, 0), (1, 0, 1, 0, 1))
+    assert colours(problem(models.belief_net, BITS)) is None  # no gradient foretells a change
+    assert colours(problem(models.potts, POINTS)) is None  # quadratic in each
+
+
+def test_colours_are_offered_where_gradients_hold_all_conditionals():
+    found = problem(models.spins)
+    offered = kernels_for(
+        HMC(), found.model, found.probe(), seed=0, colour=lambda part: colour(found, part)
+    )
+    assert [type(kernel.parts[0]) for kernel in offered] == [ChromaticGibbs]
+    assert offered[0].num_gradients == 2
+    offered = kernels_for(
+        HMC(), found.model, found.probe(), seed=0, colour=lambda part: (*range(5), *range(5), 0, 1)
+    )
+    assert [type(kernel.parts[0]) for kernel in offered] == [DiscreteLangevin, ChromaticGibbs]
+    asked = kernels_for(
+        ChromaticGibbs(), found.model, found.probe(), seed=0, colour=lambda part: (0, 1) * 6
+    )
+    assert asked == (ChromaticGibbs((0, 1) * 6, lattice_of(found.layout)),)
+    with pytest.raises(ValueError, match="use DiscreteLangevin"):
+        kernels(found, Composite((ChromaticGibbs(),)))
+
+
 def test_the_note_says_when_enumeration_is_better():
     found = problem(models.mixture, POINTS)
     assert any('infer={"enumerate": "parallel"}' in note for note in found.layout.notes)
@@ -124,7 +168,7 @@ def test_kernels_suit_the_latents():
     with pytest.raises(ValueError, match="the model has none"):
         kernels(continuous, SingleSite())
 
-    class Strange(HMC.__mro__[1]):
+    class Strange:
         num_gradients, target_accept = 1, None
 
     with pytest.raises(ValueError, match="Strange does not know of discrete latents"):

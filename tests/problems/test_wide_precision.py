@@ -47,7 +47,7 @@ def binomial(n):
     return model
 
 
-@pytest.mark.parametrize("n", [1e7, 1e8])
+@pytest.mark.parametrize("n", [pytest.param(1e7, marks=pytest.mark.slow), 1e8])
 def test_large_binomial_counts(n):
     assert_right_in_float64(run(binomial(n)), -math.log(n + 1))
 
@@ -56,7 +56,7 @@ def test_large_counts_from_the_prior():
     assert_right_in_float64(run(binomial(1e7), None, chains=64, steps=300), -math.log(1e7 + 1))
 
 
-@pytest.mark.parametrize("level", [1e6, 1e8])
+@pytest.mark.parametrize("level", [pytest.param(1e6, marks=pytest.mark.slow), 1e8])
 def test_large_poisson_counts(level):
     y = torch.tensor([level, 1.0001 * level, 0.9999 * level])
 
@@ -156,3 +156,24 @@ def test_mixed_inputs(guide):
     assert float(result.lower) == pytest.approx(
         float(truth.log_prob(y)), abs=5 * float(result.std_error) + 1e-4
     )
+
+
+def test_enumerated_sites_beside_data_in_float64():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(z + 2.0 * k, 1.0), obs=y)
+
+    y = torch.tensor([0.5, 1.7], dtype=torch.float64)
+    result = AnnealedImportance(
+        model, num_chains=64, num_steps=10, seed=0, progress_bar=False
+    ).run(y)
+    covariance = torch.eye(2, dtype=torch.float64) + 1.0
+    terms = []
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        mean = torch.tensor([2.0 * i, 2.0 * j], dtype=torch.float64)
+        density = dist.MultivariateNormal(mean, covariance).log_prob(y)
+        terms.append(density + math.log(0.3 ** (i + j) * 0.7 ** (2 - i - j)))
+    truth = float(torch.stack(terms).logsumexp(0))
+    assert float(result.lower) == pytest.approx(truth, abs=5 * float(result.std_error))

@@ -1,8 +1,8 @@
 """Energy-inspired priors of a variational autoencoder, at the paper's size.
 
-    python benchmarks/papers/eim.py --images mnist --data FOLDER
-    python benchmarks/papers/eim.py --images mnist --data FOLDER --continuous
-    python benchmarks/papers/eim.py --images fashion-mnist --data FOLDER    # where a person has it
+    python benchmarks/papers/eim_priors.py --images mnist --data FOLDER
+    python benchmarks/papers/eim_priors.py --images mnist --data FOLDER --continuous
+    python benchmarks/papers/eim_priors.py --images fashion-mnist --data FOLDER    # where a person has it
 
 Setting of section 5.2 of the paper: 50 latents, encoder and decoder of two layers of 300 tanh units,
 energies of two layers of 100, a Gaussian proposal, K = T = 1024 for SNIS and TRS, T = 5 leapfrogs for

@@ -135,9 +135,12 @@ class Annealer(PathOptions):
             # Our own evaluation runs all chains at once, so nothing is lost without a graph.
             warnings.filterwarnings("ignore", message="the density is evaluated slowly")
             captured = capture(
-                density.one_chain, example, num_chains=self.num_chains, compile=False
+                density.one_chain,
+                example,
+                num_chains=self.num_chains,
+                native=self.compile is not False,
             )
-        return captured if captured.mode == "graph" else density
+        return captured if captured.mode in ("graph", "compiled") else density
 
     def run(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..models.types import Figure
-from .plotting import pyplot
+from .plot_axes import pyplot
 
 if TYPE_CHECKING:  # results import their pictures, not the other way round
     from .information_gain import ExpectedInformationGain

@@ -255,7 +255,7 @@ REFUSED = {
     "seed beyond 64 bits": (lambda: run(seed=2**70), r"seed must be below 2\*\*63"),
     "compile 1": (
         lambda: run(compile=1),
-        'compile must be "auto", "density", "unrolled", True or False, got 1',
+        'compile must be "auto", "density", True or False, got 1',
     ),
     "prior_weight one": (
         lambda: run(guide=rows_guide, prior_weight=1),

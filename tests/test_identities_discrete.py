@@ -9,8 +9,8 @@ from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.kernels import HMC, ChromaticGibbs, Composite, DiscreteLangevin, SingleSite
 from pyro_anneal.schedules import Linear
 
-REPEATS = 20_000
-LARGEST_STD_ERROR = 0.012
+REPEATS = 10_000
+LARGEST_STD_ERROR = 0.017
 KERNELS = {  # with step sizes far from the best ones
     "langevin": (DISCRETE, DiscreteLangevin(), 0.15),
     "single site": (DISCRETE, SingleSite(1), 1.0),

@@ -9,16 +9,14 @@ from ..graphs.captured import CapturedDensity
 from ..graphs.inductor import compiler_problem
 from ..graphs.recorded import RecordedDensity
 from ..kernels import Kernel
+from ..kernels.base import moves_chains_alone
 from .program import LoopedDensity
-from .step_graph import UNROLL_UP_TO
-from .unrolled import count_operations
 
 __all__ = [
     "describe_mode",
     "loop_notes",
     "loop_problem",
     "repays_compilation",
-    "repays_unrolling",
     "with_loop",
 ]
 
@@ -50,6 +48,8 @@ _DISPATCH_SECONDS = 5e-6
 _KERNEL_OPERATIONS = 60
 _COMPILE_SECONDS = 5.0
 _COMPILE_SECONDS_PER_OPERATION = 0.02
+# Steps from which native code is taken: it compiles in half a second, and is kept on disk.
+_NATIVE_FROM = 400
 
 
 def repays_compilation(density: RecordedDensity, kernel: Kernel, num_moves: int) -> bool:
@@ -63,36 +63,13 @@ def repays_compilation(density: RecordedDensity, kernel: Kernel, num_moves: int)
     Returns:
         Whether to compile.
     """
+    if density.native_source_and_inputs() is not None and moves_chains_alone(kernel):
+        return num_moves >= _NATIVE_FROM
     graph, _ = density.graph_and_inputs(density.num_chains)
     per_gradient = sum(node.op == "call_function" for node in graph.graph.nodes)
     per_step = kernel.num_gradients * per_gradient + _KERNEL_OPERATIONS
     saved = num_moves * per_step * _DISPATCH_SECONDS
     return bool(saved > _COMPILE_SECONDS + per_step * _COMPILE_SECONDS_PER_OPERATION)
-
-
-# Measured on eight schools, L = 5: a step of 64 chains takes 6 microseconds less, of 1024 chains 25.
-_UNROLL_SECONDS_PER_OPERATION = 0.0065
-_UNROLLED_STEP_SAVES = 5e-6
-_UNROLLED_OPERATION_SAVES = 1e-11  # per chain
-
-
-def repays_unrolling(density: RecordedDensity, kernel: Kernel, num_moves: int) -> bool:
-    """Decides from counts whether a step taken apart saves more than compiling it costs besides.
-
-    Args:
-        density: The captured density.
-        kernel: Its gradients per step are counted.
-        num_moves: Steps of all chains at once, over the runs to come.
-
-    Returns:
-        Whether to unroll.
-    """
-    graph, _ = density.chain_graph_and_inputs()
-    operations = kernel.num_gradients * count_operations(graph)
-    if operations > UNROLL_UP_TO or density.example.device.type != "cpu":
-        return False
-    saved = _UNROLLED_STEP_SAVES + _UNROLLED_OPERATION_SAVES * operations * density.num_chains
-    return num_moves * saved > operations * _UNROLL_SECONDS_PER_OPERATION
 
 
 class _Path(Protocol):
@@ -137,10 +114,7 @@ def with_loop(
         if isinstance(density, CapturedDensity):
             density.compile()
         return LoopedDensity(density, problem)
-    unroll = compile == "unrolled" or (
-        compile == "auto" and repays_unrolling(density, path.kernel, num_moves)
-    )
-    return LoopedDensity(density, unroll=unroll, fallback=fallback)
+    return LoopedDensity(density, fallback=fallback)
 
 
 def describe_mode(density: RecordedDensity) -> str:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +25,9 @@ from ..graphs.exits import Exit
 from ..graphs.recorded import LogDensities, Mode, RecordedDensity
 from ..graphs.repetition import repeated_dims
 from ..kernels import Kernel, State, Tuning
+from ..kernels.base import moves_chains_alone
+from ..native.evaluation import DensitySource
+from .native_loop import NativeLoop
 from .runners import Run, as_cuda_graph, as_loop, step_by_step
 from .statistics import new_table
 from .step_graph import Body, DensityGraphs, build_body
@@ -44,7 +48,10 @@ class _Compiled(NamedTuple):
 
 
 # Programs by what they were made for, or why there is none. They hold no data: these are inputs.
-_PROGRAMS: OrderedDict[tuple[Any, ...], _Compiled | str] = OrderedDict()
+_PROGRAMS: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+Made = TypeVar("Made")
+# State, log-weights and integral after the steps of a table, and their statistics.
+_Runs = Callable[..., tuple[State, Tensor, Tensor, Tensor]]
 _CAPACITY = 32
 # Inductor's time grows with the operations of the step, and so does the C++ compiler's.
 _MAX_OPERATIONS = 12_000
@@ -58,7 +65,6 @@ class LoopedDensity:
     Args:
         density: The captured density.
         problem: Why chunks must be run step by step from the start.
-        unroll: Whether to compile small steps element by element: longer, for a faster loop.
         fallback: Called once if chunks turn out not to compile; by default compiles the density.
 
     Attributes:
@@ -72,11 +78,9 @@ class LoopedDensity:
         density: RecordedDensity,
         problem: str | None = None,
         *,
-        unroll: bool = False,
         fallback: Callable[[], object] | None = None,
     ) -> None:
         self.density = density
-        self.unroll = unroll
         self.fallback = density.compile if fallback is None else fallback
         self.loop_mode: LoopMode | None = None
         self.loop_reason = problem
@@ -151,6 +155,10 @@ class LoopedDensity:
         """Returns the graph of one chain, and its inputs."""
         return self.density.chain_graph_and_inputs()
 
+    def native_source_and_inputs(self) -> tuple[DensitySource, list[Tensor]] | None:
+        """Returns the density in C++, and what all chains share."""
+        return self.density.native_source_and_inputs()
+
     def compile(self) -> None:
         """Compiles single evaluations."""
         self.density.compile()
@@ -179,7 +187,8 @@ class LoopedDensity:
         if self.loop_reason is not None and self.loop_mode is None:
             return None
         try:
-            program = self._program(kernel, carry.state, noise, table, rows)
+            program = self._native(kernel, carry.state, noise, table)
+            program = program or self._program(kernel, carry.state, noise, table, rows)
             state, log_weights, integral, seen = program(*carry, table, noise)
         except Exception as error:  # of kernels, vmap, inductor, the C++ compiler
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -191,6 +200,29 @@ class LoopedDensity:
             return None
         self.density.num_evaluations += kernel.num_gradients * len(table.beta)
         return Carry(state, log_weights, integral), seen
+
+    def _native(
+        self, kernel: Kernel, state: State, noise: Sequence[Tensor], table: StepTable
+    ) -> _Runs | None:
+        """Finds or makes native code for the chunks; None where inductor must compile them."""
+        found = self.density.native_source_and_inputs() if moves_chains_alone(kernel) else None
+        if found is None:
+            return None
+        source, shared = found
+        one = [part[:1] for part in noise]
+        shapes = [(x.shape[1:], x.dtype) for x in (*state, *(part[0] for part in noise))]
+        key = ("native", type(kernel), kernel, source.text, *shapes, torch.get_num_threads())
+
+        def make() -> NativeLoop:
+            loop = NativeLoop(source, kernel, state, [part[0] for part in noise], table)
+            _check(partial(loop, shared=shared), kernel, self.density, state, one, table)
+            return loop
+
+        loop = _kept(key, make)
+        if isinstance(loop, str):
+            return None
+        self.loop_mode, self.loop_reason = "loop", None
+        return partial(loop, shared=shared)
 
     def _program(
         self,
@@ -205,19 +237,8 @@ class LoopedDensity:
             self.density.graph_and_inputs(len(state.position)),
         )
         one = [part[:1] for part in noise]
-        key = _key(kernel, graphs, [*state, *one], size, self.unroll)
-        found = _PROGRAMS.get(key)
-        if found is None:
-            try:
-                found = self._make(graphs, kernel, state, noise, table, size)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - to be raised again, now and later
-                found = _first_line(error)
-            _PROGRAMS[key] = found
-            if len(_PROGRAMS) > _CAPACITY:
-                _PROGRAMS.popitem(last=False)
-        _PROGRAMS.move_to_end(key)
+        key = _key(kernel, graphs, [*state, *one], size)
+        found = _kept(key, lambda: self._make(graphs, kernel, state, noise, table, size))
         if isinstance(found, str):
             raise _NoProgram(found)
         self.loop_mode, self.loop_reason = found[2:]
@@ -234,12 +255,29 @@ class LoopedDensity:
         size: int,
     ) -> _Compiled:
         step = [part[0].contiguous() for part in noise]
-        body = build_body(graphs, kernel, state, step, table, size, unroll=self.unroll)
+        body = build_body(graphs, kernel, state, step, table, size)
         shared = graphs.one_chain[1] if body.layout.last else graphs.all_chains[1]
         one = [part[:1] for part in noise]
         compiled = _compile(body, state, one, table, shared)
         _check(_Program(compiled, shared), kernel, self.density, state, one, table)
         return compiled
+
+
+def _kept(key: tuple[Any, ...], make: Callable[[], Made]) -> Made | str:
+    """Returns what was made for a key, or why it could not be."""
+    found = _PROGRAMS.get(key)
+    if found is None:
+        try:
+            found = make()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - to be raised again, now and later
+            found = _first_line(error)
+        _PROGRAMS[key] = found
+        if len(_PROGRAMS) > _CAPACITY:
+            _PROGRAMS.popitem(last=False)
+    _PROGRAMS.move_to_end(key)
+    return found
 
 
 class _NoProgram(Exception):
@@ -292,7 +330,7 @@ def _arguments(
 
 
 def _key(
-    kernel: Kernel, graphs: DensityGraphs, tensors: Sequence[Tensor], size: int, unroll: bool
+    kernel: Kernel, graphs: DensityGraphs, tensors: Sequence[Tensor], size: int
 ) -> tuple[Any, ...]:
     shared = (*graphs.one_chain[1], *graphs.all_chains[1])
     return (
@@ -302,7 +340,6 @@ def _key(
         graphs.one_chain[0].code,
         *((x.shape, x.dtype, x.device, repeated_dims(x)) for x in (*tensors, *shared)),
         size,
-        unroll,
         torch.get_num_threads(),
     )
 
@@ -339,7 +376,7 @@ def _compile(
 
 
 def _check(
-    program: _Program,
+    program: _Runs,
     kernel: Kernel,
     density: RecordedDensity,
     state: State,

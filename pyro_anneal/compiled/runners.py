@@ -65,8 +65,6 @@ def as_loop(body: Body, example: Sequence[Tensor]) -> Run:
 
 def _options(body: Body) -> dict[str, Any]:
     """Chooses inductor's options for a step on a CPU."""
-    if body.layout.unrolled:  # one loop over chains, whose body is all of the step
-        return {"max_fusion_size": len(body.graph.graph.nodes)}
     return {} if body.layout.last else CHAINS_FIRST
 
 

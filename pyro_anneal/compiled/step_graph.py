@@ -11,6 +11,7 @@ tenths of a microsecond per step. Models with matrix products keep chains first,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,25 +28,21 @@ from ..graphs.rewriting import lift_constants
 from ..kernels import Kernel, State, Tuning
 from ..kernels.base import moves_chains_alone
 from .chains_last import Transposing, over_chains_last
-from .statistics import in_one_pass, in_passes, last_mean, new_table, with_column
+from .statistics import in_passes, new_table, with_column
 from .storage import (
     Shared,
     StorageLayout,
     Template,
     by_dtype,
     pack,
-    padded_lanes,
     store_table,
     unpack,
 )
-from .unrolled import CannotUnroll, count_operations, over_chains_unrolled
 
-__all__ = ["UNROLL_UP_TO", "Body", "DensityGraphs", "build_body"]
+__all__ = ["Body", "DensityGraphs", "build_body"]
 
 # Fewer chains than a vector register holds waste most of it.
 _CHAINS_LAST_FROM = 8
-# Operations of a step, element by element; inductor takes some 5 milliseconds for each.
-UNROLL_UP_TO = 4000
 
 
 class DensityGraphs(NamedTuple):
@@ -116,8 +113,6 @@ def build_body(
     noise: Sequence[Tensor],
     table: StepTable,
     size: int,
-    *,
-    unroll: bool = False,
 ) -> Body:
     """Records one step of a kernel as a graph.
 
@@ -128,7 +123,6 @@ def build_body(
         noise: Example of the noise of one step.
         table: Example, one row at least.
         size: Rows of the tables of the compiled program.
-        unroll: Whether to take a small step apart, element by element.
 
     Returns:
         The body, chains last where that is faster.
@@ -139,15 +133,9 @@ def build_body(
     count = len(state.position)
     each = moves_chains_alone(kernel)
     if each and count >= _CHAINS_LAST_FROM and all(len(part) == count for part in noise):
-        unroll = unroll and state.position.device.type == "cpu"
-        for unrolled in (True, False) if unroll else (False,):
-            try:
-                return _build(
-                    graphs, kernel, state, noise, table, size, last=True, unrolled=unrolled
-                )
-            except (CannotUnroll, Transposing):
-                pass
-    return _build(graphs, kernel, state, noise, table, size, last=False, unrolled=False)
+        with contextlib.suppress(Transposing):
+            return _build(graphs, kernel, state, noise, table, size, last=True)
+    return _build(graphs, kernel, state, noise, table, size, last=False)
 
 
 def _build(
@@ -159,7 +147,6 @@ def _build(
     size: int,
     *,
     last: bool,
-    unrolled: bool,
 ) -> Body:
     graph, shared = graphs.one_chain if last else graphs.all_chains
     weights = [torch.zeros_like(state.log_target, dtype=torch.float64) for _ in range(2)]
@@ -170,17 +157,13 @@ def _build(
         _step_function(kernel, graph, len(noise), one_chain=last), *per_chain, *row, *shared
     )
     constants = lift_constants(step)  # tensors that the kernel made or holds
-    if unrolled and count_operations(step) > UNROLL_UP_TO:
-        raise CannotUnroll("too many operations")
     right = right_operands(step)
     step = simplify(step)
     first = len(per_chain) + len(row)
     count = len(state.position)
     layout = StorageLayout(
         last,
-        unrolled,
         count,
-        padded_lanes(count, state.position.element_size()) if unrolled else count,
         tuple(_template(x, drop_chains=last) for x in (*state, *weights)),
         tuple(_template(x, drop_chains=last) for x in noise),
         tuple(
@@ -221,7 +204,6 @@ def _body_function(
     num_buffers = len(by_dtype(dtypes)) if layout.last else num_carried
     noise_groups = by_dtype([template.dtype for template in layout.noise])
     num_noise = len(noise_groups) if layout.last else len(layout.noise)
-    evaluate = over_chains_unrolled if layout.unrolled else _over_chains_last
 
     def body(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         where = index.reshape(1)
@@ -238,29 +220,22 @@ def _body_function(
         row = _split_row(at_index(tuning), tuning_shapes)
         width, weight = at_index(quadrature).unbind(0)
         if layout.last:
-            *state, log_weights, integral = unpack(buffers, layout.carried, layout.lanes)
-            parts = unpack(noise, layout.noise, layout.lanes)
+            *state, log_weights, integral = unpack(buffers, layout.carried, layout.count)
+            parts = unpack(noise, layout.noise, layout.count)
             each = [part.unsqueeze(0) for part in (*state, *parts)]
-            outputs = evaluate(step, each, [*row, *values])
+            found = over_chains_last(step, each, [*row, *values])
+            outputs = [part.squeeze(0) for part in found]
         else:
             *state, log_weights, integral = buffers
-            outputs = [[output] for output in step(*state, *noise, *row, *values)]
+            outputs = list(step(*state, *noise, *row, *values))
         *new, accept_prob, diverging = outputs
-        per_row = (*new[1:3], accept_prob, diverging)
-        log_base, log_target, accepted, diverged = (
-            _joined(parts, log_weights.shape) for parts in per_row
-        )
+        log_base, log_target = new[1:3]
         ratio = log_target.double() - log_base.double()
         ratio = torch.where(ratio.isnan(), -torch.inf, ratio)
-        if layout.unrolled:
-            near = last_mean(statistics, index)
-            seen = in_one_pass(ratio, accepted, diverged, count=layout.count, near=near)
-        else:
-            chain_dim = -1 if layout.last else 0
-            seen = in_passes(ratio, accepted, diverged, chain_dim=chain_dim)
-        carried = [*new, [log_weights + width * ratio], [integral + weight * ratio]]
-        typed = [[x.to(t) for x in parts] for parts, t in zip(carried, dtypes, strict=True)]
-        packed = pack(typed, layout.lanes) if layout.last else [x.contiguous() for (x,) in typed]
+        seen = in_passes(ratio, accept_prob, diverging, chain_dim=-1 if layout.last else 0)
+        carried = [*new, log_weights + width * ratio, integral + weight * ratio]
+        typed = [part.to(dtype) for part, dtype in zip(carried, dtypes, strict=True)]
+        packed = pack(typed, layout.count) if layout.last else [x.contiguous() for x in typed]
         return (index + 1, *packed, with_column(statistics, index, seen))
 
     num_step_inputs = sum(node.op == "placeholder" for node in step.graph.nodes)
@@ -268,17 +243,6 @@ def _body_function(
         num_step_inputs - 5 - len(layout.noise) - len(tuning_shapes) - len(layout.shared)
     )
     return body
-
-
-def _over_chains_last(
-    step: fx.GraphModule, each: Sequence[Tensor], shared: Sequence[Tensor]
-) -> list[list[Tensor]]:
-    return [[output.squeeze(0)] for output in over_chains_last(step, each, shared)]
-
-
-def _joined(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Joins the parts of a tensor, its elements or itself."""
-    return parts[0].reshape(shape) if len(parts) == 1 else torch.stack(list(parts)).reshape(shape)
 
 
 def _split_row(row: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

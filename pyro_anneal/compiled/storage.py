@@ -18,7 +18,6 @@ __all__ = [
     "Template",
     "by_dtype",
     "pack",
-    "padded_lanes",
     "store_table",
     "unpack",
 ]
@@ -84,18 +83,14 @@ class StorageLayout:
 
     Attributes:
         last: Whether chains are the last dimension, and tensors of one dtype share a buffer.
-        unrolled: Whether, moreover, tensors are taken apart into vectors over chains.
         count: Number K of chains.
-        lanes: Columns of a buffer with chains last. Those after K repeat the first chains.
         carried: State, log-weights and integral, one chain each if chains are last.
         noise: Likewise, the noise of one step.
         shared: What all chains and steps share.
     """
 
     last: bool
-    unrolled: bool
     count: int
-    lanes: int
     carried: tuple[Template, ...]
     noise: tuple[Template, ...]
     shared: tuple[Shared, ...]
@@ -104,21 +99,14 @@ class StorageLayout:
         """Turns tensors with chains first into what a loop carries."""
         if not self.last:
             return [tensor.contiguous() for tensor in tensors]
-        lanes = [[self._filled(tensor.movedim(0, -1))] for tensor in tensors]
-        return pack(lanes, self.lanes)
+        return pack([tensor.movedim(0, -1) for tensor in tensors], self.count)
 
     def load(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Turns what a loop carried into tensors with chains first."""
         if not self.last:
             return list(buffers)
-        tensors = unpack(buffers, self.carried, self.lanes)
-        return [tensor[..., : self.count].movedim(-1, 0).contiguous() for tensor in tensors]
-
-    def _filled(self, tensor: Tensor) -> Tensor:
-        """Repeats the first of K chains in the lanes after them."""
-        if self.lanes == self.count:
-            return tensor
-        return torch.cat([tensor, tensor[..., : self.lanes - self.count]], -1)
+        tensors = unpack(buffers, self.carried, self.count)
+        return [tensor.movedim(-1, 0).contiguous() for tensor in tensors]
 
     def store_noise(self, parts: Sequence[Tensor], size: int) -> list[Tensor]:
         """Turns noise, ``[n, K, ...]`` of n steps, into tables of ``size`` rows, one per step."""
@@ -127,17 +115,15 @@ class StorageLayout:
         tables, steps = [], len(parts[0])
         for group in by_dtype([template.dtype for template in self.noise]):
             rows = [parts[i].movedim(1, -1).reshape(steps, -1, self.count) for i in group]
-            table = rows[0].new_empty(size, sum(x.shape[1] for x in rows), self.lanes)
-            filled = table[:steps]
-            torch.cat(rows, 1, out=filled[..., : self.count])
-            filled[..., self.count :] = filled[..., : self.lanes - self.count]
+            table = rows[0].new_empty(size, sum(x.shape[1] for x in rows), self.count)
+            torch.cat(rows, 1, out=table[:steps])
             tables.append(table)
         return tables
 
     def store_shared(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Packs the small ones of the tensors that all chains share."""
         pairs = list(zip(self.shared, tensors, strict=True))
-        small = [[how.store(tensor)] for how, tensor in pairs if how.small]
+        small = [how.store(tensor) for how, tensor in pairs if how.small]
         return [
             *pack(small, 1),
             *(how.store(tensor).contiguous() for how, tensor in pairs if not how.small),
@@ -152,11 +138,6 @@ class StorageLayout:
         return [how.load(next(unpacked if how.small else large)) for how in self.shared]
 
 
-def padded_lanes(count: int, item_size: int) -> int:
-    """Widens rows that begin at the same places of the processor's cache, by one line of it."""
-    return count + 64 // item_size if count * item_size % 2048 == 0 else count
-
-
 def by_dtype(dtypes: Sequence[torch.dtype]) -> list[list[int]]:
     """Groups positions of a sequence by dtype, in order of appearance."""
     groups: dict[torch.dtype, list[int]] = {}
@@ -165,13 +146,10 @@ def by_dtype(dtypes: Sequence[torch.dtype]) -> list[list[int]]:
     return list(groups.values())
 
 
-def pack(tensors: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:
-    """Joins tensors of one dtype, each in parts ``[*shape, count]``, into ``[rows, count]``."""
-    groups = by_dtype([parts[0].dtype for parts in tensors])
-    return [
-        torch.cat([part.reshape(-1, count) for i in group for part in tensors[i]])
-        for group in groups
-    ]
+def pack(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Joins tensors ``[*shape, count]`` of one dtype into ``[rows, count]``."""
+    groups = by_dtype([tensor.dtype for tensor in tensors])
+    return [torch.cat([tensors[i].reshape(-1, count) for i in group]) for group in groups]
 
 
 def unpack(buffers: Sequence[Tensor], templates: Sequence[Template], count: int) -> list[Tensor]:

@@ -20,7 +20,7 @@ from ..models.places import summary
 from .captured_density import CapturedDensity
 from .evaluation import LogDensities
 from .exits import Exit, PositionLeft
-from .kept import find_kept, keep, recorded_again
+from .kept import Kind, find_kept, keep, kind_of, recorded_again
 from .purity import check_pure, undisturbed
 from .recording import (
     Recording,
@@ -39,6 +39,7 @@ def capture(
     num_chains: int,
     compile: bool = False,
     gradients: bool = True,
+    native: bool = False,
 ) -> CapturedDensity:
     r"""Turns the log densities of one chain into an evaluator of K chains.
 
@@ -54,6 +55,7 @@ def capture(
         compile: Whether to compile with inductor.
         gradients: Whether gradients are needed; they are zeros if not, and a function that leaves
             torch will do.
+        native: Whether a small graph on a CPU becomes native code, which takes a moment.
 
     Returns:
         The evaluator. Its ``mode`` is ``"compiled"``, ``"graph"``, ``"graph-loop"`` (chain by
@@ -75,11 +77,13 @@ def capture(
     """
     example = example.detach().contiguous()
     options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
+    options["native"] = native or compile
+    kind = kind_of(example, compile=compile, gradients=gradients, native=native or compile)
     with undisturbed(example.device), torch.inference_mode(False):
-        recording = recorded_again(function, example, compile, gradients)
-        density = find_kept(function, example, recording, compile=compile, **options)
+        recording = recorded_again(function, example, kind, gradients=gradients)
+        density = find_kept(function, example, recording, kind, num_chains=num_chains)
         if density is None:
-            density = _captured(function, example, recording, compile=compile, **options)
+            density = _captured(function, example, recording, kind, compile=compile, **options)
     if density.mode in ("graph-loop", "eager"):
         how = "its graph" if density.mode == "graph-loop" else "the model"
         warnings.warn(
@@ -93,13 +97,16 @@ def _captured(
     function: LogDensities,
     example: Tensor,
     recording: Recording | None,
+    kind: Kind,
     *,
     num_chains: int,
     compile: bool,
     gradients: bool,
+    native: bool,
 ) -> CapturedDensity:
     """Checks, records and vectorizes a function for the first time."""
     options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
+    options["native"] = native
     check_pure(function, example, gradients=gradients)
     traced, reason = None, None
     exits: tuple[Exit, ...] = ()
@@ -121,8 +128,11 @@ def _captured(
                 function, example, traced, compile=compile, reason=None, **options
             )
             mismatch = density._mismatch(function, _probes(example))
+            if mismatch is not None and density.native_source_and_inputs() is not None:
+                density.without_native_code()
+                mismatch = density._mismatch(function, _probes(example))
             if mismatch is None:
-                keep(density, example, recording, compile, gradients)
+                keep(density, recording, kind)
             else:
                 density._trace = None
                 density.reason = (

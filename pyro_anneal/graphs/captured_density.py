@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from ..kernels import State
 from ..models.places import summary
+from ..native.evaluation import DensitySource
 from .evaluation import LINALG_ERROR, LogDensities, Outputs, evaluate_or_nan
 from .exits import Exit
 from .inductor import compile_graph, compiler_problem
-from .programs import Evaluator, Program, replaced, stacked
+from .programs import Evaluator, Native, Program, replaced, stacked
 from .purity import rows_meet_at, undisturbed, worst_difference
 from .recorded import Mode
 from .recording import (
@@ -47,6 +48,7 @@ class CapturedDensity:
         compile: bool,
         reason: str | None,
         gradients: bool = True,
+        native: bool = False,
     ) -> None:
         self.function = function
         self.example = example
@@ -59,18 +61,20 @@ class CapturedDensity:
         self.exits: tuple[Exit, ...] = () if traced is None else traced.exits
         self._compile = False
         self._looped = False
+        self._wants_native = native and example.device.type == "cpu"
         self._programs: dict[int | None, Program] = {}  # shared by all that have this graph
         self._evaluators: dict[int | None, Evaluator] = {}
         if compile:
             self.compile()
-        if traced is not None:
-            self._evaluator(num_chains)
+        self._prepare()
 
     @property
     def mode(self) -> Mode:
         """How densities are evaluated, from fast to slow: compiled, graph, graph-loop, eager."""
         if self._trace is None:
             return "eager"
+        if self._native() is not None:
+            return "compiled"
         if self._looped:
             return "graph-loop"
         return "compiled" if self._compile else "graph"
@@ -78,6 +82,9 @@ class CapturedDensity:
     def compile(self) -> None:
         """Compiles evaluations from now on, where that is possible."""
         if self._trace is None or self._looped or self._compile:
+            return
+        self._wants_native = self.example.device.type == "cpu"
+        if self._native() is not None:
             return
         problem = compiler_problem(self.example.device)
         if problem is not None:
@@ -231,7 +238,7 @@ class CapturedDensity:
         if not other.serves():
             return None
         try:
-            other._evaluator(num_chains)
+            other._prepare()
         except ValueError:  # a shape that follows from values
             return None
         return other
@@ -258,10 +265,11 @@ class CapturedDensity:
         Raises:
             ValueError: If there is no graph of K chains.
         """
-        if self.mode in ("eager", "graph-loop"):
-            raise ValueError(f"no graph of {num_chains} chains: {self.reason}")
-        evaluator = self._evaluator(num_chains)
-        return evaluator.body, list(evaluator.values)
+        if self.mode not in ("eager", "graph-loop"):
+            evaluator = self._evaluator(num_chains)
+            if not self._looped:
+                return evaluator.body, list(evaluator.values)
+        raise ValueError(f"no graph of {num_chains} chains: {self.reason}")
 
     def chain_graph_and_inputs(self) -> tuple[fx.GraphModule, list[Tensor]]:
         """Returns the graph of one chain, for vectorization by other means than vmap.
@@ -277,6 +285,18 @@ class CapturedDensity:
             raise ValueError(f"no graph of one chain: {self.reason}")
         evaluator = self._evaluator(None)
         return evaluator.body, list(evaluator.values)
+
+    def native_source_and_inputs(self) -> tuple[DensitySource, list[Tensor]] | None:
+        """Returns the density in C++ and what all chains share, or None where there is none."""
+        native = self._native()
+        if native is None or native.source is None:
+            return None
+        return native.source, self._evaluator(None).ready
+
+    def without_native_code(self) -> None:
+        """Evaluates the graph itself from now on."""
+        self._wants_native = False
+        self._prepare()
 
     def check(self, positions: Tensor) -> None:
         """Compares the graph with the model itself.
@@ -320,6 +340,21 @@ class CapturedDensity:
                     "out of batch_plates to treat it jointly"
                 )
 
+    def _prepare(self) -> None:
+        """Makes what evaluates the chains, where there is a graph."""
+        if self._trace is not None and self._native() is None:
+            self._evaluator(self.num_chains)
+
+    def _native(self) -> Native | None:
+        """Finds or makes native code; None if it is not wanted or cannot be made."""
+        if not self._wants_native or self._trace is None:
+            return None
+        evaluator = self._evaluator(None)
+        if evaluator.program.native is None:
+            evaluator.program.native = Native(evaluator.body, self.example, evaluator.values)
+        native = evaluator.program.native
+        return None if native.density is None else native
+
     def _evaluator(self, num_chains: int | None) -> Evaluator:
         """Finds or makes the graph of K chains; of one chain for None, or if vmap fails."""
         assert self._trace is not None
@@ -352,6 +387,13 @@ class CapturedDensity:
     def _outputs(self, position: Tensor) -> Outputs:
         if self._trace is None:
             return self._eager(position)
+        native = self._native()
+        if native is not None and native.density is not None:
+            position = position.detach().contiguous()
+            log_base, log_target, grad_base, grad_target = native.density(
+                position, self._evaluator(None).ready
+            )
+            return log_base, log_target, grad_base, grad_target
         evaluator = self._evaluator(len(position))
         try:
             with torch.no_grad():

@@ -16,7 +16,7 @@ from .recording import (
     record_densities,
 )
 
-__all__ = ["find_kept", "keep", "recorded_again"]
+__all__ = ["Kind", "find_kept", "keep", "kind_of", "recorded_again"]
 
 
 # Graphs by what they were made of. A recording holds every operation and every number of Python,
@@ -33,9 +33,13 @@ _PER_KIND = 16
 _MOST_GUARDED = 10_000  # numbers
 
 
-def _kind(example: Tensor, compile: bool, gradients: bool) -> tuple[Any, ...]:
+Kind = tuple[Any, ...]
+
+
+def kind_of(example: Tensor, *, compile: bool, gradients: bool, native: bool) -> Kind:
+    """Tells apart what is recorded or compiled in other ways."""
     shape = (tuple(example.shape), example.dtype, example.device)
-    return (*shape, compile, gradients, torch.get_num_threads())
+    return (*shape, compile, gradients, native, torch.get_num_threads())
 
 
 def _content(recording: Recording) -> tuple[Any, ...]:
@@ -44,10 +48,10 @@ def _content(recording: Recording) -> tuple[Any, ...]:
 
 
 def recorded_again(
-    function: LogDensities, example: Tensor, compile: bool, gradients: bool
+    function: LogDensities, example: Tensor, kind: Kind, *, gradients: bool
 ) -> Recording | None:
     """Records a function if graphs of its kind are kept, which may be its own."""
-    if _kind(example, compile, gradients) not in _GRAPHS:
+    if kind not in _GRAPHS:
         return None
     try:
         with warnings.catch_warnings():
@@ -61,15 +65,14 @@ def find_kept(
     function: LogDensities,
     example: Tensor,
     recording: Recording | None,
+    kind: Kind,
     *,
     num_chains: int,
-    compile: bool,
-    gradients: bool,
 ) -> CapturedDensity | None:
     """Finds the graphs of an equal recording, and puts the data in."""
     if recording is None:
         return None
-    kind, content = _kind(example, compile, gradients), _content(recording)
+    content = _content(recording)
     found = _GRAPHS[kind].get(content)
     if found is None:
         return None
@@ -77,18 +80,12 @@ def find_kept(
     return found.on_recording(function, example, recording, num_chains=num_chains)
 
 
-def keep(
-    density: CapturedDensity,
-    example: Tensor,
-    recording: Recording,
-    compile: bool,
-    gradients: bool,
-) -> None:
+def keep(density: CapturedDensity, recording: Recording, kind: Kind) -> None:
     """Keeps the graphs of a density, without its data."""
     guards = None if density._trace is None else density._trace.guards
     if guards is not None and sum(value.numel() for value in guards.values) > _MOST_GUARDED:
         return  # they hold the data
-    kind, content = _kind(example, compile, gradients), _content(recording)
+    content = _content(recording)
     kept = _GRAPHS.setdefault(kind, {})
     kept[content] = density.without_data()
     while len(kept) > _PER_KIND:

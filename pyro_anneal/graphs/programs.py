@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from ..native.evaluation import DensitySource, NativeDensity, density_source, ready
+from ..native.values import CannotGenerate
 from .evaluation import Outputs
 from .recording import Trace
 from .repetition import ComputeOnce, WrittenTo, repeated_dims
 from .rewriting import dependent_nodes
 
-__all__ = ["Evaluator", "Program", "replaced", "split", "stacked"]
+__all__ = ["Evaluator", "Native", "Program", "replaced", "split", "stacked"]
 
 
 class Program:
@@ -22,8 +24,23 @@ class Program:
         self.prologue, self.body = split(traced.graph)
         self.run: Callable[..., Outputs] = self.body
         self.own = traced.constants[num_constants:]  # made by the passes, never rebound
+        self.native: Native | None = None  # of the graph of one chain, once asked for
         # Of the values of the first evaluation, for which the body may be compiled.
         self.layouts: list[tuple[torch.Size, tuple[int, ...]]] | None = None
+
+
+class Native:
+    """The graph of one chain as native code, or why there is none."""
+
+    def __init__(self, body: fx.GraphModule, example: Tensor, values: Sequence[Tensor]) -> None:
+        self.source: DensitySource | None = None
+        self.density: NativeDensity | None = None
+        self.reason: str | None = None
+        try:
+            self.source = density_source(body, example, values)
+            self.density = NativeDensity(self.source)
+        except CannotGenerate as error:
+            self.reason = str(error)
 
 
 class Evaluator:
@@ -32,6 +49,7 @@ class Evaluator:
     def __init__(self, program: Program, constants: Sequence[Tensor]) -> None:
         self.program = program
         self.values: list[Tensor] = []
+        self._ready: list[Tensor] | None = None
         self.refresh(constants)
 
     @property
@@ -60,6 +78,14 @@ class Evaluator:
                 )
             values[at] = _with_strides(strides, values[at])
         self.values = values
+        self._ready = None
+
+    @property
+    def ready(self) -> list[Tensor]:
+        """The values as native code reads them."""
+        if self._ready is None:
+            self._ready = [ready(value) for value in self.values]
+        return self._ready
 
     def __call__(self, position: Tensor) -> Outputs:
         """Evaluates densities and gradients."""

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from torch import Tensor, fx
 
 from ..kernels import Density
+from ..native.evaluation import DensitySource
 from .evaluation import LogDensities
 from .exits import Exit
 
@@ -79,6 +80,10 @@ class RecordedDensity(Density, Protocol):
 
     def chain_graph_and_inputs(self) -> tuple[fx.GraphModule, list[Tensor]]:
         """Returns the graph of one chain, and its inputs after the position."""
+        ...
+
+    def native_source_and_inputs(self) -> tuple[DensitySource, list[Tensor]] | None:
+        """Returns the density in C++ and what all chains share, or None where there is none."""
         ...
 
     def compile(self) -> None:

@@ -67,6 +67,7 @@ def fit_start(
     progress: Callable[[int], object] = lambda count: None,
     max_rows: int | None = None,
     once: Once = lambda compute: compute(),
+    native: bool = False,
 ) -> FittedStart:
     """Fits a Gaussian in centred and, where there is a hierarchy, in non-centred coordinates.
 
@@ -81,6 +82,7 @@ def fit_start(
         progress: Called with the steps done since the last call.
         max_rows: Positions that may be evaluated at once.
         once: Calls the fit, or returns what it gave before.
+        native: Whether small graphs become native code.
 
     Returns:
         The base, and the model in its coordinates.
@@ -93,7 +95,7 @@ def fit_start(
     def evaluator(candidate: ModelDensity) -> Any:
         sites = candidate.layout.noncentred
         if sites not in captured:
-            captured[sites] = _capture(candidate, example, num_chains)
+            captured[sites] = _capture(candidate, example, num_chains, native)
         return captured[sites]
 
     def compute() -> dict[str, Any]:
@@ -178,11 +180,11 @@ def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
     return [layout, noncentred(layout, sites)] if sites else [layout]
 
 
-def _capture(model: ModelDensity, example: Tensor, num_chains: int) -> Any:
+def _capture(model: ModelDensity, example: Tensor, num_chains: int, native: bool) -> Any:
     """Captures the target, beside the prior where there is one: the scout starts from it."""
     improper = bool(model.layout.improper)
     base: Base = StandardNormalBase(model.layout) if improper else PriorBase(model)
-    return capture(PathDensity(model, base), example, num_chains=num_chains)
+    return capture(PathDensity(model, base), example, num_chains=num_chains, native=native)
 
 
 def _origins(layout: Layout, example: Tensor, seed: int) -> Tensor:

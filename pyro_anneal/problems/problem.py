@@ -256,6 +256,7 @@ def prepare(
     once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
     make_start: MakeStart | None = None,
+    native: bool = False,
     widen: bool = True,
     why_wide: str | None = None,
 ) -> Problem:
@@ -276,6 +277,7 @@ def prepare(
         once: Calls the automatic fit, or returns what it gave before.
         gradients: Whether the chains need gradients.
         make_start: Makes the base of ``guide="auto"``, in place of the automatic fit.
+        native: Whether small graphs become native code.
         widen: Whether to go to float64 where float32 is not enough.
         why_wide: Why the problem is computed in float64 whatever the model's own precision.
 
@@ -354,6 +356,7 @@ def prepare(
         once=once,
         gradients=gradients,
         make_start=make_start,
+        native=native,
     )
     if not widen or why_wide is not None or lattice_of(layout) is not None:
         return problem
@@ -377,6 +380,7 @@ def finish(
     once: Once = lambda compute, name="": compute(),
     gradients: bool = True,
     make_start: MakeStart | None = None,
+    native: bool = False,
     made: Callable[[PathDensity], Any] | None = None,
 ) -> Problem:
     """Fits the base, where that is asked for, and captures the densities.
@@ -394,6 +398,7 @@ def finish(
         once: Likewise.
         gradients: Likewise.
         make_start: Likewise.
+        native: Likewise.
         made: Makes the density of both ends for one chain into that for all; None to capture it.
     """
     with _hidden_sites_named(problem.model, problem.base):
@@ -407,6 +412,7 @@ def finish(
                     progress=progress,
                     max_rows=max_rows,
                     once=once,
+                    native=native,
                 )
             else:
                 start = make_start(problem.model, example)
@@ -422,6 +428,7 @@ def finish(
             num_chains=num_chains,
             compile=compile,
             gradients=gradients,
+            native=native,
         )
     return replace(problem, density=density)
 

@@ -89,6 +89,7 @@ def make_problem(
             once=lambda compute, name="fit": journal.once(f"{prefix}{name}", compute),
             gradients=moves and needs_gradients(settings.plan.kernel),
             make_start=make_start,
+            native=settings.compile is not False,
         )
     # Whatever was drawn to make the problem, or found and not drawn again: the same draws follow.
     torch.manual_seed(derived_seed(seed, "draws"))
@@ -252,9 +253,7 @@ def loop_for(
 
 
 def _steps_run_by(density: Any) -> str:
-    if not isinstance(density, LoopedDensity):
-        return "steps"
-    return "a loop, unrolled" if density.unroll else "a loop"
+    return "a loop" if isinstance(density, LoopedDensity) else "steps"
 
 
 def forward(

@@ -66,7 +66,7 @@ class Settings(PathOptions):
         if not 0.0 <= as_real("prior_weight", self.prior_weight) < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {self.prior_weight}")
         as_flag("cross_check", self.cross_check)
-        as_flag("compile", self.compile, "density", "unrolled")
+        as_flag("compile", self.compile, "density")
         if self.checkpoint_every is not None and self.checkpoint is None:
             raise ValueError("checkpoint_every needs a file: pass checkpoint= as well")
         object.__setattr__(self, "seed", as_seed(self.seed))  # of whatever library's integers

@@ -1,6 +1,7 @@
 """The compiled loop: the same numbers as the loop of single steps, or the reason why not."""
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import cases
@@ -20,14 +21,13 @@ from pyro_anneal.chains.path import Path, StepTable, TuningTable
 from pyro_anneal.compiled import program as chunk_program
 from pyro_anneal.compiled import runners as body_runners
 from pyro_anneal.compiled.chains_last import Transposing, over_chains_last
-from pyro_anneal.compiled.choice import loop_problem, repays_compilation, repays_unrolling
+from pyro_anneal.compiled.choice import loop_problem, repays_compilation
 from pyro_anneal.compiled.program import LoopedDensity
 from pyro_anneal.compiled.step_graph import DensityGraphs, build_body
 from pyro_anneal.compiled.storage import Shared, StorageLayout
-from pyro_anneal.compiled.unrolled import CannotUnroll, over_chains_unrolled
-from pyro_anneal.graphs import matrix_products
+from pyro_anneal.graphs import kept, matrix_products
 from pyro_anneal.graphs.captured import capture
-from pyro_anneal.graphs.folding import fold_uniform, shapes_to_literals, simplify
+from pyro_anneal.graphs.folding import shapes_to_literals, simplify
 from pyro_anneal.graphs.inductor import compiler_problem
 from pyro_anneal.graphs.repetition import repeated_dims
 from pyro_anneal.kernels import HMC, RandomWalk
@@ -40,14 +40,19 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def prepared(model, *args, num_chains=9, dtype=torch.float64):
+def prepared(model, *args, num_chains=9, dtype=torch.float64, native=False):
     arguments = (args, {})
     with pyro.validation_enabled(False):
         problem = prepare(
             model, None, arguments, arguments, num_chains=num_chains, batch_plates="auto",
-            compile=False, seed=0,
+            compile=False, seed=0, native=native,
         )  # fmt: skip
     return problem.density, problem.draw(num_chains)
+
+
+def natively(density):
+    """The same density as native code."""
+    return capture(density.function, density.example, num_chains=density.num_chains, native=True)
 
 
 def lopsided_tuning(example, step=0.15):
@@ -59,18 +64,22 @@ def lopsided_tuning(example, step=0.15):
     return TuningTable(knots, log_step, torch.stack([ramp * (1 + k) / 4 for k in range(4)]))
 
 
-def assert_both_agree(density, position, path, direction="forward", *, mode="loop", unroll=False):
-    """Runs step by step and compiled, and compares everything."""
+def assert_both_agree(density, position, path, direction="forward", *, mode="loop", native=None):
+    """Runs step by step and compiled, and compares everything.
+
+    The compiled steps are those of ``native`` where that is given: the same density as native code.
+    """
     state = density(position)
     kept = [part.clone() for part in state]
-    looped = LoopedDensity(density, unroll=unroll)
+    compiled = native or density
+    looped = LoopedDensity(compiled)
     options = {"direction": direction, "seed": 3, "stream": "s"}
     with torch.no_grad():
         expected = run_chains(density, path, state, **options)
-        before = density.num_evaluations
+        before = compiled.num_evaluations
         got = run_chains(looped, path, state, **options)
     assert looped.loop_mode == mode, looped.loop_reason
-    assert density.num_evaluations - before >= path.kernel.num_gradients * (path.num_steps - 1)
+    assert compiled.num_evaluations - before >= path.kernel.num_gradients * (path.num_steps - 1)
     assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))  # left as it was
     tolerance = {"rtol": 1e-9, "atol": 1e-9, "equal_nan": True}
     for a, b in zip((*got[0][0], *got[0][1:]), (*expected[0][0], *expected[0][1:]), strict=True):
@@ -236,21 +245,65 @@ def test_models_agree_in_the_loop(name):
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["schools", *MODELS])
-def test_models_agree_unrolled(name, monkeypatch):
-    layouts = []
-    compile_body = chunk_program._compile
-    monkeypatch.setattr(
-        chunk_program, "_compile", lambda *a: layouts.append(a[0].layout) or compile_body(*a)
-    )
+def test_models_agree_as_native_code(name):
     density, position = {"schools": schools, **MODELS}[name]()
+    native = natively(density)
     tuning = lopsided_tuning(position[0], step=1.5 if name == "covariance" else 0.3)
+    kernel = RandomWalk() if name == "dynamic support" else HMC(2)
     for direction, num_steps in (("forward", 130), ("reverse", 57)):
-        path = Path(Power(2.0)(num_steps), HMC(2), tuning)
-        assert_both_agree(density, position, path, direction, unroll=True)
-    unrolled = name in ("schools", "hierarchical", "plates in a batch", "dynamic support")
-    assert [layout.unrolled for layout in layouts] == [unrolled]
+        path = Path(Power(2.0)(num_steps), kernel, tuning)
+        assert_both_agree(density, position, path, direction, native=native)
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_chains", [1, 40])
+def test_native_chunks_serve_other_data_and_lengths(num_chains, monkeypatch):
+    """One program, whatever the number of steps and the data; chains that fill no vector, too."""
+    monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
+    density, position = schools(num_chains)
+    tuning = lopsided_tuning(position[0], step=0.5)
+    for num_steps in (2, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 37):
+        path = Path(Power(2.0)(num_steps), HMC(1), tuning)
+        assert_both_agree(density, position, path, native=natively(density))
+    other, position = prepared(
+        cases.eight_schools,
+        torch.tensor(cases.SCHOOLS_Y) + 3.0,
+        torch.tensor(cases.SCHOOLS_SIGMA),
+        num_chains=num_chains,
+    )
+    assert_both_agree(other, position, path, "reverse", native=natively(other))
+    assert len(chunk_program._PROGRAMS) == 1
+
+
+@needs_compiler
+def test_native_chunks_satisfy_both_identities():
+    """E[e^L] = Z forward and E[e^-U] = 1 / Z in reverse, on a lopsided target, in float32."""
+
+    def function(u):  # log Z = 0.7
+        base = dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
+        parts = [dist.Normal(-1.0, 0.4).log_prob(u), dist.Normal(1.5, 0.2).log_prob(u)]
+        both = torch.logaddexp(math.log(0.8) + parts[0], math.log(0.2) + parts[1])
+        return base, 0.7 + both.sum(-1)
+
+    example, count = torch.zeros(1, dtype=torch.float32), 20_000
+    density = capture(function, example, num_chains=count, native=True)
+    path = Path(Power(1.3)(12), HMC(2), TuningTable.constant(0.4, example))
+    generator = torch.Generator().manual_seed(5)
+    draws = torch.randn(count, 1, generator=generator, dtype=torch.float32)
+    first = torch.rand(count, 1, generator=generator) < 0.8
+    noise = torch.randn(count, 1, generator=generator, dtype=torch.float32)
+    exact = torch.where(first, -1.0 + 0.4 * noise, 1.5 + 0.2 * noise)
+    for direction, start, sign in (("forward", draws, 1.0), ("reverse", exact, -1.0)):
+        looped = LoopedDensity(density)
+        carry, _ = run_chains(
+            looped, path, looped(start), direction=direction, seed=1, stream=direction
+        )
+        assert looped.loop_mode == "loop"
+        weights = (sign * (carry.log_weights - 0.7)).exp()
+        error = float(weights.std()) / math.sqrt(count)
+        assert error < 0.02
+        assert abs(float(weights.mean()) - 1.0) < 5 * error
 
 
 @needs_compiler
@@ -334,7 +387,7 @@ def test_programs_tell_what_repeats():
         density, position = prepared(model, torch.zeros(40, 3, dtype=torch.float64))
         graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(9))
         noise = HMC(1).noise(density(position), torch.Generator().manual_seed(0))
-        key = chunk_program._key(HMC(1), graphs, noise, 4, unroll=False)
+        key = chunk_program._key(HMC(1), graphs, noise, 4)
         values = [x for x in graphs.all_chains[1] if x.shape == (40, 3)]
         return graphs.all_chains[0].code, key, sum(bool(repeated_dims(x)) for x in values)
 
@@ -361,7 +414,7 @@ def test_shared_tensors_are_stored_once():
         Shared.of(tensor, transposed=tensor.shape == (300, 70), chains_last=False)
         for tensor in tensors
     )
-    layout = StorageLayout(False, False, 1, 1, (), (), shared)
+    layout = StorageLayout(False, 1, (), (), shared)
     stored = layout.store_shared(tensors)
     assert [buffer.numel() for buffer in stored] == [4 + 70 + 1, 3, 300 * 70, 300 * 70]
     assert stored[2].shape == (70, 300)  # transposed
@@ -474,6 +527,8 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
 
     monkeypatch.setattr(chunk_program, "_compile", broken)
     monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())
+    monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "no g++")
+    monkeypatch.setattr(kept, "_GRAPHS", OrderedDict())  # which keep their native code
     x = torch.tensor(2.0)
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     options |= {"step_size": 2.0, "schedule": Power(1.5)}
@@ -489,8 +544,10 @@ def test_a_failed_compilation_changes_no_number(monkeypatch):
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    for module in ("compiled.choice", "graphs.captured"):
+    for module in ("compiled.choice", "graphs.captured_density"):
         monkeypatch.setattr(f"pyro_anneal.{module}.compiler_problem", lambda device: "no g++")
+    monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "no g++")
+    monkeypatch.setattr(kept, "_GRAPHS", OrderedDict())  # which keep their native code
     options = {"num_steps": 30, "num_chains": 8, "seed": 2, "progress_bar": False}
     run = AnnealedImportance(cases.conjugate, compile=True, **options).run(torch.tensor(2.0))
     assert run.density_mode == "graph"
@@ -528,9 +585,9 @@ def test_compilation_is_chosen_from_counts():
 def test_options_of_compile():
     x = torch.tensor(2.0)
     options = {"num_steps": 3, "num_chains": 4, "progress_bar": False, "seed": 0}
-    for choice in ("auto", False):
+    for choice, mode in (("auto", "compiled"), ("density", "compiled"), (False, "graph")):
         run = AnnealedImportance(cases.conjugate, compile=choice, **options).run(x)
-        assert run.density_mode == "graph"
+        assert run.density_mode == mode
     with pytest.raises(ValueError, match="compile must be"):
         AnnealedImportance(cases.conjugate, compile="loop")
 
@@ -621,20 +678,8 @@ PER_CHAIN = {
 }  # fmt: skip
 
 
-# What no rule takes apart: then chains are last in whole tensors.
-WHOLE = ("reductions", "indices", "slices", "stack", "softmax", "own matrices", "gather", "factor")
-
-
-def unrolled(graph, per_chain, shared):
-    """Puts the elements together again."""
-    shapes = [node.meta["tensor_meta"].shape for node in list(graph.graph.nodes)[-1].args[0]]
-    outputs = over_chains_unrolled(graph, per_chain, shared)
-    return [torch.stack(x).reshape(*n, -1) for n, x in zip(shapes, outputs, strict=True)]
-
-
-@pytest.mark.parametrize("evaluate", [over_chains_last, unrolled])
 @pytest.mark.parametrize("name", PER_CHAIN)
-def test_chains_last_is_vmap(name, evaluate):
+def test_chains_last_is_vmap(name):
     function = PER_CHAIN[name]
     u = torch.randn(7, 3, 4, dtype=torch.float64)
 
@@ -655,11 +700,7 @@ def test_chains_last_is_vmap(name, evaluate):
     shapes_to_literals(graph, u.device)
     simplify(graph)
     per_chain = [u.movedim(0, -1).contiguous()]
-    if evaluate is unrolled and name in WHOLE:
-        with pytest.raises(CannotUnroll):
-            unrolled(graph, per_chain, constants)
-        return
-    got = evaluate(graph, per_chain, constants)
+    got = over_chains_last(graph, per_chain, constants)
     for k, chain in enumerate(u):
         for value, expected in zip(got, with_gradient(chain), strict=True):
             assert torch.allclose(value[..., k], expected, rtol=1e-12, atol=1e-12)
@@ -670,88 +711,6 @@ def test_large_products_from_the_right_keep_chains_first():
     graph = make_fx(lambda u, w: (u @ w,))(torch.zeros(60, 100, dtype=torch.float64), weight)
     with pytest.raises(Transposing):
         over_chains_last(graph, [torch.zeros(60, 100, 9, dtype=torch.float64)], [weight])
-
-
-@pytest.mark.parametrize(("num_chains", "lanes"), [(9, 9), (255, 255), (256, 264), (768, 776)])
-def test_an_unrolled_step_is_the_step(num_chains, lanes):
-    """Without a compiler: the graphs of one step, and no operation on more than K numbers.
-
-    256 numbers of float64 are 2048 bytes: such rows, which collide in a cache, get more columns.
-    """
-    density, position = schools(num_chains)
-    state, table = density(position), _table(position)
-    noise = HMC(2).noise(state, torch.Generator().manual_seed(0))
-    graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(num_chains))
-    results = []
-    for unroll in (False, True):
-        body = build_body(graphs, HMC(2), state, noise, table, 4, unroll=unroll)
-        assert body.layout.unrolled is unroll
-        assert body.layout.lanes == (lanes if unroll else num_chains)
-        weights = torch.linspace(-1.0, 1.0, num_chains, dtype=torch.float64)
-        shared = body.layout.store_shared(graphs.one_chain[1])
-        arguments = chunk_program._arguments(
-            body, state, weights, weights + 1, table, [part[None] for part in noise], shared
-        )
-        index, *buffers, seen = body.graph(*arguments)
-        results.append((index, *body.layout.load(buffers), seen[:, 0]))
-        wide = [
-            node for node in body.graph.graph.nodes
-            if torch.Tag.pointwise in getattr(node.target, "tags", ())
-            and node.meta["val"].numel() > lanes
-            and node.meta["val"].shape != seen.shape
-        ]  # fmt: skip
-        assert bool(wide) is not unroll
-    for whole, apart in zip(*results, strict=True):
-        torch.testing.assert_close(apart, whole, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    "combine",
-    [
-        lambda g, v: torch.add(g, v, alpha=2.0),
-        lambda g, v: torch.add(v, g, alpha=2.0),
-        lambda g, v: torch.sub(g, v, alpha=2.0),
-        lambda g, v: g + v,
-        lambda g, v: g - v,
-    ],
-)
-def test_unrolled_sums_keep_their_factors(combine):
-    """The gradient of v[0] ** 2 / 2 is zero by structure everywhere but at one place."""
-
-    def one_chain(v):
-        (grad,) = torch.autograd.grad((0.5 * v[0] ** 2), v)
-        return (combine(grad, v.detach()),)
-
-    example = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    graph = make_fx(one_chain, tracing_mode="fake")(example)
-    shapes_to_literals(graph, example.device)
-    fold_uniform(graph, example.device)
-    chains = torch.randn(3, 9, dtype=torch.float64)
-    (rows,) = over_chains_unrolled(graph, [chains], [])
-    gradient = torch.zeros_like(chains)
-    gradient[0] = chains[0]
-    torch.testing.assert_close(torch.stack(rows), combine(gradient, chains))
-
-
-def test_unrolled_products_with_factors_are_refused():
-    def one_chain(v):
-        return (torch.addmm(v, v, v, alpha=2.0, beta=3.0),)
-
-    graph = make_fx(one_chain, tracing_mode="fake")(torch.zeros(2, 2))
-    with pytest.raises(CannotUnroll, match="addmm"):
-        over_chains_unrolled(graph, [torch.zeros(2, 2, 9)], [])
-
-
-def test_unrolling_is_chosen_from_counts():
-    density, _ = schools(64)
-    many, _ = schools(1024)
-    moves = range(1000, 2_000_000, 10_000)
-    few_chains = [repays_unrolling(density, HMC(2), count) for count in moves]
-    many_chains = [repays_unrolling(many, HMC(2), count) for count in moves]
-    assert few_chains == sorted(few_chains)
-    assert not few_chains[0]
-    assert sum(few_chains) < sum(many_chains)
-    assert not repays_unrolling(many, HMC(100), 10**12)  # too many operations to compile
 
 
 @pytest.mark.gpu

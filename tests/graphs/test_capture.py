@@ -14,6 +14,7 @@ from torch import nn
 from torch._inductor import cpp_builder
 
 from pyro_anneal.graphs import inductor as compilation
+from pyro_anneal.graphs import kept
 from pyro_anneal.graphs.captured import capture
 from pyro_anneal.graphs.inductor import compiler_problem
 
@@ -657,6 +658,13 @@ def test_a_mask_of_another_length_needs_a_new_capture():
 # Compilation.
 
 
+@pytest.fixture
+def without_native_code(monkeypatch):
+    """Leaves graphs to inductor; the compiler is found there in another way."""
+    monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "not here")
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
+
+
 @needs_compiler
 def test_compiled_equals_the_closed_form_in_float32():
     torch.set_default_dtype(torch.float32)
@@ -672,7 +680,7 @@ def test_compiled_equals_the_closed_form_in_float32():
 
 
 @needs_compiler
-def test_compiled_code_is_reused_for_other_data(monkeypatch):
+def test_compiled_code_is_reused_for_other_data(monkeypatch, without_native_code):
     calls = []
     compile = compilation.compile_with_inductor
     monkeypatch.setattr(compilation, "_COMPILED", type(compilation._COMPILED)())
@@ -701,7 +709,7 @@ def test_compiled_code_sees_other_parameters():
         torch.testing.assert_close(tuple(rebound(u)[1:]), vae.truth(other, u))
 
 
-def test_no_compiler_falls_back_to_the_graph(monkeypatch):
+def test_no_compiler_falls_back_to_the_graph(monkeypatch, without_native_code):
     def missing():
         raise PermissionError("[Errno 13] Permission denied: ''")
 
@@ -714,7 +722,7 @@ def test_no_compiler_falls_back_to_the_graph(monkeypatch):
     torch.testing.assert_close(density(u).log_target, schools_truth(u)[0])
 
 
-def test_a_failed_compilation_falls_back_to_the_graph(monkeypatch):
+def test_a_failed_compilation_falls_back_to_the_graph(monkeypatch, without_native_code):
     def fail(*args):
         raise RuntimeError("inductor broke")
 

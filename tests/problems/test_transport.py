@@ -160,7 +160,15 @@ def test_annealed_losses_move_auxiliary_sites(vectorize):
         assert bool(pyro.param("loc").grad.isfinite())
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flow",
+        "gaussian",
+        pytest.param("easy", marks=pytest.mark.slow),
+        pytest.param("structured", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_take_these_guides(name):
     guide = GUIDES[name]()
     losses = [

@@ -47,7 +47,7 @@ def binomial(n):
     return model
 
 
-@pytest.mark.parametrize("n", [1e7, 1e8])
+@pytest.mark.parametrize("n", [pytest.param(1e7, marks=pytest.mark.slow), 1e8])
 def test_large_binomial_counts(n):
     assert_right_in_float64(run(binomial(n)), -math.log(n + 1))
 
@@ -56,7 +56,7 @@ def test_large_counts_from_the_prior():
     assert_right_in_float64(run(binomial(1e7), None, chains=64, steps=300), -math.log(1e7 + 1))
 
 
-@pytest.mark.parametrize("level", [1e6, 1e8])
+@pytest.mark.parametrize("level", [pytest.param(1e6, marks=pytest.mark.slow), 1e8])
 def test_large_poisson_counts(level):
     y = torch.tensor([level, 1.0001 * level, 0.9999 * level])
 

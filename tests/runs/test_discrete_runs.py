@@ -109,13 +109,13 @@ def test_kernels_of_the_user_are_used_and_steps_may_be_fixed():
 
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 def test_a_checkpoint_continues_to_the_same_numbers(tmp_path):
-    first = annealer(models.unknown_mean, num_steps=120, checkpoint=tmp_path / "run.ckpt").run(
+    first = annealer(models.unknown_mean, num_steps=40, checkpoint=tmp_path / "run.ckpt").run(
         POINTS
     )
-    again = annealer(models.unknown_mean, num_steps=120, checkpoint=tmp_path / "run.ckpt").run(
+    again = annealer(models.unknown_mean, num_steps=40, checkpoint=tmp_path / "run.ckpt").run(
         POINTS
     )
-    plain = annealer(models.unknown_mean, num_steps=120).run(POINTS)
+    plain = annealer(models.unknown_mean, num_steps=40).run(POINTS)
     assert torch.equal(first.log_weights, again.log_weights)
     assert torch.equal(first.log_weights, plain.log_weights)
 
@@ -131,6 +131,7 @@ def test_the_compiled_loop_gives_the_same_weights():
     assert same.double().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 def test_log_evidence_takes_discrete_models():
     run = log_evidence(models.counted, CAUGHT)

@@ -1,0 +1,112 @@
+"""Supports that move with other latents, and observed values beyond their support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .checks import (
+    outside_support,
+)
+from .coordinates import bijection
+from .discrete import DiscreteMap, is_discrete, support_edges
+from .sites import (
+    Site,
+    base_distribution,
+    observed_sites,
+)
+from .tracing import trace_of
+from .types import Arguments, Fn, Trace
+
+__all__ = ["check_observed", "has_bounds", "moving_supports", "supports_are_static"]
+
+
+def _support_images(trace: Trace, sites: Sequence[Site]) -> list[Tensor]:
+    """Computes the image of one unconstrained value under each site's bijection."""
+    images = []
+    for site in sites:
+        node = trace.nodes[site.name]
+        if is_discrete(node["fn"]):
+            images.append(support_edges(site.name, node["fn"]))
+            continue
+        origin = torch.zeros(
+            site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
+        )
+        images.append(bijection(node["fn"])(origin + 0.5))
+    return images
+
+
+def supports_are_static(
+    model: Fn, arguments: Arguments, first: Trace, second: Trace, sites: Sequence[Site]
+) -> bool:
+    """Tells whether no site's support depends on another latent.
+
+    Two draws of the latents must give the same supports, and autograd must find no path from a
+    latent to a support: ``Uniform(0, top.clamp(min=4))`` has the same support at most draws.
+    """
+    pairs = zip(_support_images(first, sites), _support_images(second, sites), strict=True)
+    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+        return False
+    latents = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+    with torch.enable_grad():
+        continuous = [value for value in latents.values() if value.is_floating_point()]
+        for value in continuous:
+            value.requires_grad_(True)
+        try:
+            trace = trace_of(poutine.condition(model, data=latents), arguments)
+        except RuntimeError as error:
+            if "on Tensor that requires grad" in str(error):  # it leaves torch: nothing is proven
+                return False
+            raise
+        images = [image for image in _support_images(trace, sites) if image.requires_grad]
+        if not images:
+            return True
+        total = torch.stack([image.sum() for image in images]).sum()
+        grads = torch.autograd.grad(total, continuous, allow_unused=True)
+    return all(grad is None for grad in grads)
+
+
+def check_observed(model: Fn, arguments: Arguments, trace: Trace, guarded: Sequence[str]) -> None:
+    """Refuses observed values outside their support, unless the user switched validation off."""
+    found = {name: text for name, text in outside_support(trace).items() if name not in guarded}
+    if not found:
+        return
+    # the trace at hand has validation switched off everywhere: look at the user's own setting
+    with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=()):
+        validated = trace_of(model, arguments)
+    for name, text in found.items():
+        if base_distribution(validated.nodes[name]["fn"])._validate_args:
+            raise ValueError(text)
+
+
+def moving_supports(first: Trace, second: Trace) -> tuple[str, ...]:
+    """Names observed sites whose support depends on latents.
+
+    There a value may be impossible for some latents only, where torch, with validation off, may
+    give a finite density (``Pareto`` does).
+    """
+    moving = []
+    for name, site in observed_sites(first).items():
+        images = []
+        for fn in (site["fn"], second.nodes[name]["fn"]):
+            try:
+                if is_discrete(fn):
+                    images.append(support_edges(name, fn))
+                    continue
+                transform = biject_to(fn.support)
+                shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+                images.append(transform(torch.zeros(shape, device=site["value"].device)))
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # none
+                continue
+        if len(images) == 2 and not torch.equal(*images):
+            moving.append(name)
+    return tuple(moving)
+
+
+def has_bounds(site: Site) -> bool:
+    """Tells whether a latent is an integer, whose family may give a density beyond its support."""
+    return isinstance(site.transform, DiscreteMap) and site.transform.kind == "integer"

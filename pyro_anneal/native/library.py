@@ -1,0 +1,219 @@
+"""Compiles C++ and keeps the machine code on disk for processes to come.
+
+A library is found by the digest of its source, of the compiler and its options, and of the
+processor. It lies in the folder that ``PYRO_ANNEAL_CACHE_DIR`` names, else beside what torch's
+compiler keeps; the folder must belong to the user, and nobody else may write to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .values import CannotGenerate
+
+__all__ = ["Library", "compiler_problem", "folder", "load"]
+
+_OPTIONS = (
+    "-O2",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+)
+# Operations on vectors that are worth a thread.
+_WORK_OF_A_THREAD = 200_000
+
+
+def folder() -> Path:
+    """Names the folder where libraries are kept."""
+    named = os.environ.get("PYRO_ANNEAL_CACHE_DIR")
+    if named:
+        return Path(named)
+    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not beside:
+        beside = os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}")
+    return Path(beside) / "pyro_anneal"
+
+
+def _user() -> str:
+    try:
+        return "".join(c if c.isalnum() else "_" for c in getpass.getuser())
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+
+
+def _compiler() -> list[str]:
+    """Finds the C++ compiler: what ``CXX`` names, else g++ or clang++."""
+    given = os.environ.get("CXX")
+    command = shlex.split(given) if given is not None else []
+    if given is None:
+        command = [name for name in ("g++", "clang++") if shutil.which(name)][:1]
+    if not command or shutil.which(command[0]) is None:
+        raise CannotGenerate("no C++ compiler")
+    return command
+
+
+def compiler_problem() -> str | None:
+    """Says why nothing can be compiled here, or None."""
+    if os.name != "posix":
+        return "native code is made on POSIX systems only"
+    try:
+        _compiler()
+    except CannotGenerate as error:
+        return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(command: tuple[str, ...], modified: float) -> str:
+    """Describes the compiler and the processor."""
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model"))}))
+    except OSError:
+        cpu = platform.processor()
+    return repr((command, version.stdout, platform.machine(), platform.system(), cpu, _OPTIONS))
+
+
+def _owned(place: Path) -> bool:
+    """Tells whether a file or folder is the user's own, and nobody else may write to it."""
+    status = place.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _place() -> Path:
+    """Returns the folder, made if need be; one for this process where it is not to be trusted."""
+    place = folder()
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _owned(place) and os.access(place, os.W_OK):
+            return place
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="pyro_anneal_"))
+
+
+class Library:
+    """A loaded library with one function, ``run(count, begin, end, pointers, scratch)``."""
+
+    def __init__(self, file: Path) -> None:
+        self._run = ctypes.CDLL(str(file)).run
+        number, pointer = ctypes.c_longlong, ctypes.c_void_p
+        self._run.argtypes = [number, number, number, pointer, pointer]
+        self._run.restype = None
+
+    def run(
+        self, count: int, tensors: Sequence[Tensor], *, lanes: int, scratch: int, work: int
+    ) -> None:
+        """Calls the function for all chains, on as many threads as torch uses and it is worth.
+
+        Args:
+            count: Number K of chains.
+            tensors: What its pointers point to.
+            lanes: Chains that are one piece of work.
+            scratch: Bytes of memory that each thread needs.
+            work: Operations on vectors for one piece of work.
+        """
+        pointers = (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
+        blocks = -(-count // lanes)
+        threads = min(torch.get_num_threads(), blocks, 1 + blocks * work // _WORK_OF_A_THREAD)
+        if threads <= 1:
+            self._part(count, 0, count, pointers, scratch)
+            return
+        edges = [min(lanes * (blocks * k // threads), count) for k in range(threads + 1)]
+        edges[-1] = count
+        calls = [
+            _pool().submit(self._part, count, edges[k], edges[k + 1], pointers, scratch)
+            for k in range(threads)
+        ]
+        for call in calls:
+            call.result()
+
+    def _part(
+        self, count: int, begin: int, end: int, pointers: ctypes.Array[ctypes.c_void_p], size: int
+    ) -> None:
+        memory = ctypes.create_string_buffer(size + 128)
+        address = ctypes.addressof(memory)
+        self._run(count, begin, end, pointers, address + -address % 128)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pyro_anneal")
+
+
+_LOADED: OrderedDict[str, Library] = OrderedDict()
+_CAPACITY = 256
+
+
+def load(source: str) -> Library:
+    """Compiles C++, or finds what it was compiled to before.
+
+    Args:
+        source: With a function ``run``.
+
+    Raises:
+        CannotGenerate: If there is no compiler, or it fails.
+    """
+    problem = compiler_problem()
+    if problem is not None:
+        raise CannotGenerate(problem)
+    command = tuple(_compiler())
+    program = shutil.which(command[0]) or command[0]
+    identity = _identity(command, os.stat(program).st_mtime)
+    digest = hashlib.sha256(f"{identity}\n{source}".encode()).hexdigest()[:40]
+    if digest not in _LOADED:
+        _LOADED[digest] = Library(_compiled(source, command, digest))
+        if len(_LOADED) > _CAPACITY:
+            _LOADED.popitem(last=False)
+    _LOADED.move_to_end(digest)
+    return _LOADED[digest]
+
+
+def _compiled(source: str, command: Sequence[str], digest: str) -> Path:
+    """Returns the library of a digest, compiled if it is not there."""
+    place = _place()
+    kept = place / f"{digest}.so"
+    if kept.exists() and _owned(kept):
+        return kept
+    with tempfile.TemporaryDirectory(dir=place) as own:
+        text, made = Path(own) / "source.cpp", Path(own) / "library.so"
+        text.write_text(source)
+        done = subprocess.run(
+            [*command, *_OPTIONS, "-o", str(made), str(text), "-lm"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0 or not made.exists():
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            raise CannotGenerate(f"the C++ compiler failed ({(lines or ['no reason given'])[0]})")
+        made.chmod(0o700)
+        os.replace(made, kept)  # another process may have been as quick, with the same content
+    return kept

@@ -28,6 +28,7 @@ from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
+from .runs.overlooked import find_overlooked
 from .runs.pairs import PairSum, simulate_pairs
 from .runs.progress import follow_call
 from .runs.provenance import record_batches, record_call
@@ -79,7 +80,8 @@ class AnnealedImportance(Settings):
             take the T of the first. The last round is the result, whose ``rounds`` are all of them.
             ``interval`` takes into account that the decision to stop saw the result.
         max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
-            first, which is 16 to 64.
+            first, which is 16 to 64. Where :meth:`run` measures that errors of chains do not fall
+            with T, as between modes, the number of chains grows in place of T.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -96,7 +98,8 @@ class AnnealedImportance(Settings):
             that the guide misses.
         cross_check: What :meth:`run` compares a guide with. ``"auto"`` sends a few tempered
             particles down from the prior where the guide was fitted, and warns if they end in
-            modes that it misses; True also starts as many chains from the prior, or beside
+            modes that it misses; beside ``guide=None`` it looks for narrow phases that no chain
+            entered; True also starts as many chains from the prior, or beside
             ``guide=None`` from a fit, and says so if they find more evidence (double the cost);
             False compares with nothing.
         compile: ``"auto"`` compiles the annealing loop where counts of steps and operations say that
@@ -388,10 +391,11 @@ class AnnealedImportance(Settings):
     def _scout(
         self, frozen: Frozen, run: AnnealedRun, journal: Journal
     ) -> tuple[diagnostics.Diagnostic, ...]:
-        """Sends particles down from the prior where the guide was fitted."""
+        """Sends particles down from the prior where the guide was fitted; else looks for phases."""
         if frozen.problem.from_prior is None:
-            return ()
-        found = scout_run(frozen.problem, run, frozen.path.kernel, frozen.seed, journal)
+            found = find_overlooked(frozen, run, journal)
+        else:
+            found = scout_run(frozen.problem, run, frozen.path.kernel, frozen.seed, journal)
         return () if found is None else (found,)
 
     def _compare_starts(

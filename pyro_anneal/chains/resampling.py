@@ -44,6 +44,7 @@ __all__ = [
     "Reference",
     "Resampling",
     "gather_chains",
+    "lineage_memory",
     "systematic_ancestors",
 ]
 
@@ -219,6 +220,36 @@ class Resampling:
         log_weights = log_weights.clone()
         log_weights[slots] = weights + lineage.offset
         return State(*parts), log_weights
+
+
+def lineage_memory(position: Tensor, ancestors: Tensor) -> Tensor:
+    r"""Measures what the ends of chains still tell of where their lineages began.
+
+    Of each coordinate's ranks over the chains, that is the share of variance between descendants of
+    one first chain and of others, :math:`1 - \mathrm{MS}_{within} / \mathrm{MS}_{total}`, here of the
+    coordinate that tells most. Chains that moved through all of the target have forgotten their
+    ancestors, and it is near 0, however few these are; chains that cannot leave the mode of their
+    ancestor bring it near 1.
+
+    Args:
+        position: Ends of chains, ``[K, *batch, D]``.
+        ancestors: The first chain that each descends from, ``[K, *batch]``.
+
+    Returns:
+        The share, ``[*batch]``: 1 where all chains descend from one, 0 where each is alone.
+    """
+    count = len(position)
+    ranks = position.argsort(0).argsort(0).double()
+    index = ancestors.unsqueeze(-1).expand_as(position)
+    sums = torch.zeros_like(ranks).scatter_add(0, index, ranks)
+    sizes = torch.zeros_like(ranks).scatter_add(0, index, torch.ones_like(ranks))
+    groups = (sizes > 0.0).sum(0)
+    centred = ranks - (sums / sizes.clamp(min=1.0)).gather(0, index)
+    within = centred.square().sum(0) / (count - groups).clamp(min=1)
+    total = (ranks - ranks.mean(0)).square().sum(0) / max(count - 1, 1)
+    share = (1.0 - within / total.clamp(min=1e-12)).clamp(0.0, 1.0)
+    share = torch.where(groups == count, 0.0, torch.where(groups == 1, 1.0, share))
+    return share.amax(-1)
 
 
 def systematic_ancestors(

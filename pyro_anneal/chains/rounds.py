@@ -7,6 +7,10 @@ from earlier rounds, and so does whether it may be the one to report. Hence each
 :math:`E[e^{L_j} \mid \text{earlier rounds}] = Z`, and a limit of level :math:`1 - \alpha_j` fails
 with probability :math:`\alpha_j` at most, whatever happened before.
 
+Where the error falls more slowly than steps grow, chains do not cross between modes, or stay in the
+tails where they started; no number of steps mends that, and any number of chains does. Then K grows
+instead of T.
+
 The decision to stop looks at the round itself, and so at its error: among the rounds that may be
 reported, one that overstates the evidence could be the more likely to stop. Their number n is
 counted, and the n-th has the share :math:`\alpha_n = 2^{-n} \alpha`, so that
@@ -56,6 +60,12 @@ class Round:
     look: int  # which of the rounds that may be reported it is, from 1; 0 if it may not be
     looks_before: int  # rounds before it that might have been reported
     is_last: bool  # the last one that may run
+    growth: int = 1  # times as many chains as the first had
+
+    @property
+    def work(self) -> int:
+        """Steps of the round in chains of the first."""
+        return self.num_steps * self.growth
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Goal:
 
     Args:
         target: Error in nats to reach.
-        max_rounds: Largest number of rounds; T ends at ``first_steps * 2 ** (max_rounds - 1)``.
+        max_rounds: Largest number of rounds; T (times K, where that grows) ends at
+            ``first_steps * 2 ** (max_rounds - 1)``.
         first_steps: Number T of the first round.
 
     Example:
@@ -87,13 +98,16 @@ class Goal:
         """Opens with a round that may be reported if the pilot expects the target."""
         return self._round(1, self.first_steps, 0, expected_error)
 
-    def after(self, done: Round, error: float, *, sound: bool) -> Round | None:
+    def after(
+        self, done: Round, error: float, *, sound: bool, stalls: bool = False
+    ) -> Round | None:
         """Decides what follows a round.
 
         Args:
             done: The round.
             error: What was measured, in nats.
             sound: Whether nothing speaks against believing it.
+            stalls: Whether further chains are needed rather than further steps.
 
         Returns:
             The next round; None to report this one.
@@ -101,16 +115,29 @@ class Goal:
         if done.is_last or (done.look > 0 and sound and error <= self.target):
             return None
         growth = 2 if error <= _FAR * self.target else 4  # an error that is NaN is far
-        steps = min(done.num_steps * growth, self.first_steps << (self.max_rounds - 1))
-        expected = error * math.sqrt(done.num_steps / steps)
-        return self._round(done.number + 1, steps, done.looks_before + (done.look > 0), expected)
+        while growth > 1 and done.work * growth > self._largest:
+            growth //= 2
+        expected = error * math.sqrt(1.0 / growth)
+        steps, chains = (1, growth) if stalls else (growth, 1)
+        return self._round(
+            done.number + 1,
+            done.num_steps * steps,
+            done.looks_before + (done.look > 0),
+            expected,
+            done.growth * chains,
+        )
 
-    def _round(self, number: int, steps: int, looks_before: int, expected: float) -> Round:
-        largest = self.first_steps << (self.max_rounds - 1)
-        is_last = number >= self.max_rounds or steps >= largest
+    @property
+    def _largest(self) -> int:
+        return self.first_steps << (self.max_rounds - 1)
+
+    def _round(
+        self, number: int, steps: int, looks_before: int, expected: float, chains: int = 1
+    ) -> Round:
+        is_last = number >= self.max_rounds or steps * chains >= self._largest
         may_stop = is_last or expected <= _NEAR * self.target
         look = looks_before + 1 if may_stop else 0
-        return Round(number, steps, look, looks_before, is_last)
+        return Round(number, steps, look, looks_before, is_last, chains)
 
 
 def first_steps(length: float) -> int:

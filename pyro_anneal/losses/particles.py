@@ -27,6 +27,7 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from torch import Tensor
 
 from ..models.enumeration import sum_out
+from ..models.scales import same_scale
 from ..models.sites import (
     base_distribution,
     density_sites,
@@ -36,7 +37,7 @@ from ..models.sites import (
     sum_to_batch,
 )
 from ..models.types import Trace
-from .scales import Scales, same_scale
+from .scales import Scales
 from .traces import Gates, Run, Site
 
 __all__ = ["PARTICLE_PLATE", "Particles", "Sampling", "collect"]

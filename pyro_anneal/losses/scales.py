@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from ..models.scales import own_scale, same_scale, site_subsampling, subsampling
 from ..models.sites import density_sites, sum_to_batch
 from .traces import Run, Site
 
-__all__ = ["Scales", "same_scale"]
+__all__ = ["Scales"]
 
 
 class Scales:
     """Splits each site's scale into a part outside the bound of a datum and one inside."""
 
-    def __init__(self, runs: Sequence[Run], batch: Mapping[str, Any]) -> None:
+    def __init__(self, runs: Sequence[Run], batch: Mapping[str, CondIndepStackFrame]) -> None:
         self.notes: tuple[str, ...] = ()
         self.is_common = False  # whether all sites share one scale, taken outside
         self._own: dict[int, Tensor | float] = {}  # poutine.scale of a site, by id
@@ -35,13 +36,12 @@ class Scales:
         self._ratio = math.prod(ratios.values())
         for name, site in sites:
             frames = site["cond_indep_stack"]
-            every = math.prod(_ratio(frame) for frame in frames)
-            own = site["scale"] if every == 1.0 else site["scale"] / every
-            inside = every / self._ratio
+            own = own_scale(site)
+            inside = site_subsampling(site) / self._ratio
             self._own[id(site)] = own
             self._inside[id(site)] = 1.0 if math.isclose(inside, 1.0, rel_tol=1e-9) else inside
             if self._inside[id(site)] != 1.0 and not self.notes:
-                plates = [f.name for f in frames if _ratio(f) != 1.0]
+                plates = [f.name for f in frames if subsampling(f) != 1.0]
                 self.notes = (
                     (
                         f"plate(s) {plates} around site {name!r} are subsampled but do not enclose "
@@ -69,7 +69,9 @@ class Scales:
 
     @staticmethod
     def _common_ratio(plate: str, sites: list[tuple[str, Site]]) -> float:
-        ratios = {_ratio(f) for _, s in sites for f in s["cond_indep_stack"] if f.name == plate}
+        ratios = {
+            subsampling(f) for _, s in sites for f in s["cond_indep_stack"] if f.name == plate
+        }
         return ratios.pop() if len(ratios) == 1 else 1.0
 
     def inside(self, site: Site) -> Tensor | float:
@@ -91,23 +93,6 @@ def _number(scale: Tensor | float) -> float | str:
     if isinstance(scale, Tensor):
         return "a tensor" if scale.numel() > 1 else float(scale)
     return float(scale)
-
-
-def _ratio(frame: Any) -> float:
-    """Computes the subsampling factor N/B of a plate."""
-    if frame.full_size is None or frame.full_size == frame.size:
-        return 1.0
-    return float(frame.full_size) / float(frame.size)
-
-
-def same_scale(a: Tensor | float, b: Tensor | float) -> bool:
-    """Tells whether two scales are the same, up to rounding."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            device = a.device if isinstance(a, Tensor) else b.device  # type: ignore[union-attr]
-            a, b = torch.as_tensor(a, device=device), torch.as_tensor(b, device=device)
-        return a is b or (a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-6))
-    return math.isclose(a, b, rel_tol=1e-6)
 
 
 def _varies_over(scale: Tensor | float, dims: set[int]) -> bool:

@@ -16,6 +16,7 @@ from .checks import (
 )
 from .discrete import discrete_map
 from .edges import has_closed_form
+from .scales import own_scale, same_scale
 from .sites import (
     TRANSPORT,
     BatchPlate,
@@ -87,20 +88,20 @@ def find_batch(
 def find_scale(model_trace: Trace) -> tuple[float, tuple[str, ...]]:
     """Finds the common scale of all sites, and what makes the normalizer no log p(x)."""
     notes = []
-    scales: dict[str, float | None] = {}
+    scales: dict[str, Tensor | float] = {}
     for name, site in density_sites(model_trace):
         if is_factor(site) and not name.startswith(TRANSPORT):
             notes.append(f'a normalizer, not log p(x): the model has pyro.factor("{name}")')
-        scale = site["scale"]
+        scale = own_scale(site)
         constant = not isinstance(scale, Tensor) or scale.numel() == 1
-        scales[name] = float(scale) if constant else None
-    values = set(scales.values())
-    if len(values) == 1 and None not in values:
-        common = next(value for value in values if value is not None)
+        scales[name] = float(scale) if constant else scale
+    first = next(iter(scales.values()), 1.0)
+    if isinstance(first, float) and all(same_scale(first, scale) for scale in scales.values()):
+        common = first
         if common != 1.0:
             notes.append(f"{common:g} times the log evidence: poutine.scale encloses every site")
         return common, tuple(notes)
-    scaled = [name for name, value in scales.items() if value != 1.0]
+    scaled = [n for n, scale in scales.items() if isinstance(scale, Tensor) or scale != 1.0]
     notes.append(f"a normalizer, not log p(x): poutine.scale acts on {scaled}")
     return 1.0, tuple(notes)
 

@@ -13,7 +13,8 @@ mixture classes*.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from .components import DenseComponent
 from .exchangeable import Symmetry
 from .gaussian import Candidates, ascend, follow_newton, quadratic_models
+from .populations import Population, draw_population
 from .rows import Rows
 
 __all__ = ["Mixture", "adapt", "distinct", "mixture_of_fits"]
@@ -35,7 +37,9 @@ _LEAST_EVIDENCE_INSIDE, _WIDTH = 5.0, 2.0
 # Nats of evidence by which a mixture exceeds a base that misses something.
 _MISSED = 0.05
 # Effective fraction of draws below which components are added, and how many.
-_GOOD, _EXTRA = 0.5, 6
+_GOOD, _EXTRA = 0.5, 8
+# Steps of expectation maximization on a population of particles.
+_NUM_EM = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +153,8 @@ def mixture_of_fits(
     generator: torch.Generator,
     *,
     num_draws: int,
+    most: int = 8,
+    draw_prior: Callable[[int], Tensor] | None = None,
 ) -> Mixture:
     """Fits from further origins, and makes the base of what they found.
 
@@ -159,17 +165,21 @@ def mixture_of_fits(
         symmetry: Permutations to average over.
         generator: Source of noise.
         num_draws: Draws of one adaptation.
+        most: Largest number of optima kept.
+        draw_prior: Draws N positions ``[N, D]`` from the prior; None where it is improper.
 
     Returns:
-        The base of largest effective sample size on fresh draws.
+        The base of largest effective sample size on fresh draws; where few of them carry weight,
+        that of least divergence from a population of particles.
     """
     plain = Mixture(torch.zeros_like(fit.elbo), fit.loc, fit.scale_tril, math.inf, symmetry)
     found = follow_newton(rows, origins, generator, num_steps=30)
     flanks = quadratic_models(rows, torch.cat([origins, _around(fit, generator)]), generator)
     everything = _joined(fit, found, flanks)
-    several = distinct(everything, symmetry, widths=True)
+    several = distinct(everything, symmetry, most=most, widths=True)
     if len(several.loc) > 1:
-        several = distinct(ascend(rows, several, generator, num_steps=60), symmetry, widths=True)
+        climbed = ascend(rows, several, generator, num_steps=60)
+        several = distinct(climbed, symmetry, most=most, widths=True)
     start = Mixture(several.elbo.log_softmax(0), several.loc, several.scale_tril, _DOF, symmetry)
     adapted = adapt(rows, start, generator, num_draws=num_draws)
     best = plain
@@ -179,21 +189,28 @@ def mixture_of_fits(
         more = _judge(rows, adapted, generator, num_draws)[1] - evidence
         if apart or more > _MISSED:
             at_best = 0.0
-    for other in (adapted, Mixture(*_with_dof(adapted, math.inf))):
+    light = replace(adapted, dof=math.inf)
+    for other in (adapted, light):
         fraction, _ = _judge(rows, other, generator, num_draws)
         if fraction > at_best:
             best, at_best = other, fraction
-    if at_best < _GOOD:
-        wide = adapt(
-            rows,
-            _split(rows, adapted, generator, num_draws),
-            generator,
-            num_draws=num_draws,
-            num_steps=12,
-        )
-        if _judge(rows, wide, generator, num_draws)[0] > at_best:
-            best = wide
-    return best
+    if at_best >= _GOOD:
+        return best
+    population = draw_population(
+        rows,
+        draw_prior,
+        lambda count: adapted.draw(count, generator),
+        adapted.log_density,
+        generator,
+    )
+    if population is None:
+        return best
+    learnt, held = population.halves()
+    grown = _grown(adapted, learnt, generator)
+    bases = [plain, adapted, light, grown]
+    for begin in (grown, _split(rows, adapted, generator, num_draws)):
+        bases.append(adapt(rows, begin, generator, num_draws=num_draws, num_steps=12))
+    return _nearest(rows, bases, held, generator, num_draws=num_draws // 2)
 
 
 def _around(fit: Candidates, generator: torch.Generator, *, count: int = 4) -> Tensor:
@@ -215,23 +232,59 @@ def _joined(*several: Candidates) -> Candidates:
 
 
 def _split(rows: Rows, mixture: Mixture, generator: torch.Generator, count: int) -> Mixture:
-    """Adds components at draws that carry weight, for a posterior that is no mixture so far."""
+    """Adds components at draws that carry weight."""
     draws = mixture.draw(count, generator)
     log_ratio = (rows(draws)[0] - mixture.log_density(draws)).double()
-    weights = (0.5 * log_ratio).softmax(0)  # tempered: a few draws would take all
-    index = torch.multinomial(weights, _EXTRA, replacement=False, generator=generator)
-    nearest = mixture.terms(draws[index]).argmax(0)
-    loc = torch.cat([mixture.loc, draws[index]])
+    # tempered: a few draws would take all
+    return _extended(mixture, draws, (0.5 * log_ratio).softmax(0), generator)
+
+
+def _grown(mixture: Mixture, population: Population, generator: torch.Generator) -> Mixture:
+    """Adds components at particles where density is missing, and fits all to the particles."""
+    places = population.position
+    log_ratio = (population.log_target - mixture.log_density(places)).double()
+    weights = (0.5 * log_ratio).softmax(0) * population.weights
+    mixture = _extended(mixture, places, weights, generator)
+    for _ in range(_NUM_EM):
+        mixture = _step(mixture, places, population.weights)
+    return mixture
+
+
+def _extended(
+    mixture: Mixture, places: Tensor, weights: Tensor, generator: torch.Generator
+) -> Mixture:
+    """Adds components at some of ``places`` ``[N, D]``, drawn by weight, of half of the mass."""
+    count = min(_EXTRA, int((weights > 0.0).sum()))
+    index = torch.multinomial(weights, count, replacement=False, generator=generator)
+    nearest = mixture.terms(places[index]).argmax(0)
+    loc = torch.cat([mixture.loc, places[index]])
     scale = torch.cat([mixture.scale_tril, 0.7 * mixture.scale_tril[nearest]])
-    added = torch.full((_EXTRA,), -math.log(2 * _EXTRA), dtype=loc.dtype, device=loc.device)
+    added = torch.full((count,), -math.log(2 * count), dtype=loc.dtype, device=loc.device)
     log_weights = torch.cat([mixture.log_weights - math.log(2.0), added])
-    return Mixture(log_weights, loc, scale, mixture.dof, mixture.symmetry)
+    return replace(mixture, log_weights=log_weights, loc=loc, scale_tril=scale)
 
 
-def _with_dof(
-    mixture: Mixture, dof: float
-) -> tuple[Tensor, Tensor, Tensor, float, Symmetry | None]:
-    return mixture.log_weights, mixture.loc, mixture.scale_tril, dof, mixture.symmetry
+def _nearest(
+    rows: Rows,
+    mixtures: list[Mixture],
+    population: Population,
+    generator: torch.Generator,
+    *,
+    num_draws: int,
+) -> Mixture:
+    """Chooses the mixture of least divergence from the posterior.
+
+    The posterior is seen by draws of all mixtures together, weighted by importance, and by the
+    particles: a mixture is not judged by places that it reaches itself.
+    """
+    draws = torch.cat([mixture.draw(num_draws, generator) for mixture in mixtures])
+    log_target = torch.cat([rows(draws)[0], population.log_target])
+    places = torch.cat([draws, population.position])
+    log_densities = torch.stack([mixture.log_density(places) for mixture in mixtures])
+    log_ratio = log_target[: len(draws)] - log_densities[:, : len(draws)].logsumexp(0)
+    weights = torch.cat([log_ratio.double().softmax(0), population.weights.double()])
+    gaps = torch.where(weights > 0.0, weights * (log_target - log_densities), 0.0).sum(1)
+    return mixtures[int(torch.where(gaps.isfinite(), gaps, torch.inf).argmin())]
 
 
 def _judge(

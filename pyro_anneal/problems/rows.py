@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import Density
 
-__all__ = ["Rows", "rows_at_once"]
+__all__ = ["Rows", "is_dear", "rows_at_once"]
 
 # Positions of one evaluation, by the size of the data that each of them reads: while a model is
 # small, rows cost nothing beside the call itself; a million data make each row cost by itself.
@@ -32,6 +32,16 @@ def rows_at_once(density: object, dim: int) -> int:
     if size <= _SMALL_DATA and dim <= _MANY_ROWS:
         return _MANY_ROWS
     return 32 if size <= _LARGE_DATA else _FEW_ROWS
+
+
+def is_dear(density: Any, dim: int) -> bool:
+    """Tells whether each position costs by itself, so that few should be evaluated.
+
+    Args:
+        density: The captured density.
+        dim: Dimensions D of a position.
+    """
+    return rows_at_once(density, dim) <= _FEW_ROWS
 
 
 class Rows:

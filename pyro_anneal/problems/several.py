@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import Density
 from ..persistence.randomness import seeded_generator
 from .bases import FittedBase, ModelDensity
+from .branches import branch_optima
 from .components import DenseComponent
 from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
@@ -23,6 +24,8 @@ __all__ = ["several_fits"]
 
 # Starting points of further fits, and dimensions up to which there are any.
 _FURTHER_ORIGINS, _MOST_DIMENSIONS = 8, 64
+# Optima that are kept, if the model does not name more phases.
+_MOST_FITS = 8
 # Draws of one adaptation by the rows of one evaluation; none where rows are dear.
 _NUM_DRAWS = {128: 1024, 32: 256}
 
@@ -68,6 +71,9 @@ def several_fits(
         if not layout.improper:
             optima = likelihood_optima(rows, component["loc"], generator)
             further = torch.cat([further, optima])
+        branches, spent = branch_optima(model, component["loc"], generator)
+        rows.count += spent
+        further = torch.cat([further, branches])
         mixture = mixture_of_fits(
             rows,
             further,
@@ -75,6 +81,8 @@ def several_fits(
             symmetry,
             generator,
             num_draws=_NUM_DRAWS[size],
+            most=max(_MOST_FITS, len(branches)),
+            draw_prior=None if layout.improper else lambda count: _prior_draws(model, count),
         )
         kept |= _as_tensors(mixture)
     if symmetry is not None and _matters(kept, symmetry):
@@ -90,8 +98,8 @@ def _as_tensors(mixture: Mixture) -> dict[str, Any]:
     return {"components": components, "log_weights": mixture.log_weights}
 
 
-def _prior_draws(model: ModelDensity) -> Tensor:
-    """Draws from the prior, those that are finite, ``[N, *batch, D]``."""
+def _prior_draws(model: ModelDensity, count: int = _FURTHER_ORIGINS) -> Tensor:
+    """Draws from the prior; those that are finite of each ``count`` draws, ``[N, *batch, D]``."""
     layout = model.layout
     empty = torch.empty(0, *layout.batch_shape, layout.dim, dtype=layout.dtype)
     if layout.improper:
@@ -106,7 +114,7 @@ def _prior_draws(model: ModelDensity) -> Tensor:
 
     numbers = max([layout.dim, *(value.numel() for value in layout.observed.values())])
     draws = draw_chains(
-        model.draw_prior, _FURTHER_ORIGINS, numbers=numbers, device=layout.device, alone=alone
+        model.draw_prior, count, numbers=numbers, device=layout.device, alone=alone
     ).to(layout.dtype)
     return draws[draws.reshape(len(draws), -1).isfinite().all(1)]
 

@@ -21,14 +21,15 @@ from ..weights import (
     effective_sample_size,
     log_mean_exp,
     log_normalized_weights,
-    resample_indices,
 )
 from .base import Columns, Result
 from .files import stored
 from .findings import Diagnostic
 from .provenance import Provenance
 from .quantiles import normal_quantile
-from .tables import Table, format_value
+from .run_draws import resample_ends
+from .run_table import run_columns, run_table
+from .tables import Table
 
 __all__ = ["AnnealedRun", "Continues", "Estimate", "PilotSummary", "std_error_over_pairs"]
 
@@ -136,6 +137,7 @@ class AnnealedRun(Result):
     population_size: int = 1  # neighbouring chains that resampled among each other
     ancestors: Tensor | None = None  # the first ancestor of each resampled chain, [K, *batch]
     num_resamplings: Tensor | None = None  # of each population, [R, *batch]
+    lineage_memory: Tensor | None = None  # what ends tell of these ancestors, 0 to 1, [1, *batch]
     # Blocks of chains for the guaranteed interval, and how many of them are kept, for each element
     # of the batch; chosen before the chains ran.
     blocks: tuple[int, int] = (1, 1)
@@ -424,18 +426,7 @@ class AnnealedRun(Result):
             raise ValueError(
                 "reverse chains end at the base, not at the posterior: resample a forward run"
             )
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=self.log_weights.device).manual_seed(seed)
-        indices = resample_indices(self.log_weights, num_samples, generator=generator)
-        draws = {}
-        for name, value in self.posterior.items():
-            missing = [p for p in self.plates if p not in self.site_plates[name]]
-            if not missing:
-                draws[name] = _take(value, indices, tuple(self.plates), self.site_plates[name])
-            elif bool((value == value[:1]).all()):
-                draws[name] = value[:1].expand(num_samples, *value.shape[1:]).clone()
-        return draws
+        return resample_ends(self, num_samples, seed)
 
     def posterior_samples(
         self, num_samples: int, *, thin: int = 10, seed: int | None = None
@@ -510,89 +501,10 @@ class AnnealedRun(Result):
         return {"lower" if self.direction == "forward" else "upper": self.log_evidence}
 
     def _columns(self) -> tuple[Columns, Columns]:
-        axes = [torch.arange(size) for size in self.batch_shape]
-        index = (
-            dict(zip(self.plates, torch.meshgrid(*axes, indexing="ij"), strict=True))
-            if axes
-            else {}
-        )
-        ti = self.thermodynamic_integration
-        return index, {
-            self.kind.replace(" bound", ""): self.log_evidence,
-            "std_error": self.std_error,
-            "single": self.single,
-            "ess": self.ess,
-            "largest_weight": self.largest_weight,
-            "thermodynamic_integration": ti.value,
-            "thermodynamic_integration_std_error": ti.std_error,
-        }
+        return run_columns(self)
 
     def _table(self) -> Table:
-        name = self.kind
-        batch = ", ".join(f"{plate}={size}" for plate, size in self.plates.items())
-        limits = []
-        if self.certified:
-            low, high = self.interval(0.95, total=True)
-            end = ("at least", low) if self.direction == "forward" else ("at most", high)
-            limits = [(f"{end[0]} (95%, guaranteed)", format_value(end[1].item()))]
-        total_error = self.std_error.square().sum().sqrt().item()
-        ti = self.thermodynamic_integration
-        fields = [
-            (
-                f"{name} (nats{', sum' if batch else ''})",
-                format_value(self.log_evidence.sum().item(), total_error),
-            ),
-            *limits,
-            ("single-sample bound", format_value(self.single.sum().item())),
-            (
-                "thermodynamic integration (no bound)",
-                format_value(ti.value.sum().item(), ti.std_error.square().sum().sqrt().item()),
-            ),
-            ("effective sample size", _range(self.ess, f" of {self.num_chains}")),
-        ]
-        if batch:
-            fields.insert(1, (f"{name} per datum", _range(self.log_evidence)))
-        if self.num_resamplings is not None and self.num_lineages is not None:
-            counts = _range(self.num_resamplings.double())
-            lineages = _range(self.num_lineages.double(), f" of {self.num_chains}")
-            fields.append(("populations", f"{self.num_populations} of {self.population_size}"))
-            fields.append(("resamplings", counts))
-            fields.append(("lineages", lineages))
-        if self.rounds:
-            steps = ", ".join(str(run.num_steps) for run in self.rounds)
-            fields.append((f"rounds (target {self.target_gap:g})", f"T = {steps}"))
-        if self.num_steps > 1:
-            fields.append(("acceptance", _range(self.accept_prob)))
-            fields.append(("divergences", f"{int(self.num_diverging.sum())}"))
-        fields.append(("verdict", self.verdict))
-        cost = f"{self.num_gradients} gradients per chain"
-        extra = []
-        if len(self.rounds) > 1:
-            spent = sum(run.num_gradients for run in self.rounds[:-1])
-            extra.append(f"earlier rounds: {spent}")
-        if self.pilot is not None:
-            extra.append(f"pilot: {self.pilot.num_gradients} on {self.pilot.num_chains} chains")
-            if not math.isnan(self.pilot.expected_gap):
-                fields.append(("expected gap per datum (pilot)", f"{self.pilot.expected_gap:.2g}"))
-        if self.fit_gradients:
-            extra.append(f"automatic guide: {self.fit_gradients} in all")
-        if extra:
-            cost += f" ({'; '.join(extra)})"
-        if self.provenance is None:
-            cost += f", {self.seconds:.2f} s"
-        fields.append(("cost", f"{cost}, {self.density_mode}"))
-        if self.provenance is not None:
-            fields.append(("wall time", self.provenance.describe_seconds()))
-        if self.direction == "reverse" or not self.certified:
-            fields.append(("certified", str(self.certified)))
-        title = (
-            f"AnnealedRun, {self.direction}: {self.num_chains} chains, {self.num_steps} steps, "
-            f"{self.kernel}{', batch ' + batch if batch else ''}"
-        )
-        notes = [*self.notes, *(d.message for d in self.diagnostics)]
-        if not self.certified and "uncertified" not in {d.name for d in self.diagnostics}:
-            notes.append("certified=False: the starts are approximate, so this is no bound")
-        return Table(title, fields, notes)
+        return run_table(self)
 
     def to_arviz(
         self,
@@ -618,32 +530,6 @@ class AnnealedRun(Result):
         from .plotting import plot_run
 
         return plot_run(self)
-
-
-def _take(
-    value: Tensor, indices: Tensor, plates: tuple[str, ...], names: tuple[str | None, ...]
-) -> Tensor:
-    """Takes particle ``indices[n, *batch]`` of a value whose dims carry the plates in any place."""
-    shape = list(value.shape[1:])
-    view = [1] * len(shape)
-    order = []
-    for position, name in enumerate(names):
-        if name in plates:  # a size of one stands for all rows of the plate
-            axis = 1 + plates.index(name)
-            view[position] = shape[position] = indices.shape[axis]
-            order.append(axis)
-    placed = indices.permute(0, *order).reshape(-1, *view)
-    expanded = value.expand(value.shape[0], *shape)
-    return expanded.gather(0, placed.expand(-1, *shape))
-
-
-def _range(values: Tensor, suffix: str = "") -> str:
-    if values.numel() == 1:
-        return f"{values.item():.4g}{suffix}"
-    return (
-        f"{values.mean().item():.4g}{suffix} "
-        f"({values.min().item():.4g} to {values.max().item():.4g})"
-    )
 
 
 def std_error_over_pairs(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..chains.path import StepStatistics
 from ..chains.rounds import Goal, Round, refine
 from ..chains.tuning import lay_path
+from ..compiled.program import LoopedDensity
 from ..diagnostics import checks as diagnostics
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
@@ -27,6 +28,9 @@ __all__ = ["Done", "in_rounds", "run_back", "run_both", "run_forward"]
 _UNSOUND = frozenset(
     {"ess", "dominance", "lag", "lineages", "zero_weights", "undefined_weights", "agreement"}
 )
+# Relative variance of a chain's weight below which more chains are as good as more steps, the least
+# power of T with which it must fall for more steps, and the numbers that positions may fill.
+_FEW_ENOUGH, _FALLS, _MOST_NUMBERS = 3.0, 0.7, 1_000_000
 # Rounds whose weights vary by less, relative to their mean, say something about each other.
 _COMPARABLE, _MOST_ERRORS = 1.0, 4.0
 
@@ -64,7 +68,8 @@ def in_rounds(
         done = anneal(frozen, f", round {now.number}")
         history.append(done)
         error, sound = float(done.error), _is_sound(history)
-        now = goal.after(now, error, sound=sound)
+        stalls = task == "run" and _stalls(history)
+        now = goal.after(now, error, sound=sound, stalls=stalls)
         if now is not None:
             frozen = _refined(frozen, done, now, task)
     assert last is not None
@@ -164,6 +169,21 @@ def _is_sound(history: list[Done]) -> bool:
     return bool(apart <= _MOST_ERRORS * torch.hypot(*errors) / data + 1e-6)
 
 
+def _stalls(history: list[Done]) -> bool:
+    """Asks whether the variance of single chains falls too slowly with the number of steps."""
+    first, last = history[0].runs[0], history[-1].runs[0]
+    if len(history) < 2 or last.batch_shape or last.num_chains < 8:
+        return False
+    numbers = sum(value.numel() for value in last.posterior.values())
+    if 4 * numbers > _MOST_NUMBERS:
+        return False
+    before, after = (float(_variance(run)) * run.num_chains for run in (first, last))
+    if not 0.0 < after < _FEW_ENOUGH:
+        return False
+    growth = last.num_steps / first.num_steps
+    return math.log(max(before, after) / after) < _FALLS * math.log(growth)
+
+
 def _expected_error(frozen: Frozen, *, both: bool) -> float:
     if frozen.pilot is None:
         return math.inf
@@ -189,11 +209,15 @@ def _refined(frozen: Frozen, done: Done, now: Round, task: str) -> Frozen:
             ends.log_weights,
             seeded_generator(example.device, frozen.seed, task, f"round {now.number}"),
         )
-    plan = found.plan.with_steps(now.num_steps)
+    num_chains = found.plan.num_chains * now.growth
+    plan = replace(found.plan.with_steps(now.num_steps), num_chains=num_chains)
+    if num_chains != frozen.num_chains and isinstance(density, LoopedDensity):
+        density = density.density  # its programs are for other numbers of chains
     path, summary, _ = lay_path(found._replace(outcome=outcome), plan, example)
     assert summary is not None
     variance = summary.expected_variance
-    seen = float(_variance(run)) * run.num_chains * frozen.path.num_steps / now.num_steps
+    steps = frozen.path.num_steps / now.num_steps
+    seen = float(_variance(run)) * run.num_chains * steps
     if math.isfinite(seen):
         variance = max(variance, math.log1p(seen))
     problem = replace(frozen.problem, density=loop_for(density, path, frozen.compile))
@@ -205,7 +229,14 @@ def _refined(frozen: Frozen, done: Done, now: Round, task: str) -> Frozen:
         length=summary.length,
         variance=variance,
     )
-    return replace(frozen, problem=problem, path=path, pilot=summary, grouping=grouping)
+    return replace(
+        frozen,
+        problem=problem,
+        path=path,
+        pilot=summary,
+        grouping=grouping,
+        num_chains=num_chains,
+    )
 
 
 def _reported(history: list[Done], goal: Goal, last: Round) -> Done:

@@ -15,8 +15,9 @@ from ..chains.blockwise import Blockwise
 from ..chains.budget import choose_blocks
 from ..chains.grouping import Grouping, choose_grouping
 from ..chains.path import Direction, Path, StepStatistics
+from ..chains.pilot import Pilot
 from ..chains.plan import Plan
-from ..chains.resampling import Reference, Resampling, systematic_ancestors
+from ..chains.resampling import Reference, Resampling, lineage_memory, systematic_ancestors
 from ..chains.tuning import Particles, choose_kernel, tune
 from ..compiled.choice import describe_mode, loop_notes, with_loop
 from ..compiled.program import LoopedDensity
@@ -31,6 +32,7 @@ from ..problems.colours import colour
 from ..problems.discrete import kernels_for, lattice_of
 from ..problems.fingerprint import describe_problem
 from ..problems.problem import MakeStart, Problem
+from ..problems.rows import is_dear
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 from .blocks import DEFAULT_SIZE, Ends, anneal_blocks, split
@@ -52,6 +54,8 @@ __all__ = [
 ]
 
 
+# From a fit to so many data that each position costs by itself.
+_SHORT_PILOT = Pilot(num_chains=8, num_moves=3)
 # The fit of a problem is a function of model and data alone, so that it need not be repeated.
 _FIT_SEED = 0
 
@@ -183,6 +187,9 @@ def freeze(
             return journal.once(f"{prefix}{name}", compute)
 
         plan = settings.plan
+        is_fitted = settings.pilot is None and settings.guide == "auto"
+        if is_fitted and is_dear(problem.density, problem.layout.dim):
+            plan = replace(plan, pilot=_SHORT_PILOT)
         if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
             kernels = kernels_for(
                 plan.kernel,
@@ -516,6 +523,9 @@ def _result(
         population_size=1 if resampling is None else resampling.population_size,
         ancestors=None if ends.lineage is None else ends.lineage.ancestors,
         num_resamplings=None if ends.lineage is None else ends.lineage.num_resamplings,
+        lineage_memory=None
+        if ends.lineage is None
+        else lineage_memory(ends.position, ends.lineage.ancestors).unsqueeze(0),
         blocks=frozen.grouping.blocks[:],
         total_blocks=frozen.grouping.total_blocks[:],
         data_digest=digest_of_data(layout.observed),

@@ -25,7 +25,7 @@ from ..problems.bases import FittedBase, MixtureBase
 from ..problems.gaussian import follow_newton
 from ..problems.mixtures import distinct
 from ..problems.problem import Problem
-from ..problems.rows import Rows, rows_at_once
+from ..problems.rows import Rows, is_dear, rows_at_once
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
 from ..results.tables import format_share
@@ -109,11 +109,14 @@ def scout_run(
         max_rows: Positions that may be evaluated at once.
 
     Returns:
-        What :func:`diagnose_scouting` finds.
+        What :func:`diagnose_scouting` finds. Nobody is sent where data are so many that each
+        particle costs as much as a chain.
     """
 
     def compute() -> dict[str, Any]:
         assert problem.from_prior is not None
+        if is_dear(problem.density, problem.layout.dim):
+            return {}
         rows = max_rows or max(SETTINGS.num_chains or 64, run.num_chains)
         density, from_prior = (Blockwise(d, rows) for d in (problem.density, problem.from_prior()))
         seen = scout(from_prior, problem.draw_prior, density, kernel, seed=seed)

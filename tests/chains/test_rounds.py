@@ -62,6 +62,16 @@ def test_long_paths_begin_with_more_steps():
     assert [first_steps(length) for length in (0.0, 4.0, 5.0, 100.0)] == [16, 16, 32, 64]
 
 
+def test_more_chains_cost_what_more_steps_would():
+    goal = Goal(0.01, 6, 16)
+    now, work = goal.first(1.0), []
+    while now is not None:
+        work.append(now.num_steps * now.growth)
+        assert now.num_steps == (16 if now.number < 3 else 16 * 4)
+        now = goal.after(now, 0.1, sound=True, stalls=now.number != 2)
+    assert work == [16, 64, 256, 512]  # the last is 16 * 2^5 in all
+
+
 def test_the_interval_survives_every_rule_of_stopping():
     """A rule that stops at whatever overstates: weights that make Markov's inequality tight."""
     generator = torch.Generator().manual_seed(0)
@@ -140,6 +150,32 @@ def test_a_better_start_takes_fewer_steps_and_a_nearer_target_more():
     }
     assert steps[near_the_posterior, 0.1] < steps[None, 0.1]
     assert steps[None, 0.2] < steps[None, 0.1]
+
+
+def two_far_modes():
+    weights, loc = torch.tensor([0.5, 0.5]), torch.tensor([-6.0, 6.0])
+    z = pyro.sample("z", dist.Normal(0.0, 6.0))
+    modes = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, 1.0))
+    pyro.factor("modes", modes.log_prob(z) - dist.Normal(0.0, 6.0).log_prob(z))
+
+
+def mostly_one_of_them():
+    weights, loc = torch.tensor([0.8, 0.2]), torch.tensor([-6.0, 6.0])
+    pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, 1.2)))
+
+
+def test_rounds_take_more_chains_where_steps_do_not_help():
+    """No chain crosses: each weight is .5 / .8 or .5 / .2, of variance .5625 whatever T is."""
+    options = {"num_chains": 32, "target_gap": 0.08, "cross_check": False, "seed": 0, **QUIET}
+    run = AnnealedImportance(two_far_modes, mostly_one_of_them, **options).run()
+    chains = [each.num_chains for each in run.rounds]
+    steps = [each.num_steps for each in run.rounds]
+    assert chains[0] == 32
+    assert chains[-1] == run.num_chains == len(run.posterior["z"]) > 100
+    assert steps[-1] < 128
+    assert float(run.std_error) == pytest.approx(math.sqrt(0.5625 / run.num_chains), rel=0.2)
+    assert float(run.std_error) <= 0.08
+    assert abs(float(run.lower)) < 5.0 * float(run.std_error)
 
 
 def lopsided(x):

@@ -9,6 +9,7 @@ import torch
 from perfect_chains import LinearGaussian, make_run, make_sandwich, simulate
 
 from pyro_anneal import HMC, AnnealedImportance, Linear, Pilot
+from pyro_anneal.chains.resampling import lineage_memory
 from pyro_anneal.diagnostics import (
     AnnealingWarning,
     Diagnostic,
@@ -71,6 +72,28 @@ def test_few_lineages(run):
     assert "as few as 1 of those at the start for 5% of the batch" in found.message
     small = _replaced(even, ancestors=descend, population_size=4)
     assert check_lineages(small) is None
+    memory = torch.zeros(1, 40)
+    mixed = _replaced(even, ancestors=descend, lineage_memory=memory)
+    assert check_lineages(mixed) is None  # few, but their descendants are everywhere
+    memory = torch.full((1, 40), 0.9)
+    apart = _replaced(even, ancestors=descend, lineage_memory=memory)
+    assert check_lineages(apart).message == found.message
+
+
+@pytest.mark.parametrize(("spread", "least", "most"), [(0.0, 0.0, 0.35), (20.0, 0.9, 1.0)])
+def test_memory_tells_lineages_that_stayed_apart(spread, least, most):
+    """Ends of 64 chains of 6 lineages, of one mode or of a mode each; one coordinate tells."""
+    generator = torch.Generator().manual_seed(0)
+    ancestors = torch.randint(6, (64, 500), generator=generator) * 7
+    position = torch.randn(64, 500, 10, generator=generator)
+    position[..., 3] += spread * ancestors
+    memory = lineage_memory(position, ancestors)
+    assert memory.shape == (500,)
+    assert float(memory.min()) >= least
+    assert float(memory.max()) <= most
+    alone, one = torch.arange(64).unsqueeze(1).expand(64, 500), torch.zeros_like(ancestors)
+    assert float(lineage_memory(position, alone).max()) == 0.0
+    assert float(lineage_memory(position, one).min()) == 1.0
 
 
 def test_collapsed_weights(problem):

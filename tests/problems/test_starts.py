@@ -12,8 +12,11 @@ from scipy.integrate import quad
 
 from pyro_anneal import AnnealedImportance, AnnealingWarning
 from pyro_anneal.problems import fitted, several
+from pyro_anneal.problems.branches import branch_optima
 from pyro_anneal.problems.content import Remembered
+from pyro_anneal.problems.populations import draw_population
 from pyro_anneal.problems.problem import prepare
+from pyro_anneal.problems.rows import Rows
 
 X = torch.tensor(9.0)
 
@@ -104,11 +107,14 @@ def test_cross_check_says_that_starts_disagree(one_fit):
 def test_cross_check_of_the_prior_finds_the_spike():
     """Chains from the prior see the slab alone; a fit knows both phases."""
     options = {"num_chains": 16, "num_steps": 100, "progress_bar": False, "seed": 0}
-    with pytest.warns(AnnealingWarning, match="starting from a fit finds 2.* nats more evidence"):
+    with (
+        pytest.warns(AnnealingWarning, match="starting from a fit finds 2.* nats more evidence"),
+        pytest.warns(AnnealingWarning, match="no or too few chains ended there"),
+    ):
         run = AnnealedImportance(spike_and_slab, None, cross_check=True, **options).run(
             0.05, 0.9, 10
         )
-    assert [found.name for found in run.diagnostics] == ["starts"]
+    assert [found.name for found in run.diagnostics] == ["modes", "starts"]
 
 
 def test_cross_check_passes_an_easy_posterior():
@@ -151,12 +157,12 @@ def test_the_weight_is_checked(weight):
         engine(one_mode, prior_weight=weight)
 
 
-def spike_and_slab(width, share, dim):
-    """A normalized mixture of two phases around one point, the narrow one with ``share``."""
-    centre = torch.ones(dim)
+def spike_and_slab(width, share, dim, shift=0.0):
+    """A normalized mixture of two phases, the narrow one with ``share`` and ``shift`` aside."""
     x = pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
     phases = []
-    for scale, weight in ((0.5, 1.0 - share), (width, share)):
+    for scale, weight, loc in ((0.5, 1.0 - share, 1.0), (width, share, 1.0 + shift)):
+        centre = torch.full((dim,), loc)
         evidence = dist.Normal(torch.zeros(dim), math.hypot(1.0, scale)).log_prob(centre).sum()
         likelihood = dist.Normal(centre, scale).log_prob(x).sum()
         phases.append(likelihood - evidence + math.log(weight))
@@ -164,19 +170,102 @@ def spike_and_slab(width, share, dim):
 
 
 @pytest.mark.parametrize(
-    ("width", "share", "dim"),
+    ("width", "share", "dim", "shift"),
     [
-        (0.01, 0.9, 10),
-        pytest.param(0.1, 0.9, 10, marks=pytest.mark.slow),
-        pytest.param(0.05, 0.3, 5, marks=pytest.mark.slow),
+        (0.01, 0.9, 10, 0.0),
+        (0.02, 0.9, 10, 0.4),  # no gradient of the slab leads there
+        pytest.param(0.05, 0.5, 10, -0.4, marks=pytest.mark.slow),
+        pytest.param(0.1, 0.9, 10, 0.0, marks=pytest.mark.slow),
+        pytest.param(0.05, 0.3, 5, 0.0, marks=pytest.mark.slow),
     ],
 )
-def test_both_phases_are_in_the_fit(width, share, dim):
+def test_both_phases_are_in_the_fit(width, share, dim, shift):
     """Their evidence is 1 by construction; one phase alone gives log of its share."""
-    run = engine(spike_and_slab, num_steps=100).run(width, share, dim)
+    run = engine(spike_and_slab, num_steps=50).run(width, share, dim, shift)
     assert abs(float(run.lower)) < 0.02 + 5.0 * float(run.std_error)
     assert float(run.std_error) < 0.03
     assert run.diagnostics == ()
+
+
+@pytest.mark.parametrize(
+    ("width", "share", "shift"), [(0.1, 0.9, 0.0), (0.02, 0.9, 0.4), (0.05, 0.5, 0.4)]
+)
+def test_a_run_from_the_prior_says_which_phase_it_overlooked(width, share, shift):
+    options = {"num_chains": 32, "num_steps": 60, "progress_bar": False, "seed": 0}
+    with pytest.warns(AnnealingWarning, match="no or too few chains ended there"):
+        run = AnnealedImportance(spike_and_slab, None, **options).run(width, share, 10, shift)
+    assert float(run.lower) < 0.5 * math.log(1.0 - share)
+    (found,) = [each for each in run.diagnostics if each.name == "modes"]
+    # what it missed over what it found: the shares of both phases
+    expected = math.exp(-float(run.lower)) * share
+    assert found.value == pytest.approx(expected, rel=0.05)
+
+
+def test_a_run_from_the_prior_that_entered_both_phases_passes():
+    """In one dimension chains fall into the spike; its Gaussian and their ends then agree."""
+    options = {"num_chains": 512, "num_steps": 100, "progress_bar": False, "seed": 0}
+    run = AnnealedImportance(spike_and_slab, None, **options).run(0.1, 0.5, 1, 0.4)
+    assert abs(float(run.lower)) < 5.0 * float(run.std_error)
+    assert "modes" not in {found.name for found in run.diagnostics}
+
+
+def three_phases(data):
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+    near, middle, far = (dist.Normal(loc, 0.01).log_prob(x).sum() for loc in (-2.0, 0.5, 4.0))
+    pyro.factor("phases", torch.logaddexp(torch.logaddexp(near, middle), far))
+    with pyro.plate("data", len(data)):  # one sum per datum is no phase
+        terms = dist.Normal(torch.tensor([0.0, 9.0]), 50.0).log_prob(data[:, None])
+        pyro.sample("y", dist.Normal(x[0] + terms.logsumexp(-1), 1e4), obs=data)
+
+
+def test_every_term_of_a_mixture_in_the_model_is_a_branch():
+    arguments = ((torch.arange(5.0),), {})
+    problem = prepare(
+        three_phases,
+        None,
+        arguments,
+        arguments,
+        num_chains=2,
+        batch_plates="auto",
+        compile=False,
+        seed=0,
+    )
+    optima, spent = branch_optima(problem.model, torch.zeros(3), torch.Generator())
+    assert spent > 0
+    found = optima.mean(-1).sort().values
+    assert torch.allclose(found, torch.tensor([-2.0, 0.5, 4.0]).to(found), atol=1e-2)
+    assert len(branch_optima(_plain().model, torch.zeros(1), torch.Generator())[0]) == 0
+
+
+def _plain():
+    arguments = ((X,), {})
+    options = {"num_chains": 2, "batch_plates": "auto", "compile": False, "seed": 0}
+    return prepare(two_modes, None, arguments, arguments, **options)
+
+
+def test_a_population_weighs_what_the_base_misses():
+    """A base that knows one of two modes; particles from the prior find the other."""
+    problem = _plain()
+    rows = Rows(problem.density, 128, 0)
+    base = dist.Normal(torch.tensor([3.0]).to(problem.layout.dtype), 0.2)
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(8):
+        found = draw_population(
+            rows,
+            problem.draw_prior,
+            lambda count: base.sample((count,)),
+            lambda position: base.log_prob(position).sum(-1),
+            generator,
+        )
+        shares.append(float(found.weights[found.position[:, 0] < 0.0].sum()))
+        assert float(found.weights.sum()) == pytest.approx(1.0)
+    low = quad(lambda z: _normal(z, 0.5, 3.0) * _normal(9.0, z**2, 0.5), -5, 0, points=[-3])[0]
+    expected = low / math.exp(_truth())
+    # both sides count, and the base's knows nothing of it: between a half and all of the truth
+    error = np.std(shares) / math.sqrt(len(shares))
+    assert 0.45 * expected - 4.0 * error < np.mean(shares) < expected + 4.0 * error
+    assert np.mean(shares) > 4.0 * error
 
 
 def far_modes(loc):

@@ -441,8 +441,9 @@ def main():
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    rows = []
-    for index in range(options.problems):
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows = [{k: (math.nan if v is None else v) for k, v in r.items()} for r in rows]
+    for index in range(len(rows), options.problems):
         rows.append(study(index, options.seed))
         _write(options.output, options.seed, rows)
         last = rows[-1]

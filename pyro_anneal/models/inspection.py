@@ -97,7 +97,8 @@ def inspect_model(
         undeclared = describe_undeclared(trace, enumerated)
         batch = find_batch(trace, guide_trace, batch_plates)
         sites = _make_sites(trace, batch, enumerated)
-        is_static = not sites or supports_are_static(model, model_args, trace, second[0], sites)
+        names = [site.name for site in sites]
+        is_static = not sites or supports_are_static(model, model_args, trace, second[0], names)
         guarded = moving_supports(trace, second[0])
         guarded += tuple(site.name for site in sites if has_bounds(site))
     check_observed(model, model_args, trace, guarded)

@@ -49,7 +49,7 @@ def find_overlooked(frozen: Frozen, run: AnnealedRun, journal: Journal) -> Diagn
         journal: Where the finding is kept.
 
     Returns:
-        A warning whose value is the overlooked mass over the run's evidence, or None: where nothing was
+        A warning whose value is the overlooked mass over the run's evidence, or None where nothing was
         found, and where fits are not to be had (batches, many dimensions or data, no gradients).
     """
     problem, kernel = frozen.problem, frozen.path.kernel

@@ -19,7 +19,8 @@ from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..results.run import AnnealedRun
 from .blocks import Ends
-from .run import around_paths, forward, group, loop_for, reverse
+from .freezing import group, loop_for
+from .run import around_paths, forward, reverse
 from .settings import Frozen
 
 __all__ = ["Done", "in_rounds", "run_back", "run_both", "run_forward"]

@@ -45,7 +45,7 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("page", ["start", "coming_from", "extend"])
+@pytest.mark.parametrize("page", ["start", "coming_from", "extend", "losses"])
 def test_code_runs(page, monkeypatch):
     """The python blocks of a page run in order, in torch's own default dtype, from short fits."""
     fit = functools.partial(gaussian_fit.fit_gaussian, num_newton=4, num_ascent=20)
@@ -169,7 +169,7 @@ def test_table_of_diagnostics_is_complete():
         (DOCS / "errors.md").read_text().partition("## Warnings of a run")[2].partition("##")[0]
     )
     listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    sources = [PACKAGE / "diagnostics" / "checks.py", *(PACKAGE / "runs").glob("*.py")]
+    sources = [path for room in ("diagnostics", "runs") for path in (PACKAGE / room).glob("*.py")]
     named = [re.findall(r'^ +name="(\w+)",$', path.read_text(), re.MULTILINE) for path in sources]
     assert listed == {name for names in named for name in names}
 

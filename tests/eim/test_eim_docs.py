@@ -13,7 +13,7 @@ def test_code_of_the_page_runs():
     torch.set_default_dtype(torch.float32)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     # x = 2 under z ~ N(0, 1), x ~ N(z, 1); the page's guide is N(0.8, sqrt .41), exact N(1, sqrt .5).

@@ -212,7 +212,7 @@ def _lay(
         plan = settings.plan
         is_fitted = settings.pilot is None and settings.guide == "auto"
         if is_fitted and is_dear(problem.density, problem.layout.dim):
-            plan = replace(plan, pilot=_SHORT_PILOT)
+            plan = replace(plan, pilot=_SHORT_PILOT, fewest_steps=4)
         if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
             kernels = kernels_for(
                 plan.kernel,

@@ -236,7 +236,7 @@ def lineage_memory(position: Tensor, ancestors: Tensor) -> Tensor:
         ancestors: The first chain that each descends from, ``[K, *batch]``.
 
     Returns:
-        The share, ``[*batch]``: 1 where all chains descend from one, 0 where each is alone.
+        The share, ``[*batch]``, 1 where all chains descend from one, 0 where each is alone.
     """
     count = len(position)
     ranks = position.argsort(0).argsort(0).double()

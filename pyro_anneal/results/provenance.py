@@ -12,6 +12,7 @@ import torch
 
 from .._version import __version__
 from .files import stored
+from .tables import format_fields
 
 __all__ = ["Provenance", "differing_versions", "installed_versions", "joint_record"]
 
@@ -47,6 +48,40 @@ class Provenance:
     seconds: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+
+    def summary(self) -> str:
+        """Formats the record as a table, which is also what ``print`` shows.
+
+        Example:
+            >>> print(
+            ...     Provenance(
+            ...         task="run",
+            ...         seed=0,
+            ...         kernel="HMC()",
+            ...         settings={"guide": "auto"},
+            ...         seconds={"total": 2.5},
+            ...         gradients={"chains": 1999},
+            ...         versions={"torch": "2.13.0"},
+            ...     )
+            ... )
+            How the result of run was computed
+              seed       0
+              kernel     HMC()
+              device     cpu
+              guide      auto
+              wall time  2.50 s in all
+              gradients  chains 1999
+              versions   torch 2.13.0
+        """
+        known = {"seed": str(self.seed), "kernel": self.kernel, "device": self.device}
+        fields = [*known.items(), *self.settings.items()]
+        fields.append(("wall time", self.describe_seconds()))
+        for name, parts in (("gradients", self.gradients), ("versions", self.versions)):
+            fields.append((name, ", ".join(f"{key} {value}" for key, value in parts.items())))
+        return format_fields(f"How the result of {self.task} was computed", fields)
+
+    def __str__(self) -> str:
+        return self.summary()
 
     def describe_seconds(self) -> str:
         """Formats the wall time.

@@ -49,7 +49,7 @@ def find_overlooked(frozen: Frozen, run: AnnealedRun, journal: Journal) -> Diagn
         journal: Where the finding is kept.
 
     Returns:
-        A warning whose value is the overlooked mass over the run's evidence, or None: where nothing was
+        A warning whose value is the overlooked mass over the run's evidence, or None where nothing was
         found, and where fits are not to be had (batches, many dimensions or data, no gradients).
     """
     problem, kernel = frozen.problem, frozen.path.kernel
@@ -58,7 +58,8 @@ def find_overlooked(frozen: Frozen, run: AnnealedRun, journal: Journal) -> Diagn
         return None
     size = rows_at_once(problem.density, layout.dim)
     rows = Rows(problem.density, size, 0)
-    can = problem.density.mode == "graph" and needs_gradients(kernel) and run.num_steps > 1
+    recorded = problem.density.mode in ("graph", "compiled") and frozen.compile != "density"
+    can = recorded and needs_gradients(kernel) and run.num_steps > 1
     if not can or rows.is_dear or lattice_of(layout) is not None or not run.posterior:
         return None
     if frozen.chain_batch_size is not None and frozen.chain_batch_size < size:

@@ -169,7 +169,7 @@ def test_table_of_diagnostics_is_complete():
         (DOCS / "errors.md").read_text().partition("## Warnings of a run")[2].partition("##")[0]
     )
     listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    sources = [PACKAGE / "diagnostics" / "checks.py", *(PACKAGE / "runs").glob("*.py")]
+    sources = [path for room in ("diagnostics", "runs") for path in (PACKAGE / room).glob("*.py")]
     named = [re.findall(r'^ +name="(\w+)",$', path.read_text(), re.MULTILINE) for path in sources]
     assert listed == {name for names in named for name in names}
 

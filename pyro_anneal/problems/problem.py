@@ -250,6 +250,7 @@ def finish(
             else:
                 start = make_start(problem.model, example)
             problem = _started(problem, start)
+            prior_weight = prior_weight or start.prior_weight
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))

@@ -13,7 +13,7 @@ exponentially many draws where an observation is informative; annealing does not
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,22 +126,8 @@ def ais_eig(
         runs.append(experiment.check(sandwich))
         return runs[-1]
 
-    observations = experiment.labels.observations
-    evidence = bound(observations, guide)
-    if experiment.nuisances:
-        # The guide speaks of all latents; with the targets observed the prior starts the chains.
-        start = guide if isinstance(guide, str) else None
-        joint = bound((*experiment.targets, *observations), start)
-        prior = experiment.log_prior_of_targets()
-        if prior is None:  # it depends on nuisances, and needs bounds of its own
-            targets = bound(experiment.targets, start)
-            lower, upper = joint.lower - targets.upper, joint.upper - targets.lower
-        else:
-            lower, upper = joint.lower - prior, joint.upper - prior
-    else:
-        if evidence.true_log_likelihood is None:
-            raise ValueError("the sandwich kept no log likelihood of its pairs")
-        lower = upper = evidence.true_log_likelihood
+    evidence = bound(experiment.labels.observations, guide)
+    lower, upper = _log_likelihood(experiment, evidence, guide, bound)
     pair_lower, pair_upper = lower - evidence.upper, upper - evidence.lower
     middle = 0.5 * (pair_lower + pair_upper)
     slope = experiment.gradient(middle) if gradient else None
@@ -157,6 +143,28 @@ def ais_eig(
         diagnostics=(*few_pairs(num_pairs), *_findings(runs)),
         provenance=_record(runs, began, num_pairs),
     )
+
+
+def _log_likelihood(
+    experiment: Experiment,
+    evidence: Sandwich,
+    guide: Fn | str | None,
+    bound: Callable[[Sequence[str], Fn | str | None], Sandwich],
+) -> tuple[Tensor, Tensor]:
+    """Bounds the log likelihood of the targets from both sides; it is known without nuisances."""
+    if not experiment.nuisances:
+        if evidence.true_log_likelihood is None:
+            raise ValueError("the sandwich kept no log likelihood of its pairs")
+        return evidence.true_log_likelihood, evidence.true_log_likelihood
+    # The guide speaks of all latents; with the targets observed the prior starts the chains.
+    start = guide if isinstance(guide, str) else None
+    joint = bound((*experiment.targets, *experiment.labels.observations), start)
+    prior = experiment.log_prior_of_targets()
+    if prior is not None:
+        return joint.lower - prior, joint.upper - prior
+    # It depends on nuisances, and needs bounds of its own.
+    targets = bound(experiment.targets, start)
+    return joint.lower - targets.upper, joint.upper - targets.lower
 
 
 def _findings(runs: Sequence[Sandwich]) -> tuple[Diagnostic, ...]:

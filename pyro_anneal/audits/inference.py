@@ -64,8 +64,8 @@ class _Audit:
     make_args: MakeArgs | None
     num_draws: int
     seed: int
-    layout: Layout | None = None
-    is_guide: bool | None = None
+    layout: Layout = field(init=False)  # known with the first data set
+    is_guide: bool | None = None  # likewise
     is_compared: bool = False  # whether guide and model were found to have the same sites
     densities: Densities = field(default_factory=Densities)
 
@@ -76,10 +76,9 @@ class _Audit:
             data = simulate_data(
                 self.model, self.arguments, self.fixed, self.make_args, check=index == 0
             )
-            if self.layout is None:
-                self.layout = self._inspect(data)
             called = None
             if self.is_guide is None:
+                self.layout = self._inspect(data)
                 self.is_guide, called = self._kind(data)
             if self.is_guide:
                 return self._from_guide(data, seed)
@@ -101,7 +100,6 @@ class _Audit:
         if is_autoguide(self.inference):
             check_guide(self.inference)
             return True, None
-        assert self.layout is not None
         called = self._call(data)
         found = called[0]
         shapes = {site.name: len(site.value_shape) for site in self.layout.model_sites}
@@ -147,7 +145,6 @@ class _Audit:
 
     def _from_guide(self, data: SimulatedData, seed: int) -> _Outcome:
         """Ranks draws of the guide, and compares densities, which are known."""
-        assert self.layout is not None
         model = ModelDensity(data.model, self.layout, self.arguments)
         guide_args = data.arguments if sees_arguments(self.inference) else self.arguments
         if not self.is_compared:
@@ -171,7 +168,6 @@ class _Audit:
 
     def _from_draws(self, data: SimulatedData, found: object, seed: int) -> _Outcome:
         """Ranks draws, and compares the posterior with a density fitted to them."""
-        assert self.layout is not None
         values = read_draws(found, self.layout)
         chosen = self._thinned(values)
         model = ModelDensity(data.model, self.layout, self.arguments)
@@ -201,7 +197,6 @@ class _Audit:
 
     def _exact(self, model: ModelDensity, data: SimulatedData) -> Tensor:
         """Packs the exact posterior sample."""
-        assert self.layout is not None
         names = [site.name for site in self.layout.sites]
         known = data.simulation.unconstrained
         latents = {name: data.simulation.latents[name] for name in names}
@@ -232,7 +227,6 @@ class _Audit:
         lower: float,
         upper: float,
     ) -> _Outcome:
-        assert self.layout is not None
         generator = seeded_generator(torch.device("cpu"), seed, "ranks")
         ranks, uniforms = {}, {}
         count = len(log_joint) - 1

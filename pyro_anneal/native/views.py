@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from .arguments import Args, OpOverload
 from .values import CannotGenerate, Value
 
-__all__ = ["expanded", "transposed", "view_of"]
+__all__ = ["SPLITS", "expanded", "transposed", "view_of"]
 
 aten = torch.ops.aten
 Copy = Callable[[Value], Value]
@@ -23,6 +24,7 @@ _RESHAPES = (
     aten.unsqueeze.default,
     aten.flatten.using_ints,
 )
+SPLITS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 
@@ -99,7 +101,7 @@ def _parts(value: Value, size: Any, dim: int = 0) -> tuple[Value, ...]:
     return tuple(parts)
 
 
-def view_of(target: Any, args: Any, shape: tuple[int, ...], copied: Copy) -> Any:
+def view_of(target: OpOverload, args: Args, shape: tuple[int, ...], copied: Copy) -> Any:
     """Returns a view, where the operation makes one.
 
     Args:

@@ -96,7 +96,7 @@ def drawn_base(model: ModelDensity, values: Mapping[str, Tensor]) -> DrawnBase:
     if chains * count < 10:
         raise ValueError(f"a base needs at least 10 draws, got {chains * count}")
     flat = {name: value.flatten(0, 1) for name, value in values.items()}
-    best: tuple[float, DrawnBase] | None = None
+    scored: list[tuple[float, DrawnBase]] = []
     candidates = _coordinates(model, {name: value[0] for name, value in flat.items()})
     for candidate in candidates:
         positions = pack_draws(candidate, flat)
@@ -106,11 +106,9 @@ def drawn_base(model: ModelDensity, values: Mapping[str, Tensor]) -> DrawnBase:
         score = 0.0
         if len(candidates) > 1:
             score = _divergence(candidate, base, positions)
-        if best is None or score < best[0]:
-            where = ", non-centred" if candidate.layout.noncentred else ""
-            best = score, DrawnBase(candidate, base, kind + where)
-    assert best is not None
-    return best[1]
+        where = ", non-centred" if candidate.layout.noncentred else ""
+        scored.append((score, DrawnBase(candidate, base, kind + where)))
+    return min(scored, key=lambda pair: pair[0])[1]
 
 
 def _coordinates(model: ModelDensity, values: dict[str, Tensor]) -> list[ModelDensity]:

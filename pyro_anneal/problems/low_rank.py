@@ -19,6 +19,7 @@ covariance structure*; Roeder, Wu and Duvenaud (2017) for the gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def fit_low_rank(
     rank = min(rank, dim)
     scale = _Probes(rows, origin, generator).diagonal()
     loc = _find_mode(rows, origin, scale, num_mode, progress)
-    best: LowRankFit | None = None
+    best: list[LowRankFit] = []  # after each round
     noise = _noise(loc, count, generator)
     for number in range(num_rounds):
         points = scale.place(loc, _noise(loc, 8, generator)) if number else loc.unsqueeze(0)
@@ -125,23 +126,23 @@ def fit_low_rank(
                 scale = _lanczos(rows, points, probes.diagonal(scale), rank, generator)
         else:
             scale = _lanczos(rows, points, scale, rank, generator)
+        fits = best[-1:]
         for new_loc, new_scale in ((loc, scale), *_ascend(rows, loc, scale, count, generator)):
             values, _ = rows(new_scale.place(new_loc, noise))
             entropy = new_scale.log_det + 0.5 * dim * (1.0 + math.log(2.0 * math.pi))
             elbo = (values.mean(0) + entropy).nan_to_num(nan=-torch.inf)
-            fit = LowRankFit(new_loc, new_scale, elbo, 0)
-            best = fit if best is None else _better(fit, best)
-        assert best is not None
-        loc, scale = best.loc, best.scale
+            fits.append(LowRankFit(new_loc, new_scale, elbo, 0))
+        best.append(functools.reduce(lambda old, new: _better(new, old), fits))
+        loc, scale = best[-1].loc, best[-1].scale
         progress(60)
-    assert best is not None
-    if not bool(best.elbo.isfinite().all()):
+    final = best[-1]
+    if not bool(final.elbo.isfinite().all()):
         raise ValueError(
             'guide="auto" found no density around the unconstrained origin for '
-            f"{int((~best.elbo.isfinite()).sum())} of {best.elbo.numel()} batch elements: start "
+            f"{int((~final.elbo.isfinite()).sum())} of {final.elbo.numel()} batch elements: start "
             "from the prior (guide=None) or pass a guide"
         )
-    return LowRankFit(best.loc, best.scale, best.elbo, rows.count)
+    return LowRankFit(final.loc, final.scale, final.elbo, rows.count)
 
 
 def _better(new: LowRankFit, old: LowRankFit) -> LowRankFit:

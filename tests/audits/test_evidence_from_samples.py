@@ -173,7 +173,7 @@ def test_file_frame_and_picture(grouped, tmp_path):
     assert found.to_dataframe()["bridge"].item() == found.estimate.value.item()
     pytest.importorskip("matplotlib")
     labels = [text.get_text() for text in found.plot().axes[0].get_yticklabels()]
-    assert labels == ["lower", "bridge", "thames"]
+    assert labels == ["annealed lower bound", "bridge sampling", "truncated harmonic mean"]
 
 
 def test_upper_needs_exact_draws(grouped):

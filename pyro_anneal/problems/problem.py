@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ..graphs.captured import capture
-from ..graphs.evaluation import evaluate_or_nan
+from ..graphs.evaluation import LINALG_ERROR, FailuresAsNaN, evaluate_or_nan
 from ..graphs.purity import undisturbed
 from ..graphs.recorded import RecordedDensity
 from ..graphs.rewriting import Impure
@@ -120,7 +120,13 @@ class Problem:
         names = [site.name for site in self.layout.model_sites]
 
         def values(chain: Tensor) -> dict[str, Tensor]:
-            found = self.model.unpack(chain)
+            try:
+                found = self.model.unpack(chain)
+            except (
+                LINALG_ERROR
+            ):  # of a likelihood, say: the values of latents are known all the same
+                with FailuresAsNaN():
+                    found = self.model.unpack(chain)
             return {name: found[name] for name in names}
 
         with torch.no_grad():

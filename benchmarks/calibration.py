@@ -328,6 +328,7 @@ def study(index, seed):
         "lower": lower,
         "upper": upper,
         "std_error": std_error,
+        "width": ends[0.95][1] - ends[0.95][0],
         "covers": {str(level): low <= truth <= high for level, (low, high) in ends.items()},
         "bounds_cover": lower <= truth <= upper,
         "asymptotic_covers": abs(lower - truth) <= 1.96 * std_error + 1e-6,
@@ -345,6 +346,7 @@ def _share(rows, condition):
 def summarize(rows):
     """Computes coverage, widths, and how often failures were flagged."""
     gaps = np.array([r["upper"] - r["lower"] for r in rows])
+    widths = np.array([r["width"] for r in rows])
     misses = [r for r in rows if not r["asymptotic_covers"]]
     far = [r for r in rows if abs(r["truth"] - r["lower"]) > 1.0]
     close = [r for r in rows if abs(r["truth"] - r["lower"]) <= 0.1]
@@ -353,7 +355,7 @@ def summarize(rows):
         "problems": len(rows),
         "coverage": {str(v): _share(rows, lambda r, v=v: r["covers"][str(v)]) for v in LEVELS},
         "width_0.95_nats": {
-            name: float(np.quantile(gaps, q) + 2.0 * math.log(2.0 / 0.05))
+            name: float(np.quantile(widths, q))
             for name, q in (("median", 0.5), ("upper decile", 0.9))
         },
         "gap_nats": {"median": float(np.median(gaps)), "mean": float(gaps.mean())},
@@ -439,8 +441,9 @@ def main():
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    rows = []
-    for index in range(options.problems):
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows = [{k: (math.nan if v is None else v) for k, v in r.items()} for r in rows]
+    for index in range(len(rows), options.problems):
         rows.append(study(index, options.seed))
         _write(options.output, options.seed, rows)
         last = rows[-1]

@@ -140,9 +140,11 @@ def problems():
         case = make()
         yield name, case.model, lambda case=case: case.args, case.truth, {}
     yield "brownian, unknown scales", brownian, brownian_data, brownian_truth, {}
-    yield "one Gaussian, d=50", one_gaussian, lambda: (50,), 0.0, PRIOR
-    yield "40 Gaussians, d=50", far_modes, lambda: (_means(40, 40.0),), 0.0, PRIOR
-    yield "10 Student-t, d=50", student_modes, lambda: (_means(10, 10.0),), 0.0, PRIOR
+    yield "one Gaussian, d=50, prior", one_gaussian, lambda: (50,), 0.0, PRIOR
+    far, heavy = lambda: (_means(40, 40.0),), lambda: (_means(10, 10.0),)
+    for options, which in (({}, ""), (PRIOR, ", prior")):
+        yield f"40 Gaussians, d=50{which}", far_modes, far, 0.0, options
+        yield f"10 Student-t, d=50{which}", student_modes, heavy, 0.0, options
 
 
 def measure(model, args, truth, *, seed, steps, options):

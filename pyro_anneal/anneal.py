@@ -28,12 +28,12 @@ from .results.run import AnnealedRun
 from .results.sandwich import Sandwich, check_names
 from .runs.batches import as_arguments, run_batches
 from .runs.exact import exact_run
+from .runs.freezing import freeze
 from .runs.overlooked import find_overlooked
 from .runs.pairs import PairSum, simulate_pairs
 from .runs.progress import follow_call
 from .runs.provenance import record_batches, record_call
 from .runs.rounds import Done, in_rounds, run_back, run_forward
-from .runs.run import freeze
 from .runs.scout import scout_run
 from .runs.settings import Frozen, Settings
 

@@ -23,6 +23,7 @@ upper bound (BDMC).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -399,6 +400,7 @@ def level_of_look(level: float, look: int) -> float:
     return level if look == 0 else 1.0 - (1.0 - level) / 2.0**look
 
 
+@lru_cache(maxsize=4096)
 def block_margin(num_blocks: int, num_kept: int, level: float = 0.95) -> float:
     r"""Computes how far :func:`limit_of_blocks` lies below the m-th largest of R bounds.
 

@@ -22,8 +22,9 @@ from ..problems.problem import Problem
 from ..results.drawn import EvidenceFromSamples
 from ..results.provenance import Provenance
 from ..results.run import Estimate
+from ..runs.freezing import freeze
 from ..runs.progress import follow_call
-from ..runs.run import forward, freeze, reverse
+from ..runs.run import forward, reverse
 from ..runs.settings import Frozen, Settings
 from .bridge import bridge, pareto_k, series_ess, truncated_harmonic_mean
 from .findings import diagnose_evidence

@@ -168,7 +168,6 @@ def expected_gap(variance: float, num_chains: int) -> float:
     return min(2.0 * float(loss.mean()), variance)
 
 
-@lru_cache(maxsize=64)
 def choose_blocks(
     num_chains: int, variance: float = math.nan, *, num_units: int = 0, num_data: int = 1
 ) -> Blocks:
@@ -193,8 +192,14 @@ def choose_blocks(
         >>> choose_blocks(64, 4.0).num_blocks
         4
     """
-    units = num_units or num_chains
     variance = min(_UNKNOWN_VARIANCE if math.isnan(variance) else variance, 100.0)
+    # a guess, so that two digits will do, and data sets that are alike share what follows
+    return _best_blocks(num_chains, float(f"{variance:.2g}"), num_units, num_data)
+
+
+@lru_cache(maxsize=256)
+def _best_blocks(num_chains: int, variance: float, num_units: int, num_data: int) -> Blocks:
+    units = num_units or num_chains
     simulated = min(units, _SIMULATED_CHAINS)
     # means over several chains vary less: of log-normal weights by as much as this
     sigma = math.sqrt(math.log1p(math.expm1(variance) * simulated / num_chains))

@@ -104,6 +104,17 @@ class PilotOutcome(NamedTuple):
     log_evidence: Tensor | None = None  # of sequential Monte Carlo, nats, [*batch]
 
 
+class _Knot(NamedTuple):
+    """What one stage used and found."""
+
+    beta: float
+    log_step: Tensor  # [*batch]
+    log_scale: Tensor  # [*batch, D]
+    length: float  # up to here, from 0
+    accept: float
+    fraction: float  # effective particles that the stage before kept
+
+
 def run_pilot(
     density: Density,
     kernel: Kernel,
@@ -128,17 +139,15 @@ def run_pilot(
     """
     alive = state.log_ratio() > -torch.inf
     state = _revive(state)
-    beta, stage, length = 0.0, 0, 0.0
+    beta, stage, length, fraction, num_moves = 0.0, 0, 0.0, 1.0, 0
     log_scale = log_scale_of(state.position, None)
     dim = state.position.shape[-1]
     log_step = torch.full_like(log_scale[..., 0], -0.25 * math.log(dim))
     if isinstance(kernel, SeveralStepSizes):
         ones = [1] * log_step.dim()
         log_step = log_step.unsqueeze(-1).repeat(*ones, kernel.num_step_sizes)
-    knots, steps, scales, lengths, accepts, fractions = [], [], [], [], [], []
+    knots: list[_Knot] = []
     fluctuations = Fluctuations()
-    num_moves = 0
-    fraction = 1.0
     log_evidence = alive.double().mean(0).log()
     while True:
         moves = settings.num_moves * (3 if stage == 0 else 1)
@@ -153,12 +162,7 @@ def run_pilot(
             first_gain=1.5 if stage == 0 else 0.8,
         )
         num_moves += moves
-        knots.append(beta)
-        steps.append(log_step)
-        scales.append(log_scale)
-        lengths.append(length)
-        accepts.append(accept)
-        fractions.append(fraction)
+        knots.append(_Knot(beta, log_step, log_scale, length, accept, fraction))
         fluctuations.stage(beta, ratios)
         progress(beta)
         if beta >= 1.0:
@@ -167,16 +171,16 @@ def run_pilot(
         stage += 1
         beta = 1.0 if stage >= settings.max_stages or increment >= 1.0 - beta else beta + increment
         length += math.sqrt(max(-math.log(max(fraction, 1e-300)), 0.0))
-        log_evidence = log_evidence + _log_mean_weight(state, beta - knots[-1])
-        state, ancestors = _reweight(state, beta - knots[-1], generator)
+        log_evidence = log_evidence + _log_mean_weight(state, beta - knots[-1].beta)
+        state, ancestors = _reweight(state, beta - knots[-1].beta, generator)
         fluctuations.resample(ancestors)
         log_scale = log_scale_of(state.position, log_scale)
-    tuning = TuningTable(tuple(knots), _smooth(torch.stack(steps)), _smooth(torch.stack(scales)))
+    betas, steps, scales, lengths, accepts, fractions = zip(*knots, strict=True)
     return PilotOutcome(
-        tuning=tuning,
-        lengths=tuple(lengths),
-        accept_prob=tuple(accepts),
-        ess_fraction=tuple(fractions),
+        tuning=TuningTable(betas, _smooth(torch.stack(steps)), _smooth(torch.stack(scales))),
+        lengths=lengths,
+        accept_prob=accepts,
+        ess_fraction=fractions,
         num_gradients=1 + num_moves * kernel.num_gradients,
         num_chains=state.position.shape[0],
         position=state.position,

@@ -33,6 +33,7 @@ class Plan:
         target_gap: Error in nats per datum that rounds go on to reach; None for ``num_steps``.
         max_rounds: Largest number of rounds.
         resampling: Whether chains resample among each other; ``"auto"`` leaves it to the pilot.
+        fewest_steps: T of the first of several rounds, on a short path.
     """
 
     num_chains: int
@@ -44,6 +45,7 @@ class Plan:
     target_gap: float | None
     max_rounds: int = 8
     resampling: bool | str = False
+    fewest_steps: int = 16
 
     @property
     def kernel(self) -> Kernel:

@@ -44,7 +44,7 @@ from .pilot import PilotOutcome, largest_log_step, log_scale_of
 
 __all__ = ["Goal", "Round", "first_steps", "refine"]
 
-_FEWEST, _MOST_AT_FIRST = 16, 64
+_MOST_AT_FIRST = 64
 _FAR = 2.5  # errors beyond as many targets quadruple T
 _NEAR = 1.5  # a predicted error within as many targets may be the last
 _LARGEST_CHANGE = 0.7  # of a log step size or log scale from one round to the next
@@ -140,20 +140,21 @@ class Goal:
         return Round(number, steps, look, looks_before, is_last, chains)
 
 
-def first_steps(length: float) -> int:
+def first_steps(length: float, fewest: int = 16) -> int:
     """Chooses T of the first round: a few steps, more where a step would go too far.
 
     Args:
         length: Thermodynamic length of the path.
+        fewest: Steps on a short path.
 
     Returns:
-        16, 32 or 64.
+        ``fewest``, or it doubled some times, up to 64.
 
     Example:
         >>> first_steps(1.0), first_steps(9.0)
         (16, 64)
     """
-    steps = _FEWEST
+    steps = fewest
     while steps < min(_MOST_AT_FIRST, length**2):
         steps *= 2
     return steps

@@ -133,7 +133,7 @@ def tune(
     kept = once("pilot", lambda: particles.walk(plan.kernel, plan.pilot, plan.num_chains))
     found = Found(_outcome(kept, example), kept["seconds"], plan)
     if plan.target_gap is not None:
-        plan = plan.with_steps(first_steps(sum(found.outcome.pieces.lengths)))
+        plan = plan.with_steps(first_steps(sum(found.outcome.pieces.lengths), plan.fewest_steps))
     return lay_path(found, plan, example)
 
 

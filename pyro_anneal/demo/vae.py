@@ -21,7 +21,8 @@ from ..datasets.images import load_digits
 from ..losses import TVO
 from ..models.types import Axes
 from ..results.mutual_information import MutualInformation
-from ..results.plotting import plot_log_weights, plot_thermodynamic_curve, pyplot
+from ..results.plot_axes import pyplot
+from ..results.plotting import plot_log_weights, plot_thermodynamic_curve
 from ..results.run import AnnealedRun
 from ..results.sandwich import Sandwich
 

@@ -117,7 +117,7 @@ def check_lineages(
         severity="warning",
         message=(
             f"{run.num_chains} resampled chains descend from as few as {least} of those at the "
-            f"start{_of_batch(few)}: and ended apart by ancestor: modes may have died "
+            f"start{_of_batch(few)}, and ended apart by ancestor: modes may have died "
             "out on the way, and the evidence is "
             "rather too low than its standard error says; raise num_steps or num_chains, or start "
             "closer to the posterior (another guide)"

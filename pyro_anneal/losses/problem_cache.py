@@ -281,6 +281,7 @@ class ProblemCache:
             num_chains=self.num_chains,
             batch_plates="auto",
             compile=False,
+            native=self.compile is not False,
             seed=0,
             widen=False,
         )

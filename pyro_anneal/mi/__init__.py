@@ -14,7 +14,14 @@ from ..results.mutual_information import MutualInformation
 from .ais import AIS
 from .base import Bound
 from .contrastive import MINE_DV, MINE_F, InfoNCE
-from .critics import ConcatCritic, Critic, RelativeCritic, SeparableCritic, pairwise_scores
+from .critics import (
+    ConcatCritic,
+    Critic,
+    LikelihoodCritic,
+    RelativeCritic,
+    SeparableCritic,
+    pairwise_scores,
+)
 from .importance import IWAE, RIWAE, StructuredInfoNCE
 from .joints import DistributionJoint, Joint
 from .mine_ais import MINEAIS
@@ -37,6 +44,7 @@ __all__ = [
     "DistributionJoint",
     "InfoNCE",
     "Joint",
+    "LikelihoodCritic",
     "MutualInformation",
     "PyroJoint",
     "RelativeCritic",

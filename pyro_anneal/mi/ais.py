@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..arguments import as_real
 from ..chains.pilot import Pilot
 from ..kernels import Kernel
+from ..persistence.fingerprints import describe_name, described
 from ..results.findings import Diagnostic
 from ..results.mutual_information import FEW_PAIRS, MutualInformation
 from ..schedules import Schedule
@@ -47,7 +49,11 @@ class AIS(Bound):
         model: The full joint: a Pyro model or a joint.
         guide: Base of the path, q(z|x), called with x; the prior if None.
         num_chains: K chains per pair and direction.
-        num_steps: T weight increments.
+        num_steps: T weight increments; 1000 if neither this nor ``target_gap`` is given.
+        target_gap: Mean gap over pairs, in nats, that T is chosen for: rounds of more and more steps
+            on the first batch of an estimate go on until their gap is below it, and are then
+            dropped. Chains of that length are run anew for all batches.
+        max_rounds: Largest number of rounds; T is at most ``64 * 2 ** (max_rounds - 1)``.
         lower: Which upper bound on log p(x) gives the lower bound on I.
         upper: Which lower bound on log p(x) gives the upper bound on I; ``"CR"`` costs K - 1 more
             reverse chains per pair.
@@ -64,6 +70,9 @@ class AIS(Bound):
             nat. Populations then take the place of chains in all bounds but ``"IR"``.
         compile: ``"auto"`` compiles chunks of steps when the batches to come repay it; True or
             False decide.
+        checkpoint: File to keep finished batches of an ``estimate`` in. The same call, with the same
+            pairs or seed, goes on where the file ends, and gives the same numbers. Its
+            ``batch_size`` is how much can be lost.
 
     Raises:
         ValueError: If the full joint is not known, a number is below 1, or ``"IR"`` is asked for
@@ -88,7 +97,9 @@ class AIS(Bound):
         guide: Callable[..., Any] | None = None,
         *,
         num_chains: int = 16,
-        num_steps: int = 1000,
+        num_steps: int | None = None,
+        target_gap: float | None = None,
+        max_rounds: int = 8,
         lower: MultiSample = "CR",
         upper: MultiSample = "IM",
         posterior: Callable[[Tensor, int], Tensor] | None = None,
@@ -99,8 +110,10 @@ class AIS(Bound):
         prior_weight: float = 0.0,
         resampling: bool | str = "auto",
         compile: bool | str = "auto",
+        checkpoint: str | Path | None = None,
     ) -> None:
         super().__init__(model=model, guide=guide)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.prior_weight = as_real("prior_weight", prior_weight)
         if not 0.0 <= self.prior_weight < 1.0:
             raise ValueError(f"prior_weight must lie in [0, 1), got {prior_weight}")
@@ -109,6 +122,8 @@ class AIS(Bound):
         self.annealer = Annealer(
             num_chains=num_chains,
             num_steps=num_steps,
+            target_gap=target_gap,
+            max_rounds=max_rounds,
             kernel=kernel,
             schedule=schedule,
             pilot=pilot,
@@ -116,6 +131,7 @@ class AIS(Bound):
             resampling=resampling,
             compile=compile,
         )
+        self._chosen_steps: int | None = None  # by rounds on an estimate's first batch
         for kind in (lower, upper):
             if kind not in ("IM", "CR", "IR", "single"):
                 raise ValueError(f'the bound must be "IM", "CR", "IR" or "single", got {kind!r}')
@@ -173,6 +189,8 @@ class AIS(Bound):
             posterior=posterior,
             coupled_lower=self.upper_kind == "CR",
             num_batches=self._num_batches,
+            num_steps=self._chosen_steps,
+            gap=lambda weights: weights.upper(self.lower_kind) - weights.lower(self.upper_kind),
         )
         log_base, log_joint = log_densities(z.unsqueeze(0))
         return weights, (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
@@ -189,7 +207,41 @@ class AIS(Bound):
         statistics |= {f"{k} upper": log_likelihood - weights.lower(k) for k in sorted(lowers)}
         statistics["variational"] = variational
         statistics["accept_prob"] = torch.full_like(log_likelihood, float(weights.accept_prob))
+        statistics["num_steps"] = torch.full_like(log_likelihood, weights.num_steps)
         return statistics
+
+    def _measured(self, *args: Any) -> Iterator[Any]:
+        try:
+            for pair, statistics in super()._measured(*args):
+                if self.annealer.target_gap is not None:  # also where a checkpoint had the batch
+                    self._chosen_steps = int(statistics["num_steps"][0])
+                yield pair, statistics
+        finally:
+            self._chosen_steps = None
+
+    def _identity(self) -> dict[str, str]:
+        plan = self.annealer.plan
+        options = {
+            "guide": "none" if self.guide is None else describe_name(self.guide),
+            "prior_weight": repr(self.prior_weight),
+            "bounds": f"{self.lower_kind} lower, {self.upper_kind} upper",
+        }
+        for name in ("num_chains", "num_steps", "target_gap", "max_rounds", "resampling"):
+            options[name] = repr(getattr(plan, name))
+        for name in ("kernels", "betas", "step_size", "pilot"):
+            options[name] = described(name, getattr(plan, name))
+        return super()._identity() | options
+
+    def _content(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        assert self.joint is not None
+        content = super()._content(x, z) | {
+            "log p(x|z)": self.joint.log_likelihood(x, z),
+            "log p(z)": self.joint.log_prior(z, x),
+        }
+        return content if self.guide is None else content | {"log q(z|x)": self._log_guide(x, z)}
+
+    def _log_guide(self, x: Tensor, z: Tensor) -> Tensor:
+        return self._condition(x).log_prob(z)
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:
         lower, variational = statistics[f"{self.lower_kind} lower"], statistics["variational"]
@@ -202,7 +254,26 @@ class AIS(Bound):
 
     def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
         result = super()._report(values, controls)
-        return replace(result, diagnostics=(*result.diagnostics, *_check_sides(result)))
+        found = (*_check_sides(result), *_check_target(result, self.annealer.target_gap))
+        return replace(result, diagnostics=(*result.diagnostics, *found))
+
+
+def _check_target(result: MutualInformation, target: float | None) -> tuple[Diagnostic, ...]:
+    """Finds a gap that rounds did not bring to the target."""
+    if target is None:
+        return ()
+    assert result.pair_lower is not None
+    assert result.pair_upper is not None
+    gaps = result.pair_upper - result.pair_lower
+    gap = float(gaps.mean())
+    error = float(gaps.std()) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    if gap - 2.0 * error <= target:
+        return ()
+    message = (
+        f"the bounds are {gap:.3g} nats apart on average, above the target of {target:.3g}, after "
+        f"{int(result.measurements['num_steps'])} steps; raise max_rounds or num_chains"
+    )
+    return (Diagnostic(name="target", severity="info", message=message, value=gap),)
 
 
 def _check_sides(result: MutualInformation) -> tuple[Diagnostic, ...]:

@@ -22,7 +22,7 @@ from ..chains.loop import reversed_paths, run_chains
 from ..chains.path import Carry, Path
 from ..chains.plan import PathOptions
 from ..chains.resampling import Reference, Resampling, systematic_ancestors
-from ..chains.tuning import Particles, tune
+from ..chains.tuning import Particles, Tuned, lay_path, tune
 from ..compiled.choice import with_loop
 from ..compiled.program import LoopedDensity
 from ..graphs.captured import CapturedDensity, capture
@@ -36,6 +36,7 @@ __all__ = ["AnnealedWeights", "Annealer", "PairDensity"]
 # Gradients of a run above which recording the density as a graph repays the two seconds it takes
 # (a Pyro model's gradient then costs about a third).
 _CAPTURE_ABOVE = 1000
+_LARGEST = 64  # steps of a first round at most; every further round may double them
 
 
 class PairDensity:
@@ -82,6 +83,7 @@ class AnnealedWeights(NamedTuple):
     coupled: Tensor  # reverse, from the end of the first forward chain, [K - 1 or 0, N]
     independent: Tensor  # reverse, from other posterior samples, [K - 1 or 0, N]
     accept_prob: Tensor  # of the forward chains, mean over steps, scalar
+    num_steps: int  # number T of weight increments
 
     def upper(self, kind: str) -> Tensor:
         """Computes an upper bound on the log normalizer, shape ``[N]``."""
@@ -125,16 +127,20 @@ class Annealer(PathOptions):
 
     def _recorded(self, density: PairDensity, example: Tensor) -> PairDensity | CapturedDensity:
         """Records the density as a graph where that pays; keeps it where that fails."""
-        gradients = self.plan.num_steps * self.plan.kernel.num_gradients
+        steps = _LARGEST if self.plan.target_gap is not None else self.plan.num_steps
+        gradients = steps * self.plan.kernel.num_gradients
         if self.compile is not True and gradients < _CAPTURE_ABOVE:
             return density
         with warnings.catch_warnings():
             # Our own evaluation runs all chains at once, so nothing is lost without a graph.
             warnings.filterwarnings("ignore", message="the density is evaluated slowly")
             captured = capture(
-                density.one_chain, example, num_chains=self.num_chains, compile=False
+                density.one_chain,
+                example,
+                num_chains=self.num_chains,
+                native=self.compile is not False,
             )
-        return captured if captured.mode == "graph" else density
+        return captured if captured.mode in ("graph", "compiled") else density
 
     def run(
         self,
@@ -146,8 +152,14 @@ class Annealer(PathOptions):
         posterior: Tensor | None = None,
         coupled_lower: bool = False,
         num_batches: int = 1,
+        num_steps: int | None = None,
+        gap: Callable[[AnnealedWeights], Tensor] | None = None,
     ) -> AnnealedWeights:
         """Runs forward and reverse chains for N pairs.
+
+        With a ``target_gap`` rounds of more and more steps come first, until the mean gap over
+        pairs is at the target. They only choose T: their weights are dropped, and chains of that
+        length are run anew, so the choice does not favour pairs whose bounds happened to agree.
 
         Args:
             log_densities: Maps ``z [K, N, *z_event]`` to log densities of base and target.
@@ -158,6 +170,8 @@ class Annealer(PathOptions):
             coupled_lower: Whether to run the chains of the CR lower bound.
             num_batches: Batches of so many pairs to come, this one among them: one compiled program
                 serves all.
+            num_steps: Number T that rounds on another batch have chosen for this one.
+            gap: Measures the gap of each pair, ``[N]``; that of IM lower and CR upper by default.
 
         Returns:
             The log-weights.
@@ -167,53 +181,35 @@ class Annealer(PathOptions):
         def base(count: int) -> Tensor:
             return bijection.unconstrain(draw(count))
 
-        first = base(self.num_chains)
-        density: Density = self._recorded(PairDensity(log_densities, bijection), first[0])
-        path, summary, _ = tune(Particles(density, base, first[0], seed), self.plan)
-        if isinstance(density, CapturedDensity):
-            runs = 2 + coupled_lower + (posterior is not None)
-            density = with_loop(density, path, self.compile, num_runs=num_batches * runs)
-        grouping = choose_grouping(
-            False if posterior is not None else self.plan.resampling,
-            num_chains=self.num_chains,
-            num_steps=path.num_steps,
-            length=math.nan if summary is None else summary.length,
-            variance=math.nan if summary is None else summary.expected_variance,
-        )
-        if grouping.resampling is not None:
-            populations = _Populations(density, path, grouping.resampling, seed)
-            exact = bijection.unconstrain(z.unsqueeze(0))[0]
-            return populations.run(base, first, exact, coupled_lower)
-        start = density(first)
-        carry, statistics = run_chains(
-            density, path, start, direction="forward", seed=seed, stream="forward"
-        )
+        example = base(1)[0]
+        density = self._recorded(PairDensity(log_densities, bijection), example)
+        tuned = tune(Particles(density, base, example, seed), self.plan, num_steps=num_steps)
+        pairs = _Pairs(self, density, bijection, base, z, posterior, coupled_lower, seed)
+        found = tuned.found
+        if found is not None and found.plan.target_gap is not None:
+            measure = _default_gap if gap is None else gap
+            for number in range(1, self.max_rounds + 1):
+                gaps = measure(pairs.anneal(tuned, f", round {number}", num_batches=1))
+                wanted = self._steps_after(tuned.path.num_steps, gaps, number)
+                longer = found.plan.with_steps(max(wanted, tuned.path.num_steps))
+                is_enough = wanted <= tuned.path.num_steps
+                tuned = lay_path(found, longer, example)
+                if is_enough:
+                    break
+        return pairs.anneal(tuned, "", num_batches=num_batches)
 
-        def reverse(position: Tensor, stream: str) -> Tensor:
-            state = density(position.contiguous())
-            return run_chains(density, path, state, direction="reverse", seed=seed, stream=stream)[
-                0
-            ].log_weights
-
-        num_pairs = z.shape[0]
-        exact = bijection.unconstrain(z.unsqueeze(0)).expand(self.num_chains, num_pairs, -1)
-        empty = carry.log_weights[:0]
-        coupled = independent = empty
-        if coupled_lower and self.num_chains > 1:
-            # A compiled program is made for K chains: one of them is then in vain.
-            count = self.num_chains - (not isinstance(density, LoopedDensity))
-            end = carry.state.position[:1].expand(count, num_pairs, -1)
-            coupled = reverse(end, "coupled reverse")[: self.num_chains - 1]
-        if posterior is not None:
-            independent = reverse(bijection.unconstrain(posterior), "independent reverse")
-        moves = statistics.accept_prob
-        return AnnealedWeights(
-            carry.log_weights,
-            reverse(exact, "reverse"),
-            coupled,
-            independent,
-            moves.mean() if len(moves) else moves.new_full((), torch.nan),
-        )
+    def _steps_after(self, num_steps: int, gaps: Tensor, number: int) -> int:
+        """Chooses the next T; no more than this one where its gap is at the target."""
+        target = self.target_gap
+        assert target is not None
+        noise = gaps.std() / len(gaps) ** 0.5 if len(gaps) > 1 else torch.zeros(())
+        measured = float(gaps.mean() + noise)  # an upper end: the mean of few gaps is uncertain
+        if measured <= target:
+            return num_steps
+        # The gap falls as 1 / T once chains keep up with the path.
+        growth = min(max(measured / target, 2.0), 4.0) if math.isfinite(measured) else 4.0
+        largest = _LARGEST << (self.max_rounds - 1)
+        return min(math.ceil(num_steps * growth), max(largest, num_steps))
 
     def sample(
         self,
@@ -253,6 +249,85 @@ class Annealer(PathOptions):
         return bijection.constrain(position.gather(0, index))[0]
 
 
+def _default_gap(weights: AnnealedWeights) -> Tensor:
+    return weights.upper("CR") - weights.lower("IM")
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The chains of N pairs, in all directions that are wanted."""
+
+    annealer: Annealer
+    density: PairDensity | CapturedDensity
+    bijection: Bijection
+    base: Callable[[int], Tensor]  # draws positions [n, N, D]
+    z: Tensor
+    posterior: Tensor | None
+    coupled_lower: bool
+    seed: int
+
+    def anneal(self, tuned: Tuned, suffix: str, *, num_batches: int) -> AnnealedWeights:
+        """Runs all chains on a path; the string tells their streams of noise apart."""
+        path, summary, plan = tuned.path, tuned.summary, self.annealer.plan
+        first = self.base(plan.num_chains)
+        density: Density = self.density
+        if isinstance(self.density, CapturedDensity):
+            runs = 2 + self.coupled_lower + (self.posterior is not None)
+            density = with_loop(
+                self.density, path, self.annealer.compile, num_runs=num_batches * runs
+            )
+        grouping = choose_grouping(
+            False if self.posterior is not None else plan.resampling,
+            num_chains=plan.num_chains,
+            num_steps=path.num_steps,
+            length=math.nan if summary is None else summary.length,
+            variance=math.nan if summary is None else summary.expected_variance,
+        )
+        exact = self.bijection.unconstrain(self.z.unsqueeze(0))
+        if grouping.resampling is not None:
+            populations = _Populations(density, path, grouping.resampling, self.seed, suffix)
+            return populations.run(self.base, first, exact[0], self.coupled_lower)
+        carry, statistics = run_chains(
+            density,
+            path,
+            density(first),
+            direction="forward",
+            seed=self.seed,
+            stream=f"forward{suffix}",
+        )
+
+        def reverse(position: Tensor, stream: str) -> Tensor:
+            return run_chains(
+                density,
+                path,
+                density(position.contiguous()),
+                direction="reverse",
+                seed=self.seed,
+                stream=stream + suffix,
+            )[0].log_weights
+
+        count, num_pairs = plan.num_chains, len(self.z)
+        coupled = independent = carry.log_weights[:0]
+        if self.coupled_lower and count > 1:
+            # A compiled program is made for K chains: one of them is then in vain.
+            size = count - (not isinstance(density, LoopedDensity))
+            end = carry.state.position[:1].expand(size, num_pairs, -1)
+            coupled = reverse(end, "coupled reverse")[: count - 1]
+        if self.posterior is not None:
+            independent = reverse(
+                self.bijection.unconstrain(self.posterior), "independent reverse"
+            )
+        moves = statistics.accept_prob
+        return AnnealedWeights(
+            carry.log_weights,
+            reverse(exact.expand(count, num_pairs, -1), "reverse"),
+            coupled,
+            independent,
+            moves.mean() if len(moves) else moves.new_full((), torch.nan),
+            path.num_steps,
+        )
+
+
 @dataclass(frozen=True)
 class _Populations:
     """Resamples the chains of pairs, forward and around paths from posterior samples."""
@@ -261,6 +336,7 @@ class _Populations:
     path: Path
     resampling: Resampling
     seed: int
+    suffix: str = ""
 
     def run(
         self, base: Callable[[int], Tensor], first: Tensor, exact: Tensor, coupled_lower: bool
@@ -281,6 +357,7 @@ class _Populations:
             coupled,
             carry.log_weights[:0],
             moves.mean() if len(moves) else moves.new_full((), torch.nan),
+            self.path.num_steps,
         )
 
     def _estimates(self, log_weights: Tensor) -> Tensor:
@@ -295,7 +372,7 @@ class _Populations:
             self.density(position.contiguous()),
             direction="forward",
             seed=self.seed,
-            stream=stream,
+            stream=stream + self.suffix,
             resampling=self.resampling,
             reference=paths,
         )
@@ -310,6 +387,6 @@ class _Populations:
             self.density(end.expand(num_chains, *end.shape).contiguous()),
             self.resampling,
             seed=self.seed,
-            stream=f"{stream} paths",
+            stream=f"{stream} paths{self.suffix}",
         )
         return self._from(base(num_chains), f"{stream} populations", paths)[0].log_weights

@@ -8,6 +8,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,10 +20,11 @@ from typing_extensions import Self
 from ..arguments import as_count, as_seed, check_function
 from ..chains.plan import PathOptions
 from ..persistence.randomness import seeded_if
-from ..results.findings import warn
+from ..results.findings import Diagnostic, warn
 from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
 from ..results.provenance import Provenance
 from ..results.rounds import PairRounds
+from .checkpoints import OncePerBatch, keep_batches
 from .fitting import Fit, FitOptions, as_values, fit_bound
 from .guides import Conditional, Prior, condition_on
 from .joints import Joint, Knowledge
@@ -51,6 +54,7 @@ class Values:
     ceiling: float | None = None
     notes: tuple[str, ...] = ()
     measurements: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
 
 
 class Bound(nn.Module, ABC):
@@ -92,6 +96,7 @@ class Bound(nn.Module, ABC):
         self._check_knowledge(self.requires)
 
     joint: Joint | None
+    checkpoint: Path | None = None  # of estimates
     _num_batches: int = 1  # of the size of the present one, that an estimate is made of
 
     def _check_knowledge(self, needed: Knowledge) -> None:
@@ -275,11 +280,11 @@ class Bound(nn.Module, ABC):
         kept: list[dict[str, Tensor]] = []
         controls: list[Tensor] = []
         wanted, count = num_pairs, 0
-        with seeded_if(seed), torch.no_grad():
+        with keep_batches(self.checkpoint, self._identity, seed) as once, torch.no_grad():
             while True:
                 batches, total = self._batches(x, z, wanted, batch_size)
                 shown = progress_over(type(self).__name__, batches, progress_bar, total)
-                for pair, statistics in self._measured(shown, total):
+                for pair, statistics in self._measured(shown, total, once):
                     kept.append(statistics)
                     count += len(pair[0])
                     if control_variates:
@@ -320,8 +325,16 @@ class Bound(nn.Module, ABC):
                 settings[name] = str(value)
         return settings
 
+    def _identity(self) -> dict[str, str]:
+        """Describes what the values of pairs depend on, beside the pairs; for a checkpoint."""
+        return {"bound": type(self).__name__}
+
+    def _content(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """Collects what tells whether a batch, and the densities at it, are what they were."""
+        return {"x": x, "z": z}
+
     def _measured(
-        self, batches: Iterator[tuple[Tensor, Tensor]], total: int | None
+        self, batches: Iterator[tuple[Tensor, Tensor]], total: int | None, once: OncePerBatch
     ) -> Iterator[tuple[tuple[Tensor, Tensor], dict[str, Tensor]]]:
         """Yields pairs and their statistics, batch by batch."""
         size = 0
@@ -330,7 +343,13 @@ class Bound(nn.Module, ABC):
                 x, z = self._checked_pairs(*pair)
                 size = size or len(x)
                 self._num_batches = total or 1 if len(x) == size else 1
-                yield (x, z), self._statistics(x, z, for_loss=False)
+                yield (
+                    (x, z),
+                    once(
+                        partial(self._content, x, z),
+                        partial(self._statistics, x, z, for_loss=False),
+                    ),
+                )
         finally:
             self._num_batches = 1
 
@@ -398,6 +417,7 @@ class Bound(nn.Module, ABC):
             measurements=measurements,
             diagnostics=(
                 *few_pairs(len(per_pair)),
+                *values.diagnostics,
                 *(() if self.history is None else self.history.diagnostics),
             ),
         )

@@ -1,34 +1,66 @@
-"""Supports of z to unconstrained vectors, for chains that move z."""
+"""Supports of z to unconstrained vectors, for chains that move z.
+
+Where a density is normalized, and the map onto that set, is worked out by
+:mod:`pyro_anneal.models.supports`: one period of an angle, the image of a base's support.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import biject_to
 
-__all__ = ["Bijection"]
+from ..models.coordinates import bijection
+from ..models.discrete import is_discrete
+from ..models.edges import exact_log_det
+
+__all__ = ["Bijection", "FixedBijection", "check_continuous"]
 
 
-class Bijection:
-    """Maps z of shape ``[K, N, *event]`` to ``u [K, N, D]`` without constraints, and back.
+class Bijection(ABC):
+    """Maps z of shape ``[K, N, *event]`` to ``u [K, N, D]`` without constraints, and back."""
+
+    @abstractmethod
+    def unconstrain(self, z: Tensor) -> Tensor:
+        """Maps z ``[K, N, *event]`` to u ``[K, N, D]``."""
+
+    @abstractmethod
+    def constrain(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps u ``[K, N, D]`` to z ``[K, N, *event]`` and log |dz/du| ``[K, N]``."""
+
+
+def check_continuous(fn: Any) -> None:
+    """Checks that chains can move on the support of a distribution.
+
+    Raises:
+        NotImplementedError: If it is discrete: gradients of chains do not exist there.
+    """
+    if is_discrete(fn):
+        raise NotImplementedError(
+            f"z has the discrete support {fn.support}, which gradient-based chains cannot "
+            "move on; use BarberAgakov, GIWAE, IWAE or the contrastive bounds"
+        )
+
+
+class FixedBijection(Bijection):
+    """Maps onto supports that depend on nothing that moves.
 
     Args:
-        parts: Support and shape (after the rows) of each part that z is made of.
+        parts: Distribution and shape (after the rows) of each part that z is made of.
         event: Shape of z after the rows; that of the only part by default. Several parts are
             flattened and concatenated.
 
     Raises:
-        NotImplementedError: If a support is discrete: gradients of chains do not exist there.
+        NotImplementedError: If a support is discrete.
 
     Example:
-        >>> positive = torch.distributions.constraints.positive
-        >>> bijection = Bijection([(positive, torch.Size([]))])
-        >>> z, log_det = bijection.constrain(torch.zeros(2, 3, 1))
+        >>> positive = FixedBijection([(torch.distributions.Exponential(1.0), torch.Size([]))])
+        >>> z, log_det = positive.constrain(torch.zeros(2, 3, 1))
         >>> z.shape, log_det.shape
         (torch.Size([2, 3]), torch.Size([2, 3]))
     """
@@ -36,15 +68,11 @@ class Bijection:
     def __init__(
         self, parts: Sequence[tuple[Any, torch.Size]], *, event: torch.Size | None = None
     ) -> None:
-        for support, _ in parts:
-            if support.is_discrete:
-                raise NotImplementedError(
-                    f"z has the discrete support {support}, which gradient-based chains cannot "
-                    "move on; use BarberAgakov, GIWAE, IWAE or the contrastive bounds"
-                )
+        for fn, _ in parts:
+            check_continuous(fn)
         self.event = parts[0][1] if event is None else event
         self.tails = [tail for _, tail in parts]
-        self.transforms = [biject_to(support) for support, _ in parts]
+        self.transforms = [bijection(fn) for fn, _ in parts]
 
     def unconstrain(self, z: Tensor) -> Tensor:
         """Maps z ``[K, N, *event]`` to u ``[K, N, D]``."""
@@ -75,7 +103,7 @@ class Bijection:
         ):
             unconstrained = part.reshape(shape)
             value = transform(unconstrained)
-            log_det = transform.log_abs_det_jacobian(unconstrained, value)
+            log_det = exact_log_det(transform, unconstrained, value)
             total = total + sum_rightmost(log_det, log_det.dim() - 2)
             values.append(value.reshape(*lead, -1))
         return torch.cat(values, dim=-1).reshape(lead + self.event), total

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ..models.types import Fn, Trace
-from .bijections import Bijection
+from .bijections import Bijection, FixedBijection
 from .joints import Joint
 from .packing import Packing, sample_sites, site_bijection
 from .pyro_joint import PyroJoint
@@ -75,7 +75,7 @@ class _FromDistribution(Conditional):
         return z, log_q
 
     def bijection(self) -> Bijection:
-        return Bijection([(self.q.support, self.q.event_shape)])
+        return FixedBijection([(self.q, self.q.event_shape)])
 
 
 class _FromTrace(Conditional):
@@ -104,10 +104,7 @@ class _FromTrace(Conditional):
         self.layout = Packing(tails, self.nesting - 1)
 
     def _run(self, num_particles: int | None, data: dict[str, Tensor]) -> tuple[Any, Tensor]:
-        guide = poutine.condition(self.guide, data=data)
-        if num_particles is not None:
-            guide = pyro.plate("_particles", num_particles, dim=-1 - self.nesting)(guide)
-        trace = poutine.trace(guide).get_trace(self.x)
+        trace = self._trace(num_particles, data)
         lead = 1 if num_particles is None else 2
         total: Any = 0.0
         for name in self.layout.names:
@@ -116,9 +113,14 @@ class _FromTrace(Conditional):
             total = total + log_prob.reshape((*log_prob.shape[:lead], -1)).sum(dim=-1)
         return trace, total
 
+    def _trace(self, num_particles: int | None, data: dict[str, Tensor]) -> Trace:
+        guide = poutine.condition(self.guide, data=data)
+        if num_particles is not None:
+            guide = pyro.plate("_particles", num_particles, dim=-1 - self.nesting)(guide)
+        return poutine.trace(guide).get_trace(self.x)
+
     def bijection(self) -> Bijection:
-        with torch.no_grad():
-            return site_bijection(poutine.trace(self.guide).get_trace(self.x), self.layout)
+        return site_bijection(lambda count: self._trace(count, {}), self.layout)
 
     def log_prob(self, z: Tensor) -> Tensor:
         num_particles = z.shape[0] if self.layout.num_leading(z) == 2 else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.entropies import excess
-from .bijections import Bijection
+from .bijections import Bijection, FixedBijection
 
 __all__ = ["DistributionJoint", "Joint", "Knowledge"]
 
@@ -147,7 +147,7 @@ class DistributionJoint(Joint):
         return value  # type: ignore[no-any-return]
 
     def bijection(self, x: Tensor) -> Bijection:  # noqa: D102
-        return Bijection([(self.prior.support, self.prior.event_shape)])
+        return FixedBijection([(self.prior, self.prior.event_shape)])
 
     def controls(self, x: Tensor, z: Tensor) -> Tensor:
         """Computes ``log p(z) + H(z)`` and ``log p(x|z) + H(x|z)`` where the entropies are known."""

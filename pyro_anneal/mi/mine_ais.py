@@ -202,7 +202,8 @@ class MINEAIS(VariationalBound):
         """
         statistics = self._contrast(x, z, _NUM_HELD_OUT_DRAWS)
         lower = statistics["variational"] + statistics["contrastive"]
-        return Values(lower=lower, terms=statistics, ceiling=math.log(_NUM_HELD_OUT_DRAWS))
+        terms = {name: statistics[name] for name in ("variational", "contrastive")}
+        return Values(lower=lower, terms=terms, ceiling=math.log(_NUM_HELD_OUT_DRAWS))
 
     def sample_posterior(self, x: Tensor, num_samples: int, *, seed: int | None = None) -> Tensor:
         r"""Draws from the learned posterior :math:`q(z|x) e^{T(x, z)} / Z(x)`, by annealing.

@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..models.entropies import excess
+from ..models.types import Trace
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
 from .packing import Packing, sample_sites, site_bijection
@@ -152,9 +153,13 @@ class PyroJoint(Joint):
         return self._log_density(x, z, which="observed")
 
     def bijection(self, x: Tensor) -> Bijection:  # noqa: D102
-        _, z_layout = self.layouts(x)
-        trace = self._trace(x.shape[0], x)
-        return site_bijection(trace, z_layout)
+        x_layout, z_layout = self.layouts(x)
+        data = x_layout.unpack(x) if self._knowledge == "full joint p(x, z)" else {}
+
+        def run(num_particles: int | None) -> Trace:
+            return self._trace(x.shape[0], x, data=data, num_particles=num_particles)
+
+        return site_bijection(run, z_layout)
 
     def controls(self, x: Tensor, z: Tensor) -> Tensor:
         """Sums ``log p + H`` over latent and over observed sites whose entropies are known."""

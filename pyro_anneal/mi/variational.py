@@ -17,12 +17,16 @@ from torch import Tensor
 
 from ..arguments import as_count, as_seed
 from ..persistence.randomness import seeded_if
+from ..results.findings import Diagnostic
 from .base import Bound, Direction, Values, flatten
 from .contrastive import contrastive_term
 from .fitting import as_values
 from .joints import Knowledge
 
 __all__ = ["GIWAE", "BarberAgakov"]
+
+# Nats, and standard errors, by which a critic may lie below the best one.
+_FAR, _FAR_ERRORS = 0.1, 3.0
 
 
 class VariationalBound(Bound):
@@ -64,12 +68,30 @@ class VariationalBound(Bound):
         variational = q.log_prob(value) - self._log_marginal(x, z)
         positive = self._score(x, z)
         negatives = positive.new_zeros((0, x.shape[0]))
+        draws, log_q = None, None
         if num_particles > 1:
-            negatives = self._score_draws(given, q.sample(num_particles - 1)[0])
-        return {
+            draws, log_q = q.sample(num_particles - 1)
+            negatives = self._score_draws(given, draws)
+        statistics = {
             "variational": variational,
             "contrastive": contrastive_term(positive, negatives),
         }
+        if draws is not None and log_q is not None and self._knows_the_best_critic():
+            joint = self.joint
+            assert joint is not None
+
+            def best(values: Tensor, log_q: Tensor) -> Tensor:
+                return joint.log_likelihood(x, values) + joint.log_prior(values, x) - log_q
+
+            with torch.no_grad():
+                ideal = contrastive_term(best(value, q.log_prob(value)), best(draws, log_q))
+                statistics["best_critic"] = variational.detach() + ideal
+        return statistics
+
+    def _knows_the_best_critic(self) -> bool:
+        """Tells whether log p(x, z) / q(z|x) can be computed, and is wanted: not in training."""
+        full = self.joint is not None and self.joint.knowledge == "full joint p(x, z)"
+        return full and not torch.is_grad_enabled()
 
     def _score_draws(self, given: Tensor, draws: Tensor) -> Tensor:
         """Scores draws ``[K, N, *event]`` of the guide with what it was given, ``[K, N]``."""
@@ -156,7 +178,9 @@ class GIWAE(VariationalBound):
     It is Barber-Agakov at K = 1, InfoNCE at q(z|x) = p(z), the IWAE lower bound with the best
     critic ``log p(x, z) / q(z|x) + c(x)``, and tends to IBAL (see :class:`MINEAIS`) as K grows.
     The contrastive term adds at most ``log K``; with a bad critic it is negative, and the bound
-    falls below Barber-Agakov.
+    falls below Barber-Agakov. Where the full joint is known, an estimate says what the best critic
+    would have given on the same draws (``measurements["best_critic"]``), and finds a critic that
+    is far from it.
 
     Source: Brekelmans et al. (2022), GIWAE; App. N for joint samples only.
 
@@ -243,8 +267,30 @@ class GIWAE(VariationalBound):
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:
         ceiling = math.log(self.num_particles) if self.num_particles > 1 else None
-        lower = statistics["variational"] + statistics["contrastive"]
-        return Values(lower=lower, terms=dict(statistics), ceiling=ceiling)
+        terms = {name: statistics[name] for name in ("variational", "contrastive")}
+        lower = terms["variational"] + terms["contrastive"]
+        best = statistics.get("best_critic")
+        return Values(
+            lower=lower,
+            terms=terms,
+            ceiling=ceiling,
+            measurements={} if best is None else {"best_critic": best.mean()},
+            diagnostics=() if best is None else _check_critic(lower, best),
+        )
+
+
+def _check_critic(lower: Tensor, best: Tensor) -> tuple[Diagnostic, ...]:
+    """Finds a critic that leaves much of what the best critic would give, pair by pair."""
+    lost = best - lower
+    left = float(lost.mean())
+    error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else math.inf
+    if left <= max(_FAR, _FAR_ERRORS * error):
+        return ()
+    message = (
+        f"the critic is {left:.3g} nats below the best one of this guide and number of particles "
+        f"({float(best.mean()):.3g} nats, which IWAE has): train it for longer, or take a better family"
+    )
+    return (Diagnostic(name="critic", severity="info", message=message, value=left),)
 
 
 def check_particles(num_particles: int) -> None:

@@ -102,7 +102,7 @@ def share_values(values: Tensor, data: Tensor) -> bool:
         False
     """
     ours, theirs = _single(values), _single(data)
-    if min(len(ours), len(theirs)) < 2:
+    if min(len(np.unique(ours)), len(np.unique(theirs))) < 2:  # constants tell nothing
         return False
     first, second = fractions(ours), fractions(theirs)
     common = int(np.isin(first, second, assume_unique=True).sum())

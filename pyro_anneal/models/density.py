@@ -36,7 +36,8 @@ from .sites import (
     sum_to_batch,
     unmasked,
 )
-from .types import Arguments, Fn, Message, Node, Trace
+from .supports import normalized_support
+from .types import Arguments, Fn, Message, Node, Support, Trace
 from .validation import validation_disabled
 
 __all__ = ["Arguments", "ModelDensity", "ModelEvaluation", "Substitute"]
@@ -320,6 +321,13 @@ class ModelDensity:
             self._trace(substitute, enumerate_sites=False)
             unconstrained = substitute.unconstrained
         return self._join(unconstrained)
+
+    def support(self, name: str, values: Mapping[str, Tensor]) -> Support:
+        """Finds the support of a site at values of the latents."""
+        if self.layout.is_static:
+            return next(site.support for site in self.layout.sites if site.name == name)
+        trace = self._trace(Substitute(constrained=values), enumerate_sites=False)
+        return normalized_support(unmasked(trace.nodes[name]["fn"]))
 
     def _join(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         missing = [site.name for site in self.layout.sites if site.name not in unconstrained]

@@ -97,7 +97,8 @@ def inspect_model(
         undeclared = describe_undeclared(trace, enumerated)
         batch = find_batch(trace, guide_trace, batch_plates)
         sites = _make_sites(trace, batch, enumerated)
-        is_static = not sites or supports_are_static(model, model_args, trace, second[0], sites)
+        names = [site.name for site in sites]
+        is_static = not sites or supports_are_static(model, model_args, trace, second[0], names)
         guarded = moving_supports(trace, second[0])
         guarded += tuple(site.name for site in sites if has_bounds(site))
     check_observed(model, model_args, trace, guarded)
@@ -110,14 +111,7 @@ def inspect_model(
     improper, unsampled = _check_priors(trace, sites)
     if improper:
         notes += (f"a normalizer, not log p(x): the prior of {improper} is improper",)
-    masked = [
-        site.name
-        for site in sites
-        if is_partly_masked(trace.nodes[site.name]) and not site.name.endswith("_unobserved")
-    ]
-    if masked:
-        left_out = f"masks of latent sites {masked} are left out: all elements have their prior"
-        notes += (f"{left_out} (a constant mask=False makes a prior flat)",)
+    notes += _masked(trace, sites)
     device = next(site["unscaled_log_prob"].device for _, site in density_sites(trace))
     layout = Layout(
         sites=tuple(sites),
@@ -154,6 +148,19 @@ def _make_sites(
             "nothing to anneal: leave them out, and run() returns the log density itself"
         )
     return sites
+
+
+def _masked(trace: Trace, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Says whose masks are left out."""
+    masked = [
+        site.name
+        for site in sites
+        if is_partly_masked(trace.nodes[site.name]) and not site.name.endswith("_unobserved")
+    ]
+    if not masked:
+        return ()
+    left_out = f"masks of latent sites {masked} are left out: all elements have their prior"
+    return (f"{left_out} (a constant mask=False makes a prior flat)",)
 
 
 def _check_priors(trace: Trace, sites: Sequence[Site]) -> tuple[list[str], list[str]]:

@@ -25,33 +25,41 @@ from .types import Arguments, Fn, Trace
 __all__ = ["check_observed", "has_bounds", "moving_supports", "supports_are_static"]
 
 
-def _support_images(trace: Trace, sites: Sequence[Site]) -> list[Tensor]:
+def _support_images(trace: Trace, names: Sequence[str]) -> list[Tensor]:
     """Computes the image of one unconstrained value under each site's bijection."""
     images = []
-    for site in sites:
-        node = trace.nodes[site.name]
-        if is_discrete(node["fn"]):
-            images.append(support_edges(site.name, node["fn"]))
+    for name in names:
+        node = trace.nodes[name]
+        fn = node["fn"]
+        if is_discrete(fn):
+            images.append(support_edges(name, fn))
             continue
-        origin = torch.zeros(
-            site.unconstrained_shape, dtype=site.dtype, device=node["value"].device
-        )
-        images.append(bijection(node["fn"])(origin + 0.5))
+        transform = bijection(fn)
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        origin = torch.zeros(shape, dtype=node["value"].dtype, device=node["value"].device)
+        images.append(transform(origin + 0.5))
     return images
 
 
 def supports_are_static(
-    model: Fn, arguments: Arguments, first: Trace, second: Trace, sites: Sequence[Site]
+    model: Fn, arguments: Arguments, first: Trace, second: Trace, names: Sequence[str]
 ) -> bool:
     """Tells whether no site's support depends on another latent.
 
     Two draws of the latents must give the same supports, and autograd must find no path from a
     latent to a support: ``Uniform(0, top.clamp(min=4))`` has the same support at most draws.
+
+    Args:
+        model: What samples the sites.
+        arguments: Its ``(args, kwargs)``.
+        first: A trace of it.
+        second: Another one.
+        names: Of all latent sites.
     """
-    pairs = zip(_support_images(first, sites), _support_images(second, sites), strict=True)
+    pairs = zip(_support_images(first, names), _support_images(second, names), strict=True)
     if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
         return False
-    latents = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+    latents = {name: first.nodes[name]["value"].detach().clone() for name in names}
     with torch.enable_grad():
         continuous = [value for value in latents.values() if value.is_floating_point()]
         for value in continuous:
@@ -62,7 +70,7 @@ def supports_are_static(
             if "on Tensor that requires grad" in str(error):  # it leaves torch: nothing is proven
                 return False
             raise
-        images = [image for image in _support_images(trace, sites) if image.requires_grad]
+        images = [image for image in _support_images(trace, names) if image.requires_grad]
         if not images:
             return True
         total = torch.stack([image.sum() for image in images]).sum()

@@ -145,7 +145,7 @@ def _are_from(values: Array, data: Array) -> bool:
     common = int(np.isin(first, second, assume_unique=True).sum())
     if common >= 2 and 2 * common >= min(len(first), len(second)):
         return True
-    if len(np.unique(np.diff(ours))) < 2:  # a range, or constant
+    if len(np.unique(np.diff(ours))) < 2 or len(np.unique(theirs)) < 2:  # a range, or constants
         return False
     _, counts = np.unique(ours, return_counts=True)
     shares = counts / len(ours)

@@ -88,6 +88,7 @@ _NAMES = {  # aten name and overload to a formula of operands in the result's ty
     "clamp_max.Tensor": "smaller({0}, {1})",
     "atan2.default": "v_atan2({0}, {1})",
     "logaddexp.default": "v_logaddexp({0}, {1})",
+    "logit.default": "v_log({0} / (1 - {0}))",
     "sigmoid_backward.default": "{0} * (1 - {1}) * {1}",
     "tanh_backward.default": "{0} * (1 - {1} * {1})",
     "threshold_backward.default": "sel(le({1}, {2}), nil({0}), {0})",
@@ -241,6 +242,16 @@ def _masked_fill(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str
     return f"sel({rule.typed(mask, torch.bool)}, {rule.typed(value)}, {rule.typed(x)})"
 
 
+def _cross_entropy(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+    """Bernoulli with logits x and value t: (1 - t) x + log(1 + e^-x)."""
+    names = ("weight", "pos_weight", "reduction")
+    x, t, *options = _given(operands, kwargs, ("target", *names), None, None, None, 1)
+    if options != [None, None, 0]:
+        raise CannotGenerate("a weighted cross entropy")
+    x, t = rule.typed(x), rule.typed(t)
+    return f"((1 - {t}) * {x} - v_logsigmoid({x}))"
+
+
 def _ndtr(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
     x, factor, half = (rule.typed(part) for part in (operands[0], -math.sqrt(0.5), 0.5))
     return f"({half} * v_erfc({x} * {factor}))"
@@ -259,6 +270,7 @@ _SPECIAL: dict[str, Callable[[_Rule, Operands, dict[str, Any]], str]] = {
     "softplus_backward.default": _softplus_backward,
     "leaky_relu.default": _leaky,
     "leaky_relu_backward.default": _leaky_backward,
+    "binary_cross_entropy_with_logits.default": _cross_entropy,
     "special_ndtr.default": _ndtr,
     "where.self": _where,
     "where.ScalarSelf": _where,

@@ -19,7 +19,7 @@ from .stages import Cholesky, DensityCall, Loop, Member, Product, Read, Scan, Sc
 from .structured import RULES as _STRUCTURED
 from .structured import SEVERAL as _SEVERAL
 from .values import CannotGenerate, Expression, Value
-from .views import view_of
+from .views import SPLITS, view_of
 
 __all__ = ["Schedule", "evaluate_density", "shape_of", "squeezed"]
 
@@ -125,6 +125,8 @@ class Schedule:
             return self._log_sigmoid(args[0])
         if target in _SEVERAL:
             return _SEVERAL[target](self, args, kwargs, (), None)
+        if target in SPLITS:
+            return view_of(target, args, (), self._copied)
         shape, dtype = shape_of(node)
         if target in _FILLED:
             return Value.filled(_FILLED[target](args), dtype, shape)
@@ -274,6 +276,10 @@ class Schedule:
         whole = tuple(value.size // max(known, 1) if size == -1 else size for size in shape)
         view: Value = view_of(aten.view.default, (value,), whole, self._copied)
         return view
+
+    def reduced(self, target: Any, args: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Value:
+        """Adds a sum, or what takes its place, over some dimensions."""
+        return self._reduce(target, args, {}, shape, dtype)
 
     def largest(self, source: Value, dim: int, shape: tuple[int, ...]) -> Value:
         """Adds the largest elements along a dimension."""

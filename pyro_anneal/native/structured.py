@@ -9,6 +9,7 @@ import torch
 
 from .places import PLACES, alternatives, moved, which
 from .stages import Cholesky, Read, Scan, Solve
+from .sums import EXPONENTIALS
 from .values import CannotGenerate, Expression, Value, converted, literal
 from .views import expanded, transposed
 
@@ -261,6 +262,7 @@ SEVERAL: dict[Any, Callable[..., Any]] = {
 }
 RULES: dict[Any, Rule] = {
     **PLACES,
+    **EXPONENTIALS,
     aten.linalg_solve_triangular.default: _solve,
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
     aten.cumsum.default: _scan("{0} + {1}"),

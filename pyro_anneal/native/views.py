@@ -9,7 +9,7 @@ import torch
 
 from .values import CannotGenerate, Value
 
-__all__ = ["expanded", "transposed", "view_of"]
+__all__ = ["SPLITS", "expanded", "transposed", "view_of"]
 
 aten = torch.ops.aten
 Copy = Callable[[Value], Value]
@@ -23,6 +23,7 @@ _RESHAPES = (
     aten.unsqueeze.default,
     aten.flatten.using_ints,
 )
+SPLITS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 

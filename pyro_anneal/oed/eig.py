@@ -12,121 +12,25 @@ exponentially many draws where an observation is informative; annealing does not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..anneal import AnnealedImportance
 from ..arguments import as_count
 from ..models.types import Fn
 from ..results.controls import leave_one_out_control
-from ..results.quantiles import student_quantile
+from ..results.findings import Diagnostic
+from ..results.information_gain import ExpectedInformationGain
+from ..results.mutual_information import few_pairs
+from ..results.provenance import Provenance, joint_record
 from ..results.sandwich import Sandwich
-from ..results.tables import format_grid, format_value
 from .pairs import Experiment, Labels
 
 __all__ = ["ExpectedInformationGain", "ais_eig"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ExpectedInformationGain:
-    """Bounds on the expected information gain of a batch of designs, in nats.
-
-    Attributes:
-        pair_lower: Values whose mean over N pairs is the lower bound, shape ``[N, *designs]``.
-        pair_upper: Likewise of the upper bound.
-        gradient: Estimate of the gradient of the sum of all gains with respect to the designs, in
-            the shape of ``design``, or None where it was not asked for.
-        notes: What the numbers depend on.
-    """
-
-    pair_lower: Tensor
-    pair_upper: Tensor
-    gradient: Tensor | None = None
-    notes: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    @property
-    def lower(self) -> Tensor:
-        """Lower bound in expectation, one per design, nats, shape ``designs``."""
-        return self.pair_lower.mean(0)
-
-    @property
-    def upper(self) -> Tensor:
-        """Upper bound in expectation, one per design, nats, shape ``designs``."""
-        return self.pair_upper.mean(0)
-
-    @property
-    def lower_std_error(self) -> Tensor:
-        """Standard error of ``lower`` over pairs, nats, shape ``designs``; NaN for one pair."""
-        return _std_error(self.pair_lower)
-
-    @property
-    def upper_std_error(self) -> Tensor:
-        """Standard error of ``upper`` over pairs, nats, shape ``designs``; NaN for one pair."""
-        return _std_error(self.pair_upper)
-
-    @property
-    def gap(self) -> Tensor:
-        """``upper - lower``, the uncertainty of the method, nats, shape ``designs``."""
-        return self.upper - self.lower
-
-    @property
-    def num_pairs(self) -> int:
-        """Number N of simulated pairs per design."""
-        return len(self.pair_lower)
-
-    def normal_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Computes an interval per design that covers its gain with about ``level`` probability.
-
-        Both bounds are widened by their errors over pairs, with quantiles of Student's t. It is
-        asymptotic: the values of pairs are not normal, and their mean has no guarantee in finite
-        samples.
-
-        Args:
-            level: Probability of coverage, in (0, 1).
-
-        Returns:
-            Ends in nats, each of shape ``designs``; infinite for a single pair.
-
-        Raises:
-            ValueError: If ``level`` is not in (0, 1).
-        """
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
-        if self.num_pairs < 2:
-            infinite = torch.full_like(self.lower, torch.inf)
-            return -infinite, infinite
-        quantile = student_quantile(self.num_pairs - 1, 0.5 + 0.5 * level)
-        return (
-            self.lower - quantile * self.lower_std_error,
-            self.upper + quantile * self.upper_std_error,
-        )
-
-    def summary(self) -> str:
-        """Formats a table with a row per design."""
-        rows = []
-        low, high = (end.flatten().tolist() for end in self.normal_interval())
-        for index, (lower, upper) in enumerate(
-            zip(self.lower.flatten().tolist(), self.upper.flatten().tolist(), strict=True)
-        ):
-            errors = (self.lower_std_error.flatten(), self.upper_std_error.flatten())
-            rows.append(
-                (
-                    str(index),
-                    format_value(lower, float(errors[0][index])),
-                    format_value(upper, float(errors[1][index])),
-                    f"[{low[index]:.3f}, {high[index]:.3f}]",
-                )
-            )
-        header = ("design", "lower bound", "upper bound", "95% interval (asymptotic)")
-        title = f"Expected information gain in nats, from {self.num_pairs} pairs per design"
-        return "\n".join([title, format_grid(header, rows), *self.notes])
 
 
 def ais_eig(
@@ -201,6 +105,7 @@ def ais_eig(
         >>> bool(eig.lower[1] > eig.upper[0])  # 0.80 against 0.11 nats
         True
     """
+    began = time.perf_counter()
     num_pairs = as_count("num_pairs", num_pairs)
     experiment = Experiment.read(
         model, design, Labels.check(observation_labels, target_labels), num_pairs, seed
@@ -212,28 +117,17 @@ def ais_eig(
     }
     settings |= {"seed": experiment.seed, **options}
 
+    runs: list[Sandwich] = []
+
     def bound(observed: Sequence[str], guide: Any) -> Sandwich:
         conditioned = experiment.observing(observed)
         annealer = AnnealedImportance(conditioned, guide, **settings)
         sandwich = annealer.sandwich(experiment.design, keep_samples=True)
-        return experiment.check(sandwich)
+        runs.append(experiment.check(sandwich))
+        return runs[-1]
 
-    observations = experiment.labels.observations
-    evidence = bound(observations, guide)
-    if experiment.nuisances:
-        # The guide speaks of all latents; with the targets observed the prior starts the chains.
-        start = guide if isinstance(guide, str) else None
-        joint = bound((*experiment.targets, *observations), start)
-        prior = experiment.log_prior_of_targets()
-        if prior is None:  # it depends on nuisances, and needs bounds of its own
-            targets = bound(experiment.targets, start)
-            lower, upper = joint.lower - targets.upper, joint.upper - targets.lower
-        else:
-            lower, upper = joint.lower - prior, joint.upper - prior
-    else:
-        if evidence.true_log_likelihood is None:
-            raise ValueError("the sandwich kept no log likelihood of its pairs")
-        lower = upper = evidence.true_log_likelihood
+    evidence = bound(experiment.labels.observations, guide)
+    lower, upper = _log_likelihood(experiment, evidence, guide, bound)
     pair_lower, pair_upper = lower - evidence.upper, upper - evidence.lower
     middle = 0.5 * (pair_lower + pair_upper)
     slope = experiment.gradient(middle) if gradient else None
@@ -243,13 +137,47 @@ def ais_eig(
     return ExpectedInformationGain(
         pair_lower=pair_lower,
         pair_upper=pair_upper,
+        design=design.detach(),
         gradient=slope,
         notes=tuple(note for note in evidence.notes if "SIMULATED" not in note),
+        diagnostics=(*few_pairs(num_pairs), *_findings(runs)),
+        provenance=_record(runs, began, num_pairs),
     )
 
 
-def _std_error(values: Tensor) -> Tensor:
-    if len(values) < 2:
-        return torch.full_like(values[0], torch.nan)
-    std_error: Tensor = values.std(0) / len(values) ** 0.5
-    return std_error
+def _log_likelihood(
+    experiment: Experiment,
+    evidence: Sandwich,
+    guide: Fn | str | None,
+    bound: Callable[[Sequence[str], Fn | str | None], Sandwich],
+) -> tuple[Tensor, Tensor]:
+    """Bounds the log likelihood of the targets from both sides; it is known without nuisances."""
+    if not experiment.nuisances:
+        if evidence.true_log_likelihood is None:
+            raise ValueError("the sandwich kept no log likelihood of its pairs")
+        return evidence.true_log_likelihood, evidence.true_log_likelihood
+    # The guide speaks of all latents; with the targets observed the prior starts the chains.
+    start = guide if isinstance(guide, str) else None
+    joint = bound((*experiment.targets, *experiment.labels.observations), start)
+    prior = experiment.log_prior_of_targets()
+    if prior is not None:
+        return joint.lower - prior, joint.upper - prior
+    # It depends on nuisances, and needs bounds of its own.
+    targets = bound(experiment.targets, start)
+    return joint.lower - targets.upper, joint.upper - targets.lower
+
+
+def _findings(runs: Sequence[Sandwich]) -> tuple[Diagnostic, ...]:
+    """Joins the findings of all sandwiches, the same one once."""
+    found = {(d.name, d.message): d for run in runs for d in run.diagnostics}
+    return tuple(found.values())
+
+
+def _record(runs: Sequence[Sandwich], began: float, num_pairs: int) -> Provenance | None:
+    records = [run.provenance for run in runs if run.provenance is not None]
+    if not records:
+        return None
+    record = joint_record("ais_eig", records)
+    seconds = record.seconds | {"total": time.perf_counter() - began}
+    settings = record.settings | {"num_pairs": str(num_pairs)}
+    return replace(record, seconds=seconds, settings=settings)

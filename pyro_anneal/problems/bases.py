@@ -136,6 +136,12 @@ class FittedBase:
         terms = self._log_density(rows) + log_jacobian
         return terms.logsumexp(0) - math.log(len(self.elements))
 
+    def log_density_of_rows(self, position: Tensor) -> Tensor:
+        """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
+        if self.symmetry is None:
+            return self._log_density(position)
+        return torch.stack([self.log_density(row) for row in position])
+
     def _log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[P, *batch, D]``, shape ``[P, *batch]``."""
         if len(self.components) == 1:

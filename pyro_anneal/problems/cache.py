@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -199,7 +199,6 @@ def _renewed(
     layout = inspect_again(found.problem.inspected, model, hand_written, model_args, guide_args)
     if layout is None:
         return None
-    problem = assemble(model, guide, model_args, guide_args, layout)
     options = {name: value for name, value in options.items() if name != "batch_plates"}
 
     def rebound(function: PathDensity) -> Any:
@@ -208,6 +207,7 @@ def _renewed(
         return density
 
     problem = assemble(model, guide, model_args, guide_args, layout)
+    problem = replace(problem, vouched=found.problem.vouched)
     made = None if guide == "auto" else rebound
     try:
         problem = finish(problem, guide, found.problem.density.example, **options, made=made)

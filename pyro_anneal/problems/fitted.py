@@ -30,6 +30,7 @@ from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
 from .low_rank import LowRankScale, fit_low_rank
 from .several import several_fits
+from .tails import prior_weight_for
 
 __all__ = ["FittedStart", "Once", "fit_start"]
 
@@ -44,6 +45,11 @@ _NUM_ORIGINS = 4
 _FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
 
 
+_TAILS = (
+    "the fitted start is mixed with the prior (weight {:g}), whose draws reach tails of the posterior "
+    "that the fit lacks"
+)
+
 # Fits by the content of all that they depend on.
 _FITS: Remembered[dict[str, Any]] = Remembered()
 
@@ -56,6 +62,7 @@ class FittedStart:
     base: FittedBase
     from_prior: Callable[[], Any] | None  # captures the path from the prior, if that is proper
     num_gradients: int  # single-chain gradients spent, per batch element
+    prior_weight: float = 0.0  # at which the prior is to be mixed in, since it reaches further
 
 
 def fit_start(
@@ -123,7 +130,11 @@ def fit_start(
         with own_randomness(derived_seed(seed, "several fits")):
             found = several_fits(chosen, target, density, component, elbo, seed, max_rows)
         spent += found.pop("spent")
-        return found | {"noncentred": sites, "num_gradients": spent}
+        symmetry = as_symmetry(chosen.layout, found["groups"])
+        components = [_component(kept, example) for kept in found["components"]]
+        base = FittedBase(components, found["log_weights"], symmetry)
+        weight = prior_weight_for(chosen, density, base, seed)
+        return found | {"noncentred": sites, "num_gradients": spent, "prior_weight": weight}
 
     found = once(compute)
     chosen = _in_coordinates(model, found["noncentred"])
@@ -135,7 +146,11 @@ def fit_start(
         layout = replace(layout, notes=(*layout.notes, symmetry.describe()))
         chosen = ModelDensity(model.model, layout, model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
-    return FittedStart(chosen, base, from_prior, found["num_gradients"])
+    weight = found.get("prior_weight", 0.0)
+    if weight > 0.0:
+        layout = replace(layout, notes=(*layout.notes, _TAILS.format(weight)))
+        chosen = ModelDensity(model.model, layout, model.arguments)
+    return FittedStart(chosen, base, from_prior, found["num_gradients"], weight)
 
 
 def _in_coordinates(model: ModelDensity, sites: Sequence[str]) -> ModelDensity:

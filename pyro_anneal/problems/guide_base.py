@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -21,7 +22,13 @@ from ..models.lifting import own_extension
 from ..models.mass import check_normalized
 from ..models.precision import in_float64
 from ..models.sites import base_distribution, latent_sites, sum_to_batch, unmasked
-from ..models.supports import Circle, is_mistaken_by_pyro, leaf_constraint, normalized_support
+from ..models.supports import (
+    Circle,
+    Image,
+    is_mistaken_by_pyro,
+    leaf_constraint,
+    normalized_support,
+)
 from ..models.types import Fn, Node, Trace
 from ..models.validation import validation_disabled
 
@@ -226,7 +233,24 @@ class GuideBase:
             return self.model.layout.join(autoguides.unconstrained_values(self.guide, trace))
         names = [site.name for site in self.model.layout.sites]
         values = {name: trace.nodes[name]["value"] for name in names}
+        for name in self._direct:
+            if name not in self._exact:
+                values[name] = self._inside(name, values)
         return self.model.pack(values, substitute.unconstrained)
+
+    def _inside(self, name: str, values: dict[str, Tensor]) -> Tensor:
+        """Returns NaN in place of draws outside of the model's support, which the bijection clamps.
+
+        Such a chain has no weight, and the others keep theirs: the guide is wider than the model.
+        An upper bound is then too high by minus the log of the guide's mass inside.
+        """
+        value, support = values[name], self.model.support(name, values)
+        leaf = leaf_constraint(support)
+        if not isinstance(leaf, constraints.interval | constraints.half_open_interval | Image):
+            return value
+        inside = support.check(value)
+        extra = value.dim() - inside.dim()
+        return torch.where(inside.reshape(inside.shape + (1,) * extra), value, torch.nan)
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes the log density of the guide at u."""

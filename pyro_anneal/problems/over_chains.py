@@ -81,12 +81,14 @@ def draw_chains(
     numbers: int,
     device: torch.device,
     alone: Callable[[], Tensor] | None = None,
+    vouched: set[str] | None = None,
+    kind: str = "",
 ) -> Tensor:
     """Draws independently for K chains, by as few calls as possible.
 
     One call may draw for all chains only if its noise is torch's own: it is made twice from the
     same state of the generators, and must give the same draws again. Noise of NumPy, say, would be
-    the same for all chains.
+    the same for all chains. What was found of one kind of draw is remembered in ``vouched``.
 
     Args:
         draw: Draws for one chain, with torch's global generator; it raises where it cannot.
@@ -95,39 +97,50 @@ def draw_chains(
         device: Where the draws live.
         alone: Draws for one chain where chains are drawn one by one, in place of ``draw``; it may
             deal with the failure of one chain.
+        vouched: Kinds of draws whose noise is known to be torch's own; such draws are made once.
+        kind: Of these draws.
 
     Returns:
         Draws ``[K, ...]``.
     """
+    vouched = set() if vouched is None else vouched
+    known = kind in vouched
     with torch.no_grad():
         if count > 1:
             before = random_state()
             try:
-                parts = [_draw_at_once(draw, n, device) for n in _chunks(count, numbers)]
+                parts = [
+                    _draw_at_once(draw, n, device, once=known) for n in _chunks(count, numbers)
+                ]
             except Exception:  # noqa: BLE001 - whatever vmap does not know, or one chain's failure
                 set_random_state(before)
             else:
                 if all(part is not None for part in parts):
+                    vouched.add(kind)
                     return torch.cat([part for part in parts if part is not None])
                 set_random_state(before)
         return torch.stack([(alone or draw)() for _ in range(count)])
 
 
-def _draw_at_once(draw: Callable[[], Tensor], count: int, device: torch.device) -> Tensor | None:
+def _draw_at_once(
+    draw: Callable[[], Tensor], count: int, device: torch.device, *, once: bool
+) -> Tensor | None:
     """Draws for several chains by one call; None where noise is not torch's own."""
 
     def one(zero: Tensor) -> Tensor:
         with _OfEachChain(zero), _dirichlet_without_gradient():
             return draw()
 
-    def once() -> Tensor:
+    def of_all() -> Tensor:
         drawn: Tensor = torch.vmap(one, randomness="different")(torch.zeros(count, device=device))
         return drawn
 
     before = random_state()
-    first = once()
+    first = of_all()
+    if once:
+        return first
     set_random_state(before)
-    second = once()
+    second = of_all()
     if not torch.equal(first.nan_to_num(), second.nan_to_num()):
         return None
     if count > 1 and first[0].numel() and bool((first == first[:1]).all()):

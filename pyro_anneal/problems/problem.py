@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -63,6 +63,7 @@ class Problem:
     fit_gradients: int  # spent on guide="auto", per batch element
     inspected: Layout  # before a fit chose coordinates
     from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
+    vouched: set[str] = field(default_factory=set)  # kinds of bases whose noise is torch's own
 
     def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
@@ -84,6 +85,8 @@ class Problem:
             numbers=self._numbers,
             device=self.layout.device,
             alone=lambda: self._draw_one(base),
+            vouched=self.vouched,
+            kind=type(base).__name__,
         ).to(self.layout.dtype)
         return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
 
@@ -423,6 +426,7 @@ def finish(
             else:
                 start = make_start(problem.model, example)
             problem = _started(problem, start)
+            prior_weight = prior_weight or start.prior_weight
         if prior_weight > 0.0 and guide is not None:
             base = MixtureBase(problem.base, PriorBase(problem.model), prior_weight)
             problem = replace(problem, base=base, function=PathDensity(problem.model, base))
@@ -457,7 +461,14 @@ def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
     run: Callable[[Tensor], Any] = functools.partial(
         evaluate_or_nan, function, gradients=gradients
     )
-    if density.mode != "eager":
+    if density.native_source_and_inputs() is not None:
+
+        def run(position: Tensor) -> Any:
+            state = density(position.unsqueeze(0))
+            density.num_evaluations -= 1
+            return tuple(part[0] for part in state[1:])
+
+    elif density.mode != "eager":
         graph, inputs = density.chain_graph_and_inputs()
 
         def run(position: Tensor) -> Any:

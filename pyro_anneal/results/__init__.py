@@ -6,6 +6,7 @@ from .comparison import Comparison, compare
 from .drawn import EvidenceFromSamples
 from .findings import AnnealingWarning, Diagnostic, judge
 from .inference import InferenceCheck, Jeffreys
+from .information_gain import ExpectedInformationGain
 from .mutual_information import MutualInformation
 from .provenance import Provenance
 from .run import AnnealedRun, Estimate, PilotSummary
@@ -19,6 +20,7 @@ __all__ = [
     "Estimate",
     "EvidenceFromSamples",
     "EvidenceOfBatches",
+    "ExpectedInformationGain",
     "InferenceCheck",
     "Jeffreys",
     "MutualInformation",

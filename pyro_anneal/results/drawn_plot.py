@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..models.types import Figure
-from .plotting import pyplot
+from .plot_axes import pyplot
 
 if TYPE_CHECKING:  # results import their pictures, not the other way round
     from .drawn import EvidenceFromSamples

@@ -23,9 +23,10 @@ from ..results.batches import EvidenceOfBatches
 from ..results.digest import add_digests
 from ..results.findings import Diagnostic
 from ..results.run import AnnealedRun
+from .freezing import freeze, make_problem
 from .progress import progress_bar
 from .rounds import Done, in_rounds, run_forward
-from .run import forward, freeze, make_problem
+from .run import forward
 from .settings import Frozen, Settings
 
 __all__ = ["as_arguments", "run_batches"]

@@ -96,15 +96,9 @@ def anneal_blocks(
     if outcome is None:
         world = journal.world
         if world.rank == 0 and len(blocks) < world.size:
-            total = blocks[-1].stop
-            warnings.warn(
-                f"{total} chains are {len(blocks)} block(s), so {world.size - len(blocks)} of "
-                f"{world.size} processes have nothing to do: set chain_batch_size to at most "
-                f"{-(-total // world.size)}",
-                stacklevel=2,
-            )
-        own = {}
-        for number in range(world.rank, len(blocks), world.size):
+            _warn_of_idle(world.size, blocks)
+
+        def run(number: int) -> Record:
             block = _Block(
                 density,
                 path,
@@ -116,11 +110,14 @@ def anneal_blocks(
             )
             found = journal.block(name, number)
             record = block.begin(blocks[number], start, number) if found is None else found
+            return block.finish(
+                record,
+                lambda record, steps: journal.record(name, number, record, steps=steps),
+                check,
+                progress,
+            )
 
-            def keep(record: Record, steps: int, number: int = number) -> None:
-                journal.record(name, number, record, steps=steps)
-
-            own[number] = block.finish(record, keep, check, progress)
+        own = {number: run(number) for number in range(world.rank, len(blocks), world.size)}
         mine = own if world.size == 1 else to_host(own)
         outcome = _merge(world.gather(mine, f"the {stream} chains"))
         journal.put(name, outcome)
@@ -137,6 +134,16 @@ def anneal_blocks(
         outcome["seconds"],
         lineage,
         tuple(_paths(block, path, resampling, example.device) for block in passed),
+    )
+
+
+def _warn_of_idle(size: int, blocks: Sequence[range]) -> None:
+    total = blocks[-1].stop
+    warnings.warn(
+        f"{total} chains are {len(blocks)} block(s), so {size - len(blocks)} of "
+        f"{size} processes have nothing to do: set chain_batch_size to at most "
+        f"{-(-total // size)}",
+        stacklevel=3,
     )
 
 

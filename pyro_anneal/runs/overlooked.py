@@ -58,7 +58,8 @@ def find_overlooked(frozen: Frozen, run: AnnealedRun, journal: Journal) -> Diagn
         return None
     size = rows_at_once(problem.density, layout.dim)
     rows = Rows(problem.density, size, 0)
-    can = problem.density.mode == "graph" and needs_gradients(kernel) and run.num_steps > 1
+    recorded = problem.density.mode in ("graph", "compiled") and frozen.compile != "density"
+    can = recorded and needs_gradients(kernel) and run.num_steps > 1
     if not can or rows.is_dear or lattice_of(layout) is not None or not run.posterior:
         return None
     if frozen.chain_batch_size is not None and frozen.chain_batch_size < size:

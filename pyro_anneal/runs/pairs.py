@@ -28,10 +28,11 @@ from ..models.simulation import (
 from ..persistence.journal import Journal
 from ..persistence.memory import released
 from ..problems.cache import Kept, KeptProblems
+from .freezing import freeze, make_problem
 from .pair_sums import Pair, PairSum
 from .progress import Stage, progress_bar
 from .rounds import Done, in_rounds, run_both
-from .run import around_paths, freeze, make_problem, reverse, shared_end
+from .run import around_paths, reverse, shared_end
 from .settings import Frozen, Settings
 
 __all__ = ["Pair", "PairSum", "simulate_pair", "simulate_pairs"]

@@ -9,6 +9,8 @@ import torch
 
 from pyro_anneal import mi
 from pyro_anneal.compiled import choice, program
+from pyro_anneal.compiled.native_loop import NativeLoop
+from pyro_anneal.graphs import kept
 from pyro_anneal.graphs.captured import CapturedDensity
 from pyro_anneal.graphs.inductor import compiler_problem
 from pyro_anneal.kernels import HMC
@@ -43,7 +45,7 @@ def test_aiwae_runs_the_compiled_loop_on_new_data():
     before = set(program._PROGRAMS)
     steps, loop = losses_of(False, 3), losses_of(True, 3)
     (made,) = [program._PROGRAMS[key] for key in program._PROGRAMS if key not in before]
-    assert made.mode == "loop"  # one program for the chunk, the last move, and all data
+    assert isinstance(made, NativeLoop)  # one program for the chunk, the last move, and all data
     assert loop == pytest.approx(steps, rel=1e-9)
     truth = [dist.Normal(0.5, math.sqrt(1.64)).log_prob(DATA + 0.1 * n).sum() for n in range(3)]
     assert loop == pytest.approx([-float(value) for value in truth], abs=0.5)
@@ -66,12 +68,14 @@ def test_a_loop_that_does_not_compile_is_not_tried_again(monkeypatch):
         raise RuntimeError("no such loop")
 
     monkeypatch.setattr(program, "_compile", fail)
+    monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "not here")
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
     monkeypatch.setattr(CapturedDensity, "compile", lambda density: compiled.append(density))
     monkeypatch.setattr(program, "_PROGRAMS", type(program._PROGRAMS)())
     assert losses_of(True, 4) == pytest.approx(losses_of(False, 4), rel=1e-12)
     assert len(tried) == 1
-    kept = {id(density) for density in compiled}
-    assert len(kept) == 1  # the recording that is kept, not what is made of it for one call
+    recorded = {id(density) for density in compiled}
+    assert len(recorded) == 1  # the recording that is kept, not what is made of it for one call
 
 
 JOINT = mi.DistributionJoint(
@@ -101,7 +105,7 @@ def test_ais_for_pairs_runs_the_compiled_loop():
     before = set(program._PROGRAMS)
     steps, loop = estimates(False), estimates(True)
     (made,) = [program._PROGRAMS[key] for key in program._PROGRAMS if key not in before]
-    assert made.mode == "loop"  # forward and in reverse, for both batches
+    assert isinstance(made, NativeLoop)  # forward and in reverse, for both batches
     torch.testing.assert_close(loop.pair_lower, steps.pair_lower, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loop.pair_upper, steps.pair_upper, rtol=1e-9, atol=1e-9)
     low, high = loop.normal_interval(0.999)

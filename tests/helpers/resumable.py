@@ -103,7 +103,7 @@ def numbers(result):
         kept = [f.name for f in dataclasses.fields(result) if f.metadata.get("saved", True)]
         result = {name: getattr(result, name) for name in kept}
     if isinstance(result, dict):
-        passing = ("seconds", "continuation")
+        passing = ("seconds", "continuation", "settings")  # how it was asked for is no number
         parts = {k: numbers(v) for k, v in result.items() if not str(k).endswith(passing)}
         return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.items()}
     return {"": result}

@@ -438,3 +438,91 @@ def test_resampling_of_ir_bounds_is_refused():
     joint = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.5))
     with pytest.raises(ValueError, match="IR bounds take one posterior sample per chain"):
         mi.AIS(joint, lower="IR", posterior=lambda x, n: x, resampling=True)
+
+
+def test_a_target_for_the_gap_chooses_the_steps():
+    """Rounds choose T on the first batch, for all; a target out of reach is named."""
+    problem = correlated_normal(0.8, -math.log(1.0 - 0.64), d=2)
+    bound = mi.AIS(problem.joint, num_chains=4, target_gap=0.1)
+    est = bound.estimate(num_pairs=120, batch_size=40, seed=0)
+    gaps = est.pair_upper - est.pair_lower
+    assert est.gap < 0.1 + 3 * gaps.std() / len(gaps) ** 0.5
+    assert 16 <= est.measurements["num_steps"] <= 256
+    # All batches have the same T, so its mean is a number of steps.
+    assert est.measurements["num_steps"] == est.measurements["num_steps"].round()
+    assert est.lower <= problem.truth + 5 * est.lower_std_error
+    assert est.upper >= problem.truth - 5 * est.upper_std_error
+    assert not [d for d in est.diagnostics if d.name == "target"]
+    short = mi.AIS(linear_vae().joint, num_chains=1, target_gap=0.01, max_rounds=1)
+    (found,) = (d for d in short.estimate(num_pairs=20, seed=0).diagnostics if d.name == "target")
+    assert "raise max_rounds" in found.message
+    with pytest.raises(ValueError, match="either target_gap or num_steps"):
+        mi.AIS(problem.joint, num_steps=10, target_gap=0.1)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_killed_estimate_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    problem = correlated_normal(0.6, 2.0, d=2)
+    path = tmp_path / "estimate.ckpt"
+
+    def bound(**options):
+        return mi.AIS(problem.joint, num_chains=2, num_steps=5, checkpoint=path, **options)
+
+    def estimate(bound):
+        return bound.estimate(num_pairs=60, batch_size=20, seed=3)
+
+    calls = []
+    anneal = mi.AIS._anneal
+
+    def killed(self, x, z):
+        calls.append(1)
+        if len(calls) == 3:
+            raise _Stop
+        return anneal(self, x, z)
+
+    monkeypatch.setattr(mi.AIS, "_anneal", killed)
+    with pytest.raises(_Stop):
+        estimate(bound())
+    resumed = estimate(bound())  # two batches are found, the third is computed
+    assert len(calls) == 4
+    found = estimate(bound())
+    assert len(calls) == 4
+    path.unlink()
+    whole = estimate(bound())
+    for other in (resumed, found):
+        assert torch.equal(other.pair_lower, whole.pair_lower)
+        assert torch.equal(other.pair_upper, whole.pair_upper)
+    plain = mi.AIS(problem.joint, num_chains=2, num_steps=5)
+    assert torch.equal(estimate(plain).pair_lower, whole.pair_lower)
+    with pytest.raises(ValueError, match="another run: resampling"):
+        estimate(bound(resampling=False))
+    other = correlated_normal(0.61, 2.0, d=2).joint
+    with pytest.raises(ValueError, match="belongs to another run"):
+        mi.AIS(other, num_chains=2, num_steps=5, checkpoint=path).estimate(
+            num_pairs=60, batch_size=20, seed=3
+        )
+
+
+def test_a_likelihood_as_critic_gives_iwae_and_the_best_bound():
+    """With the true likelihood GIWAE is IWAE on the same draws, and IBAL is I."""
+    problem = linear_vae()
+    x, z = problem.joint.sample(30)
+    scale = problem.guide(x).stddev
+    guide = lambda x: dist.Normal(problem.guide(x).mean, scale[0]).to_event(1)
+    critic = mi.LikelihoodCritic(problem.joint.likelihood, problem.joint.prior, guide)
+    giwae = mi.GIWAE(problem.joint, guide, critic, 20).estimate(x, z, seed=0)
+    iwae = mi.IWAE(problem.joint, guide, 20).estimate(x, z, seed=0)
+    torch.testing.assert_close(giwae.lower, giwae.measurements["best_critic"], atol=1e-3, rtol=0.0)
+    noise = (giwae.pair_lower - iwae.pair_lower).std() / 30**0.5  # other draws of the guide
+    assert (giwae.lower - iwae.lower).abs() < 5 * noise + 1e-4
+    assert not [d for d in giwae.diagnostics if d.name == "critic"]
+    poor = mi.GIWAE(problem.joint, guide, lambda x, z: -critic(x, z), 20)
+    (found,) = (d for d in poor.estimate(x, z, seed=0).diagnostics if d.name == "critic")
+    assert found.value > 0.1
+    mine = mi.MINEAIS(problem.joint.prior, guide, critic, num_chains=4, num_steps=60)
+    exact = problem.log_ratio(x, z)
+    deficit = exact - mine.estimate(x, z, seed=0).pair_lower
+    assert -5 * deficit.std() / 30**0.5 < deficit.mean() < 0.2

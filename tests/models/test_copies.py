@@ -235,6 +235,7 @@ def test_values_that_agree_by_chance_do_no_harm(name):
         ([2.0, 2.0, 2.0], [2.0, 2.0, 5.0], False),
         ([0.0, 1.0, 1.0], [0.0, 1.0, 1.0], False),
         ([0.0, 1.0] * 10, [0.0, 1.0] * 10, True),
+        ([0.0, 0.0, 3.0, 1.0], [0.0] * 4, False),  # data that are all the same, as examples are
         ([0.5], [0.5, 0.7], False),
         ([0.1, 0.2], [0.31, 0.42], False),
     ],

@@ -16,7 +16,8 @@ from pyro_anneal.models.edges import (
     exact_log_prob,
     has_closed_form,
 )
-from pyro_anneal.runs.run import freeze, reverse
+from pyro_anneal.runs.freezing import freeze
+from pyro_anneal.runs.run import reverse
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 

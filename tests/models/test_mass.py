@@ -229,3 +229,14 @@ def test_values_at_an_edge_stand_still():
     transform = dist.transforms.SigmoidTransform()
     value = torch.sigmoid(tensor([-80.0, -10.0, 0.0, 10.0, 30.0], dtype=torch.float32))
     assert saturates(transform, value).tolist() == [False, False, False, False, True]
+
+
+def test_a_family_of_torch_whose_constant_is_wrong_is_refused():
+    def model():
+        z = pyro.sample("z", dist.ContinuousBernoulli(logits=torch.tensor(40.0)))
+        pyro.sample("y", dist.Bernoulli(z), obs=torch.tensor(0.0))
+
+    with pytest.raises(
+        ValueError, match=r'"z": the density of ContinuousBernoulli integrates to 0'
+    ):
+        AnnealedImportance(model, num_chains=4, num_steps=2, progress_bar=False).run()

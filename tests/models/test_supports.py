@@ -388,6 +388,24 @@ def test_guides_narrower_than_the_model_are_refused(name):
         run(model, lambda: pyro.sample("z", guide()))
 
 
+def test_draws_of_a_guide_outside_of_the_support_have_no_weight():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Uniform(a - 1.0, a + 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(a, 1.0))  # the bijection would clamp a third of its draws
+
+    cdf = lambda a: stats.norm.cdf(a + 1.0, 1.0) - stats.norm.cdf(a - 1.0, 1.0)
+    truth = quadrature(lambda a: normal(a, 0.0, 1.0) * cdf(a) / 2.0, (-8.0, 8.0))
+    result = run(model, guide, num_chains=400, num_steps=2)
+    assert near(result, truth)
+    dead = float((result.log_weights == -torch.inf).double().mean())
+    assert dead == pytest.approx(0.317, abs=5 * (0.317 * 0.683 / 400) ** 0.5)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
 )

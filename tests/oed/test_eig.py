@@ -113,6 +113,52 @@ def test_the_gradient_is_that_of_the_gain():
         assert truth > 3.0 * error  # the test can tell it from zero
 
 
+def finite_difference(function, value, step=1e-3):
+    return (function(value + step) - function(value - step)) / (2.0 * step)
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "truth", "values"),
+    [
+        pytest.param(
+            with_nuisance,
+            ("y", "theta"),
+            lambda d: 0.5 * math.log(1.0 + d**2 / 4.25),
+            (0.8, 3.0),
+            marks=pytest.mark.slow,
+        ),
+        (working_memory, ("y", "theta"), bernoulli_gain, (5.0, 9.5)),
+    ],
+    ids=["nuisance", "binary"],
+)
+def test_the_gradient_is_the_slope_of_the_closed_form(model, labels, truth, values):
+    """Beside finite differences of closed form and quadrature; an integer has no other gradient."""
+    design = torch.tensor(values).repeat_interleave(24)
+    eig = ais_eig(model, design, *labels, num_pairs=60, num_steps=20, gradient=True, seed=6)
+    for value, estimates in zip(values, eig.gradient.split(24), strict=True):
+        slope = finite_difference(truth, value)
+        error = float(estimates.std()) / 24**0.5
+        assert abs(float(estimates.mean()) - slope) < 5.0 * error
+        assert abs(slope) > 2.5 * error  # the test can tell it from zero
+
+
+def test_the_result_speaks_the_words_of_all_results(tmp_path):
+    design = torch.tensor([2.0, 0.3])
+    eig = ais_eig(linear, design, "y", num_pairs=30, num_steps=10, seed=7)
+    assert torch.equal(eig.design, design)
+    assert eig.provenance.task == "ais_eig"
+    assert eig.provenance.seed == 7
+    assert eig.provenance.gradients["chains"] > 0
+    assert eig.provenance.settings["num_pairs"] == "30"
+    eig.save(tmp_path / "eig")
+    again = type(eig).load(tmp_path / "eig")
+    assert torch.equal(again.pair_upper, eig.pair_upper)
+    assert repr(again) == repr(eig)
+    assert list(eig.to_dataframe()["design"]) == pytest.approx([2.0, 0.3])
+    few = ais_eig(linear, design, "y", num_pairs=3, num_steps=10, seed=7)
+    assert "few_pairs" in [found.name for found in few.diagnostics]
+
+
 def test_intervals_are_wider_for_few_pairs():
     eig = ais_eig(linear, DESIGNS[:1], "y", num_pairs=2, num_steps=20, seed=5)
     low, high = eig.normal_interval(0.95)

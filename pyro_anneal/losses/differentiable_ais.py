@@ -93,8 +93,8 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         >>> def guide(x):
         ...     pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
         >>> loss = DifferentiableAIS(num_steps=2)
-        >>> loss.betas.tolist()
-        [0.5, 1.0]
+        >>> loss.betas
+        tensor([0.3333, 0.6667], grad_fn=<SliceBackward0>)
         >>> [name for name, _ in loss.named_parameters()]
         ['logit_increments', 'log_step_size', 'logit_damping']
     """
@@ -126,7 +126,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         )
         self.name = name
         self.reverse = reverse
-        self.logit_increments = torch.nn.Parameter(torch.zeros(num_steps))
+        self.logit_increments = torch.nn.Parameter(torch.zeros(num_steps + 1))
         start = math.log(_LARGEST_STEP if step_size is None else step_size)
         self.log_step_size = torch.nn.Parameter(torch.full((num_steps,), start))
         # Whether the first step size is still to be found; a buffer, so that a state has it.
@@ -138,9 +138,11 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
 
     @property
     def betas(self) -> Tensor:
-        """Inverse temperatures of the T steps, increasing to exactly 1, shape ``[T]``."""
-        inner = torch.softmax(self.logit_increments, dim=0).cumsum(dim=0)[:-1]
-        return torch.cat([inner, inner.new_ones(1)])
+        """Inverse temperatures of the T steps, increasing inside (0, 1), shape ``[T]``.
+
+        A step at beta = 1 would conserve the energy that the weight is made of, and gain nothing.
+        """
+        return torch.softmax(self.logit_increments, dim=0).cumsum(dim=0)[:-1]
 
     def _fields(self) -> dict[str, object]:
         shown = super()._fields() | {"num_steps": len(self.log_step_size)}

@@ -35,7 +35,7 @@ def test_weights_are_unbiased():
     """E[w] = p(x) at any step sizes, betas and damping: no Metropolis test, and none needed."""
     loss = DifferentiableAIS(num_steps=5, step_size=0.4, damping=0.6)
     with torch.no_grad():
-        loss.logit_increments += torch.tensor([0.3, -0.5, 0.0, 1.0, 0.2])
+        loss.logit_increments += torch.tensor([0.3, -0.5, 0.0, 1.0, 0.2, -0.4])
         loss.log_step_size += torch.tensor([0.1, 0.3, -0.4, 0.0, 0.2])
     count = 20_000
     x = torch.full((count,), 1.9)

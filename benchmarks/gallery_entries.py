@@ -376,7 +376,7 @@ def _(s):
     x, t, y = torch.randn(4, 3), torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.randn(4)
     source = "examples/contrib/cevae/synthetic.py"
     net.whiten = lambda x: x
-    return Entry(source, net.model, net.guide, (x, t.bool().float(), y > 0), starts=())
+    return Entry(source, net.model, net.guide, (x, t, (y > 0).float()), starts=())
 
 
 @entry("epidemiology/sir")

@@ -355,6 +355,22 @@ def test_wrong_native_code_is_not_used(monkeypatch):
 
 
 @needs_compiler
+def test_few_chains_do_not_waste_vectors():
+    """Much work on one chain stays a graph; of many chains, or little of it, becomes native."""
+    weight = torch.linspace(-1.0, 1.0, 50 * 200, dtype=torch.float64).reshape(50, 200)
+
+    def function(u):
+        return -0.5 * u.square().sum(-1), -0.5 * (u @ weight).square().sum(-1)
+
+    for rows, num_chains, mode in ((3, 1, "graph"), (3, 4, "compiled"), (1, 1, "compiled")):
+        example = torch.zeros(rows, 50, dtype=torch.float64)
+        density = capture(function, example, num_chains=num_chains, native=True)
+        assert density.mode == mode
+        position = torch.randn(num_chains, rows, 50, dtype=torch.float64)
+        torch.testing.assert_close(density(position).log_target, function(position)[1])
+
+
+@needs_compiler
 def test_fresh_data_give_fresh_numbers():
     """Parameters changed in place, other data, and the first again."""
     scale, data = torch.tensor([0.5, 2.0]).double(), torch.tensor([1.0, -1.0]).double()

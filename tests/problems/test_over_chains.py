@@ -136,6 +136,28 @@ def test_chains_are_drawn_in_parts_where_they_would_not_fit():
     assert len(drawn.unique()) == 40
 
 
+def test_draws_that_are_vouched_for_are_made_once():
+    calls, vouched = [], set()
+
+    def draw():
+        calls.append(1)
+        return torch.randn(1)
+
+    options = {"numbers": 1, "device": torch.device("cpu"), "vouched": vouched}
+    torch.manual_seed(0)
+    first = draw_chains(draw, 10, kind="prior", **options)
+    again = draw_chains(draw, 10, kind="prior", **options)
+    assert len(calls) == 3
+    assert not torch.equal(first, again)
+    torch.manual_seed(0)
+    assert torch.equal(draw_chains(draw, 10, kind="prior", **options), first)  # the same numbers
+    draw_chains(draw, 10, kind="guide", **options)  # another base
+    assert len(calls) == 6
+    numpy = _own_generator()
+    draw_chains(numpy, 10, kind="numpy", **options)
+    assert vouched == {"prior", "guide"}
+
+
 class _Leaky:
     """A base a third of whose draws lie outside the support, where there is no coordinate."""
 

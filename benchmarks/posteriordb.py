@@ -246,7 +246,7 @@ def measure(model, args, truth, seed):
         "seed": seed,
         "error": round(float(run.lower) - truth, 5),
         "std_error": round(float(run.std_error), 5),
-        "covers": float(run.interval()[0]) <= truth,
+        "covers": bool(float(run.interval()[0]) <= truth),
         "below": round(truth - float(run.interval()[0]), 4),
         "steps": run.num_steps,
         "chains": run.num_chains,

@@ -29,10 +29,9 @@ __all__ = ["Done", "in_rounds", "run_back", "run_both", "run_forward"]
 _UNSOUND = frozenset(
     {"ess", "dominance", "lag", "lineages", "zero_weights", "undefined_weights", "agreement"}
 )
-# Relative variance of a chain's weight below which more chains are as good as more steps, how much
-# its logarithm may trail that of 1 / T (half of which is the noise of 32 chains), and the numbers
-# that positions may fill.
-_FEW_ENOUGH, _TRAILS, _MOST_NUMBERS = 3.0, 0.7, 1_000_000
+# Relative variance of a chain's weight below which more chains are as good as more steps, the least
+# power of T with which it must fall for more steps, and the numbers that positions may fill.
+_FEW_ENOUGH, _FALLS, _MOST_NUMBERS = 3.0, 0.7, 1_000_000
 # Rounds whose weights vary by less, relative to their mean, say something about each other.
 _COMPARABLE, _MOST_ERRORS = 1.0, 4.0
 
@@ -173,11 +172,9 @@ def _is_sound(history: list[Done]) -> bool:
 
 def _stalls(history: list[Done]) -> bool:
     """Asks whether the variance of single chains falls too slowly with the number of steps."""
-    last = history[-1].runs[0]
-    alike = [done.runs[0] for done in history if done.runs[0].population_size == 1]
-    if last.batch_shape or last.num_chains < 8 or len(alike) < 2 or alike[-1] is not last:
+    first, last = history[0].runs[0], history[-1].runs[0]
+    if len(history) < 3 or last.batch_shape or last.num_chains < 8:  # two tell too little
         return False
-    first = alike[0]
     numbers = sum(value.numel() for value in last.posterior.values())
     if 4 * numbers > _MOST_NUMBERS:
         return False
@@ -185,7 +182,7 @@ def _stalls(history: list[Done]) -> bool:
     if not 0.0 < after < _FEW_ENOUGH or before == 0.0:
         return False
     growth = last.num_steps / first.num_steps
-    return math.log(before / after) < math.log(growth) - _TRAILS
+    return math.log(before / after) < _FALLS * math.log(growth)
 
 
 def _expected_error(frozen: Frozen, *, both: bool) -> float:

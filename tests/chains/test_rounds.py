@@ -167,15 +167,15 @@ def mostly_one_of_them():
 
 def test_rounds_take_more_chains_where_steps_do_not_help():
     """No chain crosses: each weight is .5 / .8 or .5 / .2, of variance .5625 whatever T is."""
-    options = {"num_chains": 32, "target_gap": 0.08, "cross_check": False, "seed": 0, **QUIET}
+    options = {"num_chains": 32, "target_gap": 0.05, "cross_check": False, "seed": 0, **QUIET}
     run = AnnealedImportance(two_far_modes, mostly_one_of_them, **options).run()
     chains = [each.num_chains for each in run.rounds]
     steps = [each.num_steps for each in run.rounds]
     assert chains[0] == 32
     assert chains[-1] == run.num_chains == len(run.posterior["z"]) > 100
-    assert steps[-1] < 128
+    assert steps[-1] < 1024
     assert float(run.std_error) == pytest.approx(math.sqrt(0.5625 / run.num_chains), rel=0.2)
-    assert float(run.std_error) <= 0.08
+    assert float(run.std_error) <= 0.05
     assert abs(float(run.lower)) < 5.0 * float(run.std_error)
 
 

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..graphs.evaluation import LINALG_ERROR, FailuresAsNaN
 from ..graphs.recorded import RecordedDensity
 from ..kernels import State
 from ..models.discrete import DiscreteMap, is_discrete
@@ -108,7 +109,13 @@ class Problem:
         names = [site.name for site in self.layout.model_sites]
 
         def values(chain: Tensor) -> dict[str, Tensor]:
-            found = self.model.unpack(chain)
+            try:
+                found = self.model.unpack(chain)
+            except (
+                LINALG_ERROR
+            ):  # of a likelihood, say: the values of latents are known all the same
+                with FailuresAsNaN():
+                    found = self.model.unpack(chain)
             return {name: found[name] for name in names}
 
         with torch.no_grad():

@@ -228,3 +228,22 @@ def test_a_function_of_several_tensors_is_mapped():
         numbers=1,
     )
     assert found["sum"].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_values_are_known_where_the_likelihood_fails():
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(2.0))
+        tie = pyro.sample("tie", dist.Uniform(0.0, scale))  # beyond 1 no covariance
+        cov = torch.eye(2) + tie * torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), cov), obs=torch.ones(2))
+
+    found = prepare(
+        model, None, ((), {}), ((), {}), num_chains=2, batch_plates="auto", compile=False, seed=0
+    )
+    assert not found.layout.is_static
+    position = torch.tensor([[0.0, -3.0], [1.5, 3.0]]).to(found.layout.dtype)
+    values = found.unpack(position)
+    assert float(values["tie"][1]) > 1.0
+    for name, value in found.unpack(position[:1]).items():
+        assert torch.equal(values[name][:1], value)
+    assert values["scale"].isfinite().all()

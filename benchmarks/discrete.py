@@ -99,11 +99,11 @@ def exact_ising(side, coupling, *, periodic, count, seed):
 
 def run_ising(side, coupling, truth, *, periodic, num_chains, num_steps, num_exact):
     model = ising(side, coupling, periodic=periodic)
-    annealed = annealer(model, num_chains=num_chains, num_steps=num_steps)
-    record = both_ways(annealed, truth)
+    options = {"num_steps": num_steps, "compile": "auto"}
+    record = both_ways(annealer(model, num_chains=num_chains, **options), truth)
     began = time.process_time()
     draws = exact_ising(side, coupling, periodic=periodic, count=num_exact, seed=1)
-    reverse = annealer(model, num_chains=num_exact, num_steps=num_steps).run_reverse(
+    reverse = annealer(model, num_chains=num_exact, **options).run_reverse(
         {"up": draws}, exact=True
     )
     record["upper_error"] = float(reverse.upper) - truth
@@ -121,7 +121,7 @@ def annealer(model, guide=None, **options):
 
 def kernel_of(run):
     """Names the kernel's parts."""
-    names = re.findall(r"DiscreteLangevin|SingleSite|HMC", run.kernel)
+    names = re.findall(r"DiscreteLangevin|ChromaticGibbs|SingleSite|HMC", run.kernel)
     return " + ".join(dict.fromkeys(names))
 
 
@@ -154,7 +154,7 @@ def small_belief_net():
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=data)
 
     began = time.process_time()
-    annealed = annealer(model, num_chains=32, num_steps=3000)
+    annealed = annealer(model, num_chains=96, num_steps=5000, compile="auto")
     result = annealed.sandwich(torch.zeros(8, 30))
     seconds = time.process_time() - began
     logits = (2.0 * bits(12) - 1.0) @ weights.T
@@ -226,9 +226,10 @@ def mixture():
             kind = pyro.sample("kind", dist.Categorical(shares), infer=mark)
             pyro.sample("y", dist.Normal(locs[kind], 1.0), obs=data)
 
-    marked = annealer(model, "auto", num_chains=64, num_steps=600, prior_weight=0.5)
+    marked = annealer(model, "auto", num_chains=128, num_steps=1000, prior_weight=0.5)
     truth = marked.run(data, {"enumerate": "parallel"})
-    record = both_ways(annealer(model, num_chains=64, num_steps=600), float(truth.lower), data, {})
+    unmarked = annealer(model, num_chains=128, num_steps=2000, compile="auto")
+    record = both_ways(unmarked, float(truth.lower), data, {})
     return record | {"std_error_of_truth": float(truth.std_error)}
 
 
@@ -275,7 +276,7 @@ def zero_inflated():
     likelihood = torch.logaddexp(on, off.expand_as(on)).sum(-1)
     prior = dist.Beta(2.0, 2.0).log_prob(share)[:, None] + dist.Gamma(2.0, 1.0).log_prob(rate)
     truth = float((likelihood + prior).flatten().logsumexp(0) + math.log(1e-3 * 0.01))
-    return both_ways(annealer(model, num_chains=64, num_steps=1000), truth, data)
+    return both_ways(annealer(model, num_chains=128, num_steps=2000, compile="auto"), truth, data)
 
 
 def spike_and_slab():
@@ -400,7 +401,7 @@ CASES = {
         6, 0.44, 31.564146, periodic=False, num_chains=128, num_steps=8000, num_exact=64
     ),
     "Ising 20 x 20, periodic, critical": lambda: run_ising(
-        20, CRITICAL, 372.518277, periodic=True, num_chains=32, num_steps=4000, num_exact=8
+        20, CRITICAL, 372.518277, periodic=True, num_chains=96, num_steps=12000, num_exact=8
     ),
     "belief net 12-30, 8 rows": small_belief_net,
     "RBM 20 x 16": boltzmann_machine,

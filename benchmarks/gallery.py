@@ -11,6 +11,7 @@ this package or of Pyro that names what is wrong, with its words), or a crash. W
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib
@@ -89,6 +90,8 @@ class Sources:
 
     def cells(self, name: str, *numbers: int, **names):
         """Executes some cells of ``tutorial/source/NAME.ipynb``; returns their namespace."""
+        os.environ["CI"] = "1"  # as Pyro's own tests run them: two steps of training
+        pyro.render_model = lambda *args, **kwargs: None
         book = json.loads((self.folder / "tutorial" / "source" / f"{name}.ipynb").read_text())
         space = {
             "torch": torch,
@@ -103,9 +106,8 @@ class Sources:
         }
         for number in numbers:
             text = "".join(book["cells"][number]["source"])
-            lines = [
-                line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))
-            ]
+            skipped = ("%", "!", "assert pyro.__version__")
+            lines = [t for t in text.splitlines() if not t.lstrip().startswith(skipped)]
             exec(  # noqa: S102
                 compile("\n".join(lines), f"{name}.ipynb, cell {number}", "exec"), space
             )
@@ -149,8 +151,57 @@ def _run(entry, guide):
         "value": total,
         "std_error": error,
         "diagnostics": names,
+        "warned": any(finding.severity == "warning" for finding in run.diagnostics),
         "notes": [note[:160] for note in run.notes],
     }
+
+
+def _reference(entry):
+    """Estimates the evidence by importance sampling with Pyro alone, from prior and own guide.
+
+    The weight of one draw is ``exp`` of Pyro's own bound with one particle: what is enumerated is
+    summed out. Kept where at least 50 draws count, which is a check on runs of this package that
+    shares no code with them.
+    """
+    found = []
+    for guide in (_prior(entry.model), entry.guide):
+        if guide is None:
+            continue
+        with contextlib.suppress(Exception):
+            found.append(_importance(entry, guide))
+    good = [one for one in found if one["ess"] >= 50.0]
+    if not good:
+        raise NotImplementedError("fewer than 50 draws of prior and guide count")
+    return {"outcome": "number"} | max(good, key=lambda one: one["ess"])
+
+
+def _prior(model):
+    def hidden(site):
+        if site["type"] != "sample":
+            return False
+        summed = site["infer"].get("enumerate") is not None
+        return site["is_observed"] or summed or type(site["fn"]).__name__ == "_Subsample"
+
+    return poutine.block(model, hide_fn=hidden)
+
+
+def _importance(entry, guide, *, most=2000, seconds=3.0):
+    sites = poutine.trace(guide).get_trace(*entry.args, **entry.kwargs).nodes.values()
+    if any(site["type"] == "sample" and site["infer"].get("enumerate") for site in sites):
+        raise NotImplementedError("a bound averages over what the guide enumerates")
+    elbo = pyro.infer.TraceEnum_ELBO(strict_enumeration_warning=False)
+    began, log_weights = time.process_time(), []
+    pyro.set_rng_seed(1)
+    with torch.no_grad():
+        while len(log_weights) < most and time.process_time() < began + seconds:
+            log_weights.append(-elbo.loss(entry.model, guide, *entry.args, **entry.kwargs))
+    weights = torch.tensor(log_weights, dtype=torch.float64)
+    weights = weights.nan_to_num(-torch.inf, posinf=-torch.inf)
+    top = weights.max()
+    share = (weights - top).exp()
+    ess = float(share.sum().square() / share.square().sum())
+    error = float(share.std() / share.mean() / len(share) ** 0.5)
+    return {"value": float(top + share.mean().log()), "std_error": error, "ess": ess}
 
 
 def _loss(entry, make):
@@ -161,7 +212,7 @@ def _loss(entry, make):
     return {"outcome": "number", "value": float(value)}
 
 
-def one(folder: Path, name: str) -> None:
+def one(folder: Path, name: str, only: list[str] | None = None) -> None:
     """Runs one entry in every way, and prints each outcome as soon as it is there."""
     logging_off = mock.patch("logging.basicConfig")
     torch.set_num_threads(1)
@@ -174,8 +225,10 @@ def one(folder: Path, name: str) -> None:
         for guide in entry.guides:
             label = "own guide" if callable(guide) else (guide or "prior")
             ways[f"run, {label}"] = functools.partial(_run, entry, guide)
+        ways["reference"] = functools.partial(_reference, entry)
         for label, make in WAYS.items():
             ways[label] = functools.partial(_loss, entry, make)
+        ways = {label: way for label, way in ways.items() if not only or label in only}
         print(json.dumps({"source": entry.source, "ways": list(ways)}), file=out, flush=True)
         for label, way in ways.items():
             random.seed(0)
@@ -186,24 +239,34 @@ def page(results: dict) -> str:
     """Writes the table of outcomes."""
     entries = results["entries"]
     counts = {"number": 0, "refused": 0, "crash": 0, "timeout": 0}
-    rows, refusals = [], []
+    rows, refusals, checks = [], [], []
     for name, entry in entries.items():
-        cells = []
-        runs = {k: v for k, v in entry["ways"].items() if k.startswith("run")}
+        ways = dict(entry["ways"])
+        reference = ways.pop("reference", {"outcome": "none"})
+        runs = {k: v for k, v in ways.items() if k.startswith("run") or k == "all"}
         shown = [f"{k.removeprefix('run, ')}: {_cell(v)}" for k, v in runs.items()]
-        cells.append("; ".join(shown))
-        cells += [_cell(entry["ways"].get(way, {"outcome": "none"})) for way in WAYS]
+        known = reference["outcome"] == "number"
+        cells = ["; ".join(shown), _cell(reference) if known else "–"]
+        cells += [_cell(ways.get(way, {"outcome": "none"})) for way in WAYS]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
-        for way, outcome in entry["ways"].items():
+        if known:
+            checks += [(name, way, _agrees(run, reference)) for way, run in runs.items()]
+        for way, outcome in ways.items():
             if outcome["outcome"] in counts:
                 counts[outcome["outcome"]] += 1
             if outcome["outcome"] in ("refused", "crash", "timeout"):
                 says = outcome.get("says", "").replace("|", "\\|")
                 refusals.append(f"| {name} | {way} | {outcome['outcome']} | {says} |")
-    header = "| model | run (sum over data, nats) | " + " | ".join(WAYS) + " |"
+    header = "| model | run (sum over data, nats) | Pyro | " + " | ".join(WAYS) + " |"
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    states = collections.Counter(entry.get("state", "?") for entry in entries.values())
+    states = ", ".join(f"{state}: {count}" for state, count in states.items())
     total = sum(counts.values())
     said = ", ".join(f"{k}: {v}" for k, v in counts.items())
+    checks = [check for check in checks if check[2] is not None]
+    agree = sum(check[2] == "agrees" for check in checks)
+    flagged = sum(check[2] == "flagged" for check in checks)
+    silent = [f"{name} ({way})" for name, way, outcome in checks if outcome == "silent"]
     return "\n".join(
         [
             "# Pyro's own gallery",
@@ -213,13 +276,20 @@ def page(results: dict) -> str:
             "with the guide of the example. `python benchmarks/gallery.py FOLDER` makes this page from",
             f"a checkout of Pyro; this one: {versions}.",
             "",
-            f"The record holds {len(entries)} of the {len(ENTRIES)} entries of the script. Of their",
+            f"The record holds {len(entries)} of the {len(ENTRIES)} entries of the script (entries by",
+            f"commit of this package: {states}). Of their",
             f"{total} outcomes, {said}.",
-            "A number is what came out, with its standard error; a refusal says what is wrong and",
-            "what helps. Entries that were not run, or not to their end, are not in the record.",
+            "A number is what came out, with its standard error and warnings; a refusal says what is",
+            "wrong and what helps.",
+            "",
+            "The column *Pyro* is the evidence by importance sampling with Pyro alone, from the prior or",
+            "the example's guide, where at least 50 of up to 2000 draws count. Of",
+            f"{len(checks)} runs beside such a number, {agree} agree with it within 4 standard errors and",
+            f"0.1 nat, {flagged} do not and warn, and {len(silent)} do not without a warning"
+            + (f": {', '.join(silent)}." if silent else "."),
             "",
             header,
-            "|" + "---|" * (2 + len(WAYS)),
+            "|" + "---|" * (3 + len(WAYS)),
             *rows,
             "",
             "## What was refused, and the words",
@@ -230,6 +300,16 @@ def page(results: dict) -> str:
             "",
         ]
     )
+
+
+def _agrees(run, reference):
+    """Compares a run with the reference: agrees, flagged, or silent; None without a number."""
+    if run["outcome"] != "number":
+        return None
+    error = (run["std_error"] ** 2 + reference["std_error"] ** 2) ** 0.5
+    if abs(run["value"] - reference["value"]) <= 4.0 * error + 0.1:
+        return "agrees"
+    return "flagged" if run.get("warned", run["diagnostics"]) else "silent"
 
 
 def _cell(outcome):
@@ -249,11 +329,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None, help="names of entries")
     parser.add_argument("--one", default=None, help="run this entry here, and print its outcome")
     parser.add_argument("--timeout", type=int, default=120, help="CPU seconds per entry")
+    parser.add_argument("--ways", nargs="*", default=None, help="run these again, keep the others")
     parser.add_argument("--page", action="store_true", help="write the page from the record alone")
     options = parser.parse_args()
     if options.one is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (options.timeout, options.timeout))
-        one(options.folder.resolve(), options.one)
+        one(options.folder.resolve(), options.one, options.ways)
         return
     kept = json.loads(RESULTS.read_text())["entries"] if RESULTS.exists() else {}
     entries = {name: kept[name] for name in ENTRIES if name in kept}
@@ -261,12 +342,24 @@ def main() -> None:
         began = time.perf_counter()
         command = [sys.executable, __file__, str(options.folder), "--one", name]
         command += ["--timeout", str(options.timeout)]
+        command += ["--ways", *options.ways] if options.ways else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        entries[name] = _read(done, options.timeout)
-        outcomes = [way["outcome"] for way in entries[name]["ways"].values()]
+        found = _read(done, options.timeout) | {"state": _state()}
+        if options.ways and name in entries and "all" not in found["ways"]:
+            found = entries[name] | {"ways": entries[name]["ways"] | found["ways"]}
+        entries[name] = found
+        outcomes = [
+            way["outcome"] for key, way in entries[name]["ways"].items() if key != "reference"
+        ]
         print(f"{name}: {outcomes} ({time.perf_counter() - began:.0f} s)", flush=True)
         _write(entries)
     _write(entries)
+
+
+def _state() -> str:
+    """Names the commit of this package that is measured."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _read(done, timeout: int) -> dict:

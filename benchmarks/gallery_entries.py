@@ -204,7 +204,7 @@ def _(s):
 @entry("ss_vae_M2/unsupervised")
 def _(s):
     m = s.module("vae/ss_vae_M2.py")
-    vae = m.SSVAE(output_size=3, input_size=8, z_dim=2, hidden_layers=(5,), config_enum="parallel")
+    vae = m.SSVAE(output_size=3, input_size=8, z_dim=2, hidden_layers=[5], config_enum="parallel")
     xs = torch.bernoulli(torch.full((2, 8), 0.5))
     model, guide = vae.model, pyro.infer.config_enumerate(vae.guide, "parallel", expand=True)
     return Entry("examples/vae/ss_vae_M2.py", model, guide, (xs,), starts=())
@@ -213,7 +213,7 @@ def _(s):
 @entry("ss_vae_M2/supervised")
 def _(s):
     m = s.module("vae/ss_vae_M2.py")
-    vae = m.SSVAE(output_size=3, input_size=8, z_dim=2, hidden_layers=(5,), config_enum="parallel")
+    vae = m.SSVAE(output_size=3, input_size=8, z_dim=2, hidden_layers=[5], config_enum="parallel")
     xs = torch.bernoulli(torch.full((2, 8), 0.5))
     return Entry("examples/vae/ss_vae_M2.py", vae.model, vae.guide, (xs, torch.eye(3)[:2]))
 
@@ -330,11 +330,11 @@ def _(s):
         "sizes": {"state": 2, "random": 2, "group": 2, "individual": 2, "timesteps": 3},
         "group": {"random": "continuous", "fixed": None},
         "individual": {"random": None, "fixed": None, "mask": torch.ones(2, 2).bool()},
-        "timestep": {"random": None, "fixed": None, "mask": torch.ones(3, 2, 2).bool()},
+        "timestep": {"random": None, "fixed": None, "mask": torch.ones(2, 2, 3).bool()},
         "observations": {
-            "step": torch.rand(3, 2, 2) + 0.1,
-            "angle": torch.rand(3, 2, 2),
-            "omega": torch.rand(3, 2, 2) * 0.8 + 0.1,
+            "step": torch.rand(2, 2, 3) + 0.1,
+            "angle": torch.rand(2, 2, 3),
+            "omega": torch.rand(2, 2, 3) * 0.8 + 0.1,
         },
     }
     model = functools.partial(m.model_generic, config)
@@ -372,11 +372,11 @@ def _(s):
     from pyro.contrib.cevae import CEVAE
 
     del s
-    net = CEVAE(feature_dim=3, latent_dim=2, hidden_dim=5, num_layers=1)
+    net = CEVAE(feature_dim=3, latent_dim=2, hidden_dim=5, num_layers=2)
     x, t, y = torch.randn(4, 3), torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.randn(4)
     source = "examples/contrib/cevae/synthetic.py"
     net.whiten = lambda x: x
-    return Entry(source, net.model, net.guide, (x, t.bool().float(), y > 0), starts=())
+    return Entry(source, net.model, net.guide, (x, t, (y > 0).float()), starts=())
 
 
 @entry("epidemiology/sir")
@@ -384,9 +384,43 @@ def _(s):
     from pyro.contrib.epidemiology.models import SimpleSIRModel
 
     del s
+    torch.set_default_dtype(torch.float64)  # which the model asks for
     sir = SimpleSIRModel(20, 3.0, torch.tensor([1.0, 2.0, 1.0]))
-    sir._is_relaxed = True
-    return Entry("examples/contrib/epidemiology/sir.py", sir._vectorized_model, None, ())
+    model = sir._relaxed_model  # what fit_svi fits
+    guide = autoguide.AutoNormal(model)
+    return Entry("examples/contrib/epidemiology/sir.py", model, guide)
+
+
+@entry("mue/ProfileHMM")
+def _(s):
+    from pyro.contrib.mue.models import ProfileHMM
+
+    del s
+    net = ProfileHMM(3, 3, 2.0, 2.0)
+    x = torch.eye(3)[torch.tensor([[0, 1, 2], [0, 2, 2]])]
+    source = "examples/contrib/mue/ProfileHMM.py"
+    return Entry(source, net.model, net.guide, (x, torch.tensor(1.0)))
+
+
+@entry("oed/ab_test")
+def _(s):
+    from pyro.contrib.oed.glmm import known_covariance_linear_model
+
+    del s
+    prior = (torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0]))
+    model = known_covariance_linear_model(*prior, torch.tensor(1.0))
+    design = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    conditioned = pyro.condition(model, {"y": torch.tensor([0.3, -1.0, 2.0])})
+    return Entry("examples/contrib/oed/ab_test.py", conditioned, None, (design,))
+
+
+@entry("forecast/bart")
+def _(s):
+    m = s.module("contrib/forecast/bart.py")
+    torch.manual_seed(3)
+    data = torch.randn(24 * 7 + 5, 1)
+    covariates = torch.zeros(len(data), 0)
+    return Entry("examples/contrib/forecast/bart.py", m.Model(), None, (data, covariates))
 
 
 @entry("gp/sparse")
@@ -431,15 +465,13 @@ def _(s):
 
 @entry("tutorial/easyguide")
 def _(s):
-    from pyro.contrib.easyguide import EasyGuide
-    from pyro.infer import Predictive
+    from pyro.contrib.easyguide import easy_guide
 
-    names = {"EasyGuide": EasyGuide, "constraints": dist.constraints, "Predictive": Predictive}
+    names = {"easy_guide": easy_guide, "constraints": dist.constraints, "rank": 2, "full_size": 5}
     m = s.cells("easyguide", 4, 13, **names)
-    batch = torch.randn(5, 8)
-    guide = m.PickyGuide(m.model) if hasattr(m, "PickyGuide") else None
+    batch = torch.bernoulli(torch.full((3, 5), 0.5))
     inputs = (batch, torch.arange(5), 5)
-    return Entry("tutorial/source/easyguide.ipynb", m.model, guide, inputs)
+    return Entry("tutorial/source/easyguide.ipynb", m.model, m.guide, inputs)
 
 
 @entry("tutorial/gmm")
@@ -455,11 +487,14 @@ def _(s):
     return Entry("tutorial/source/gmm.ipynb", m.model, guide, (data,))
 
 
+_FAMILIES = ("Beta", "Uniform", "Gamma", "Poisson", "Categorical", "Dirichlet")
+
+
 @entry("tutorial/dirichlet_process_mixture")
 def _(s):
     from torch.nn import functional
 
-    names = {n: getattr(dist, n) for n in ("Beta", "Uniform", "Gamma", "Poisson", "Categorical")}
+    names = {n: getattr(dist, n) for n in _FAMILIES}
     names |= {"MultivariateNormal": dist.MultivariateNormal, "constraints": dist.constraints}
     names |= {"F": functional, "T": 3, "N": 4, "alpha": 0.1}
     names["mix_weights"] = lambda beta: (
@@ -489,27 +524,29 @@ def _(s):
 
 @entry("tutorial/intro_long")
 def _(s):
-    m = s.cells("intro_long", 34, 42, constraints=dist.constraints)
     x, r = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([0.3, 1.1, 2.0, 0.7])
-    inputs = (x, r, 8.0 - r)
-    return Entry("tutorial/source/intro_long.ipynb", m.model, m.custom_guide, inputs)
+    names = {"is_cont_africa": x, "ruggedness": r, "log_gdp": 8.0 - r}
+    m = s.cells("intro_long", 34, 42, constraints=dist.constraints, **names)
+    source = "tutorial/source/intro_long.ipynb"
+    return Entry(source, m.model, m.custom_guide, tuple(names.values()))
 
 
 @entry("tutorial/enumeration/hmm")
 def _(s):
-    names = {"constraints": dist.constraints, "config_enumerate": pyro.infer.config_enumerate}
-    m = s.cells("enumeration", 22, Vindex=None, **names)
-    data, guide = (
-        torch.bernoulli(torch.full((4, 3), 0.4)),
-        autoguide.AutoNormal(pyro.poutine.block(m.hmm_model, expose=["probs_x", "probs_y"])),
-    )
+    names = {"AutoNormal": autoguide.AutoNormal, "TraceEnum_ELBO": pyro.infer.TraceEnum_ELBO}
+    m = s.cells("enumeration", 22, 24, 27, **names)
+    data = torch.tensor([0, 1, 1, 2, 0])
     inputs = {"data_dim": 3, "hidden_dim": 2}
+    pyro.clear_param_store()  # the notebook's guide was used with other sizes
+    guide = autoguide.AutoNormal(
+        pyro.poutine.block(m.hmm_model, expose=["transition", "emission"])
+    )
     return Entry("tutorial/source/enumeration.ipynb", m.hmm_model, guide, (data,), inputs)
 
 
 @entry("tutorial/logistic-growth")
 def _(s):
-    m = s.cells("logistic-growth", 17, constraints=dist.constraints, time=torch.arange(3.0))
+    m = s.cells("logistic-growth", 17, dataset={"time_step_days": 14.0})
     counts = torch.tensor([[2.0, 3.0, 1.0], [4.0, 1.0, 3.0], [1.0, 5.0, 4.0]])
     model = m.basic_model
     source = "tutorial/source/logistic-growth.ipynb"
@@ -520,20 +557,14 @@ def _(s):
 def _(s):
     names = {"Tensor": torch.Tensor, "constraints": dist.constraints, "nn": nn}
     m = s.cells("svi_flow_guide", 3, **names)
-    x = torch.randn(4)
-    guide = autoguide.AutoMultivariateNormal(m.model)
+    x = 0.3 * torch.randn(5, 3, 2)
+    guide = autoguide.AutoMultivariateNormal(m.model)  # in place of a flow of the package zuko
     return Entry("tutorial/source/svi_flow_guide.ipynb", m.model, guide, (x,))
 
 
 @entry("tutorial/working_memory")
 def _(s):
-    names = {"constraints": dist.constraints, "ones": torch.ones, "tensor": torch.tensor}
-    names |= {"trange": range, "sensitivity": 1.0, "prior_mean": torch.tensor(7.0)}
-    names |= {
-        "prior_sd": torch.tensor(2.0),
-        "iter_plates_to_shape": pyro.contrib.util.iter_plates_to_shape,
-    }
-    m = s.cells("working_memory", 2, 6, **names)
+    m = s.cells("working_memory", 2, 6)
     model = pyro.condition(m.model, {"y": torch.tensor([1.0, 1.0, 0.0])})
     l = torch.tensor([5.0, 7.0, 9.0])
     return Entry("tutorial/source/working_memory.ipynb", model, m.guide, (l,))
@@ -541,8 +572,20 @@ def _(s):
 
 @entry("tutorial/stable")
 def _(s):
-    m = s.cells("stable", 14, constraints=dist.constraints)
-    model = m.model
-    model = pyro.poutine.reparam(model, {"r": pyro.infer.reparam.StableReparam()})
-    data, guide = 0.01 * torch.randn(5), autoguide.AutoNormal(model)
-    return Entry("tutorial/source/stable.ipynb", model, guide, (data,), starts=())
+    from pyro.infer import reparam
+
+    names = {"StableReparam": reparam.StableReparam, "poutine": pyro.poutine}
+    names["DiscreteCosineReparam"] = reparam.DiscreteCosineReparam
+    m = s.cells("stable", 14, 16, **names)
+    guide = autoguide.AutoDiagonalNormal(m.reparam_model)
+    return Entry("tutorial/source/stable.ipynb", m.reparam_model, guide, (0.01 * torch.randn(5),))
+
+
+@entry("tutorial/stable/log_prob")
+def _(s):
+    from pyro.infer import reparam
+
+    m = s.cells("stable", 14)
+    model = pyro.poutine.reparam(m.model, {"v": reparam.DiscreteCosineReparam()})
+    guide = autoguide.AutoDiagonalNormal(model)
+    return Entry("tutorial/source/stable.ipynb", model, guide, (0.01 * torch.randn(5),))

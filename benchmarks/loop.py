@@ -3,7 +3,8 @@
 Run as ``python benchmarks/loop.py [--peer-python PYTHON] [--tfp-python PYTHON] [--only CASE]``. The
 peers need an environment with jax and numpyro (tensorflow_probability for TFP), whose interpreter
 is given. All columns are measured in one run, on one processor, alternately; a value is the smallest
-and the median over the rounds, per leapfrog of all chains. Random numbers are drawn before the
+and the median over the rounds, per leapfrog of all chains, in CPU time of this process for ours and in
+the peers' own time for theirs. Random numbers are drawn before the
 clock starts, for peers too, except where a row says otherwise.
 """
 
@@ -23,11 +24,9 @@ import pyro.distributions as dist
 import torch
 
 from pyro_anneal.chains.loop import run_chains
+from pyro_anneal.chains.path import Carry, StepTable, TuningTable
 from pyro_anneal.chains.path import Path as AnnealingPath
-from pyro_anneal.chains.path import StepTable, TuningTable
-from pyro_anneal.compiled import program as chunk_program
 from pyro_anneal.compiled.program import LoopedDensity
-from pyro_anneal.compiled.step_graph import DensityGraphs
 from pyro_anneal.kernels import HMC
 from pyro_anneal.kernels.noise import draw_steps
 from pyro_anneal.problems.problem import prepare
@@ -106,9 +105,9 @@ class Peer:
 
 
 def timed(function):
-    start = time.perf_counter()
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def ours(name, num_chains, num_leapfrog, num_steps):
@@ -117,35 +116,30 @@ def ours(name, num_chains, num_leapfrog, num_steps):
     model = MODELS[name]()
     columns, compile_seconds = {}, {}
     kernel = HMC(num_leapfrog)
-    for compiled in (False, True):
+    for native in (False, True):
         problem = prepare(
             model, None, arguments, arguments, num_chains=num_chains, batch_plates="auto",
-            compile=False, seed=0,
+            compile=False, seed=0, native=native,
         )  # fmt: skip
         density = problem.density
+        if native and density.native_source_and_inputs() is None:
+            break  # too large, and left to inductor
         state = density(0.1 + torch.zeros(num_chains, *density.example.shape))
-        if compiled:
-            density.compile()
-            compile_seconds["density"] = timed(lambda: density(state.position))  # noqa: B023
         tuning = TuningTable.constant(0.05, density.example)
         path = AnnealingPath(Linear()(num_steps + 1), kernel, tuning)
         options = {"direction": "forward", "seed": 0, "stream": "s"}
-        label = "density compiled" if compiled else "step by step"
+        label = "density native" if native else "step by step"
         columns[label] = functools.partial(run_chains, density, path, state, **options)
-        if compiled:
-            columns["gradient"] = functools.partial(
-                repeat, density, state.position, num_leapfrog * num_steps
-            )
-    for label in ("loop", "loop, unrolled"):
-        looped = LoopedDensity(density, unroll=label != "loop")
+        columns[f"gradient, {'native' if native else 'graph'}"] = functools.partial(
+            repeat, density, state.position, num_leapfrog * num_steps
+        )
+        label = "native loop" if native else "loop"
+        looped = LoopedDensity(density)
         whole = functools.partial(run_chains, looped, path, state, **options)
-        seconds = timed(whole)
+        compile_seconds[label] = timed(whole)
         assert looped.loop_mode == "loop", looped.loop_reason
-        body, program = program_alone(looped, path, state, num_steps)
-        if body.layout.unrolled == looped.unroll:  # else the step is too large to unroll
-            compile_seconds[label] = seconds
-            columns[f"{label}, whole chunk"] = whole
-            columns[label] = program
+        columns[f"{label}, random numbers included"] = whole
+        columns[label] = without_noise(looped, path, state, num_steps)
     return columns, compile_seconds
 
 
@@ -154,28 +148,18 @@ def repeat(function, argument, count):
         function(argument)
 
 
-def program_alone(looped, path, state, num_steps):
+def without_noise(looped, path, state, num_steps):
     """Leaves the random numbers out, as for the peers."""
-    density, kernel = looped.density, path.kernel
+    kernel = path.kernel
     generator = torch.Generator().manual_seed(0)
     noise = draw_steps(kernel, state, num_steps, generator)
     betas = path.betas[1:-1]
     step_size, scale = path.tuning.at_all(betas)
     widths = torch.full((num_steps,), 1.0 / num_steps, dtype=torch.float64)
     table = StepTable(betas.to(state.position), step_size, scale, widths, widths)
-    num_chains = len(state.position)
-    graphs = DensityGraphs(density.chain_graph_and_inputs(), density.graph_and_inputs(num_chains))
-    key = chunk_program._key(
-        kernel, graphs, [*state, *(part[:1] for part in noise)], 100, looped.unroll
-    )
-    compiled = chunk_program._PROGRAMS[key]
-    shared = (graphs.one_chain if compiled.body.layout.last else graphs.all_chains)[1]
-    stored = compiled.body.layout.store_shared(shared)
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)
-    arguments = chunk_program._arguments(
-        compiled.body, state, weights, weights.clone(), table, noise, stored
-    )
-    return compiled.body, functools.partial(compiled.run, num_steps, *arguments)
+    carry = Carry(state, weights, weights)
+    return functools.partial(looped.run_chunk, kernel, carry, table, noise, rows=100)
 
 
 def race(case, peers, seconds):
@@ -228,6 +212,7 @@ def main():
     parser.add_argument("--tfp-python", help="interpreter with tensorflow_probability as well")
     parser.add_argument("--only", choices=CASES, nargs="*", default=list(CASES))
     parser.add_argument("--seconds", type=float, default=8.0, help="time per case")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="merged with what is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # XLA's flags do not keep it to one thread
@@ -245,12 +230,12 @@ def main():
         processes.append(Peer(options.tfp_python))
         peers["TFP, its random numbers included"] = (processes[-1], "tfp")
         peers["NumPyro of that environment, annealed"] = (processes[-1], "annealed")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(options.output.read_text()) if options.output.exists() else {}
     for case in options.only:
         results[case] = race(case, peers, options.seconds)
         show({case: results[case]})
         sys.stdout.flush()
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
     for process in processes:
         process.close()
 

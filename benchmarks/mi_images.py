@@ -10,6 +10,8 @@ training is not limited. Bounds see, from the least to the most: pairs and p(z) 
 MINE-AIS), or the full joint (IWAE, AIS). Each row is measured on the same fresh pairs, and its
 deficit from the lower bound of AIS is taken pair by pair.
 
+    python benchmarks/mi_images.py --plot benchmarks/results    # draws the records in that folder
+
 What has been trained is kept in the folder --work; rows are added to the record as they come.
 """
 
@@ -211,10 +213,72 @@ def critics(
     }
 
 
+def plot(folder: Path) -> None:
+    """Draws the records: lower bounds as bars (Fig. 3a), and bounds over T and K (Fig. 5, 7)."""
+    import matplotlib.pyplot as plt
+
+    bars = {
+        "Barber-Agakov": "BA",
+        "GIWAE, MLP": "GIWAE, K=100, MLP",
+        "MINE-AIS, MLP": "MINE-AIS, MLP",
+        "IWAE, K = 1000": "IWAE, K=1000",
+        "MINE-AIS, likelihood": "MINE-AIS, likelihood, untouched",
+        "AIS, T = 3000": "AIS, K=8, T=3000",
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6.4), layout="constrained")
+    for row, decoder in zip(axes, ("VAE", "GAN"), strict=True):
+        record = json.loads((folder / f"mi_images_{decoder}.json").read_text())
+        rows = record["rows"]
+        found = {label: rows[name] for label, name in bars.items() if name in rows}
+        places = range(len(found))
+        row[0].barh(
+            [-place for place in places],
+            [r["lower"] for r in found.values()],
+            xerr=[2.0 * r["lower_std_error"] for r in found.values()],
+            color="#0072B2",
+            alpha=0.75,
+            ecolor="#555555",
+            capsize=2,
+        )
+        row[0].set_yticks([-place for place in places], list(found))
+        upper = rows["AIS, K=8, T=3000"]["upper"]
+        row[0].axvline(upper, color="#D55E00", lw=1.2, label="AIS, upper bound")
+        row[0].set(xlabel="lower bound on I (nats)", title=f"decoder of a {decoder}")
+        row[0].legend(frameon=False, loc="upper right", fontsize=8)
+        for family, prefix, color in (
+            ("AIS over T", "AIS, K=8, T=", "#0072B2"),
+            ("IWAE over K", "IWAE, K=", "#999999"),
+        ):
+            points = sorted(
+                (int(name.removeprefix(prefix)), r)
+                for name, r in rows.items()
+                if name.startswith(prefix)
+            )
+            size = [count for count, _ in points]
+            for side, mark in (("lower", "^-"), ("upper", "v--")):
+                values = [r[side] for _, r in points]
+                row[1].plot(size, values, mark, color=color, ms=4, label=f"{family}, {side}")
+        row[1].set(
+            xscale="log",
+            yscale="symlog",
+            xlabel="T (AIS, K = 8) or K (IWAE)",
+            ylabel="bounds on I (nats)",
+            title=f"decoder of a {decoder}",
+        )
+        ticks = [0, 3, 10, 30, 100, 1000]
+        row[1].set_yticks(ticks, [str(tick) for tick in ticks])
+        row[1].set_ylim(1.0, 2000.0)
+        row[1].legend(frameon=False, fontsize=8)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "mi_images.png", dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
-    parser.add_argument("--work", type=Path, required=True, help="folder of trained networks")
+    parser.add_argument("--data", type=Path, help="folder of MNIST's files")
+    parser.add_argument("--work", type=Path, help="folder of trained networks")
+    parser.add_argument("--plot", type=Path, help="folder of records to draw, and nothing else")
     parser.add_argument("--decoder", choices=["VAE", "GAN"], default="VAE")
     parser.add_argument("--only", default="", help="part of a row's name")
     parser.add_argument("--train-steps", type=int, default=1500)
@@ -223,6 +287,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for a JSON file")
     args = parser.parse_args()
+    if args.plot is not None:
+        plot(args.plot)
+        return
+    if args.data is None or args.work is None:
+        parser.error("--data and --work are needed, but for --plot")
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     kept = Kept(args.work, f"{args.decoder}_{args.seed}")

@@ -238,8 +238,8 @@ def ours(problem: Problem, budget: int, seed: int) -> tuple[dict[str, Tensor], i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=int, default=300_000, help="evaluations per design")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--budget", type=int, default=100_000, help="evaluations per design")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, help="folder for a JSON file")
     args = parser.parse_args()

@@ -102,10 +102,10 @@ class AnnealedImportance(Settings):
             entered; True also starts as many chains from the prior, or beside
             ``guide=None`` from a fit, and says so if they find more evidence (double the cost);
             False compares with nothing.
-        compile: ``"auto"`` compiles the annealing loop where counts of steps and operations say that
-            this repays its ten seconds; True compiles the loop, or the density where the loop
-            cannot be; ``"unrolled"`` the loop of a small model element by element, slower to compile
-            and faster to run; ``"density"`` the density alone; False nothing.
+        compile: ``"auto"`` makes native code of the densities of a small model, and of the annealing
+            loop from a few hundred steps on; of a large one it compiles the loop where counts of
+            steps and operations say that this repays its ten seconds. True compiles the loop, or
+            the density where the loop cannot be; ``"density"`` the density alone; False nothing.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.

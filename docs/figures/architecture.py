@@ -26,6 +26,7 @@ QUESTIONS = {
     "eim": "energy-inspired models",
     "kernels": "transitions",
     "models": "how is a Pyro model\none vector?",
+    "native": "how does a graph\nbecome C++?",
     "persistence": "what outlives\na process?",
 }
 

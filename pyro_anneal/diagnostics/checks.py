@@ -39,21 +39,22 @@ __all__ = [
 _OF_THE_PROBLEM = ("unread", "saturated")
 
 
-def check_target(run: AnnealedRun) -> Diagnostic | None:
+def check_target(run: AnnealedRun, *, far: float = 2.5) -> Diagnostic | None:
     """Says what rounds have reached where it is not the target.
 
     Args:
         run: The last of several rounds.
+        far: Multiple of the target from which the remark is a warning.
 
     Returns:
-        A remark whose value is the measured error in nats, or ``None``.
+        A remark or warning whose value is the measured error in nats, or ``None``.
     """
     target, error = run.target_gap, run.measured_gap
     if target is None or error is None or error <= target:
         return None
     return Diagnostic(
         name="target",
-        severity="info",
+        severity="warning" if error > far * target else "info",
         message=f"after {len(run.rounds)} rounds, the last of {run.num_steps} steps, the error is "
         f"{error:.2g} nats and not yet {target:g}: raise max_rounds or num_chains, or start closer "
         "to the posterior (another guide)",

@@ -353,7 +353,9 @@ class CapturedDensity:
         if evaluator.program.native is None:
             evaluator.program.native = Native(evaluator.body, self.example, evaluator.values)
         native = evaluator.program.native
-        return None if native.density is None else native
+        if native.density is None or native.wastes(self.num_chains):
+            return None
+        return native
 
     def _evaluator(self, num_chains: int | None) -> Evaluator:
         """Finds or makes the graph of K chains; of one chain for None, or if vmap fails."""

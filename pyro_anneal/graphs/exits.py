@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..models.places import Place, current_place, described
+from .assertions import asserted_value
 from .rewriting import Unsupported
 
 __all__ = ["Exit", "ExitsByFunction", "Guard", "Influence", "PositionLeft"]
@@ -264,6 +265,10 @@ class ExitsByFunction(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         kwargs = kwargs or {}
         if name in _WAYS_OUT and args and isinstance(args[0], Tensor):
+            if name == "__bool__" and _POSITION in self.influence.of(args[0]):
+                holds = asserted_value()
+                if holds is not None:
+                    return holds
             self.influence.leave(_WORDS.get(name, f".{name}()"), args[:1])
             with self.influence.noted():
                 return func(*args, **kwargs)

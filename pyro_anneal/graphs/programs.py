@@ -17,6 +17,10 @@ from .rewriting import dependent_nodes
 __all__ = ["Evaluator", "Native", "Program", "replaced", "split", "stacked"]
 
 
+# Operations on vectors by one evaluation above which vectors should be filled.
+_MUCH_WORK = 30_000
+
+
 class Program:
     """One graph, split into the part per run and the part per evaluation; it holds no data."""
 
@@ -41,6 +45,11 @@ class Native:
             self.density = NativeDensity(self.source)
         except CannotGenerate as error:
             self.reason = str(error)
+
+    def wastes(self, num_chains: int) -> bool:
+        """Tells whether so few chains would leave most of each vector idle in much work."""
+        source = self.source
+        return source is not None and 2 * num_chains < source.lanes and source.work > _MUCH_WORK
 
 
 class Evaluator:

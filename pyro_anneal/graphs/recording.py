@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.passes.shape_prop import ShapeProp
 
 from ..models.places import current_place
+from .assertions import without_shortcuts
 from .evaluation import FailuresAsNaN, LogDensities, as_written, evaluate, values_of
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
@@ -253,7 +254,7 @@ def _record(function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor) 
                 raise PositionLeft(exit)
         return (*outputs, *(guard.tensor for guard in influence.guards))
 
-    with as_written(), _without_onednn():
+    with as_written(), _without_onednn(), without_shortcuts():
         graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     return Recording(graph, constants, noted[-1], str(graph.code))

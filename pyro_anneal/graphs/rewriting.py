@@ -153,7 +153,12 @@ def make_batchable(graph: fx.GraphModule, device: torch.device) -> list[Tensor]:
     constants: list[Tensor] = []
     dependent = dependent_nodes(graph)
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node not in dependent:
+        if node.op != "call_function":
+            continue
+        if node.target is aten.copy.default:  # nor does autograd, whatever it copies
+            _copy_to_expand(node)
+            continue
+        if node not in dependent:
             continue
         if _is_choice(node):
             _choose(node)
@@ -161,8 +166,6 @@ def make_batchable(graph: fx.GraphModule, device: torch.device) -> list[Tensor]:
         _refuse_dynamic_shape(node, dependent)
         if node.target in (aten.index.Tensor, aten.index_put.default):
             _masks_to_indices(node)
-        elif node.target is aten.copy.default:
-            _copy_to_expand(node)
         elif node.target in (aten.as_strided.default, aten.as_strided_scatter.default):
             constants.append(_unstride(node, device))
         elif node.target is aten.masked_select.default:

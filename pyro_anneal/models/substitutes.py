@@ -145,6 +145,8 @@ def _are_from(values: Array, data: Array) -> bool:
     common = int(np.isin(first, second, assume_unique=True).sum())
     if common >= 2 and 2 * common >= min(len(first), len(second)):
         return True
+    if 2 * len(first) > len(ours):  # parameters, say: no whole numbers
+        return False
     if len(np.unique(np.diff(ours))) < 2 or len(np.unique(theirs)) < 2:  # a range, or constants
         return False
     _, counts = np.unique(ours, return_counts=True)
@@ -153,12 +155,19 @@ def _are_from(values: Array, data: Array) -> bool:
     length = math.ceil(math.log(_CHANCE * len(ours) * len(theirs)) / entropy)
     if length > min(len(ours), len(theirs)):
         return False
-    known = {theirs[k : k + length].tobytes() for k in range(len(theirs) - length + 1)}
-    known |= {theirs[k : k + length][::-1].tobytes() for k in range(len(theirs) - length + 1)}
-    stretches = [ours[k : k + length].tobytes() for k in range(len(ours) - length + 1)]
-    return 2 * sum(stretch in known for stretch in stretches) >= min(
-        len(stretches), len(theirs) - length + 1
-    )
+    known = np.concatenate([_stretches(theirs, length), _stretches(theirs[::-1], length)])
+    found = np.isin(_stretches(ours, length), known)
+    return bool(2 * found.sum() >= min(len(found), len(theirs) - length + 1))
+
+
+def _stretches(values: Array, length: int) -> Array:
+    """Gives every stretch of numbers a number of its own, up to chance."""
+    bits = np.ascontiguousarray(values + np.float32(0.0)).view(np.uint32).astype(np.uint64)
+    factors = np.random.RandomState(0).randint(1, 2**62, size=length).astype(np.uint64)
+    total = np.zeros(len(bits) - length + 1, dtype=np.uint64)
+    for place, factor in enumerate(factors | np.uint64(1)):
+        total += bits[place : place + len(total)] * factor  # modulo 2 ** 64
+    return total
 
 
 def find_by_substitution(

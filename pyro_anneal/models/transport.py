@@ -156,7 +156,9 @@ class TransportDensity(ModelDensity):
         with validation_disabled(), poutine.block(), substitute:
             return self.model.run_guide().values
 
-    def pack(self, values: Mapping[str, Tensor], exact: frozenset[str] = frozenset()) -> Tensor:
+    def pack(
+        self, values: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Packs values of the auxiliary sites.
 
         Raises:

@@ -17,7 +17,7 @@ from .writer import write_function
 __all__ = ["DensitySource", "NativeDensity", "density_source", "ready"]
 
 # Operations on vectors by one evaluation, beyond which libraries of matrix products are better.
-_MOST_WORK = 300_000
+_MOST_WORK = 2_000_000
 # Nodes of a graph; each is a few lines of C++.
 _MOST_NODES = 3000
 

@@ -7,6 +7,7 @@ compiler keeps; the folder must belong to the user, and nobody else may write to
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import getpass
@@ -18,6 +19,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,10 +122,15 @@ def _own_folder() -> Path:
 
 
 class Library:
-    """A loaded library with one function, ``run(count, begin, end, pointers, scratch)``."""
+    """A loaded library with one function, ``run(count, begin, end, pointers, scratch)``.
+
+    It leaves memory with the object, so that thousands of models may follow one another.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._run = ctypes.CDLL(str(file)).run
+        loaded = ctypes.CDLL(str(file))
+        weakref.finalize(self, _ctypes.dlclose, loaded._handle).atexit = False
+        self._run = loaded.run
         number, pointer = ctypes.c_longlong, ctypes.c_void_p
         self._run.argtypes = [number, number, number, pointer, pointer]
         self._run.restype = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import Args, Kwargs, OpOverload
 from .stages import Read, Scatter
 from .values import CannotGenerate, Expression, Value, converted, literal
 from .views import expanded
@@ -18,7 +19,7 @@ __all__ = ["PLACES", "alternatives", "moved", "which"]
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
-Rule = Callable[["Schedule", Any, Any, Shape, torch.dtype], Any]
+Rule = Callable[["Schedule", Args, Kwargs, Shape, torch.dtype], Any]
 
 
 def alternatives(cases: Sequence[tuple[str, Expression]], other: Expression) -> Expression:
@@ -72,7 +73,9 @@ def _place_of(index: Value, read: Read, at: Sequence[str], size: int) -> str:
     return f"row({read(index, at).code}, {size})"
 
 
-def _picked(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _picked(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     """Reads ``x[..., index, ...]`` with one block of indexed dimensions."""
     source, places = args[0], list(args[1])
     places += [None] * (len(source.shape) - len(places))
@@ -103,7 +106,7 @@ def _picked(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: tor
 
 
 def _index_select(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     source, dim, index = args
     places = [None] * (dim % len(source.shape)) + [index.reshaped((index.size,))]
@@ -111,12 +114,14 @@ def _index_select(
 
 
 def _embedding(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     return _picked(schedule, (args[0], [args[1]]), {}, shape, dtype)
 
 
-def _gather(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _gather(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     source, dim, index = args[:3]
     dim %= len(shape)
 
@@ -146,7 +151,7 @@ def _scattered(
 
 
 def _index_put(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     start, places, rows = args[:3]
     accumulate = bool(args[3]) if len(args) > 3 else bool(kwargs.get("accumulate", False))
@@ -178,7 +183,7 @@ def _along(schedule: Schedule, start: Value, dim: int, index: Value, rows: Value
 
 
 def _scatter_add(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     if args[2].is_vector:
         return _each_way(schedule, args, shape, dtype, accumulate=True)
@@ -186,13 +191,13 @@ def _scatter_add(
 
 
 def _scatter(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     return _each_way(schedule, args, shape, dtype, accumulate=False)
 
 
 def _each_way(
-    schedule: Schedule, args: Any, shape: Shape, dtype: torch.dtype, *, accumulate: bool
+    schedule: Schedule, args: Args, shape: Shape, dtype: torch.dtype, *, accumulate: bool
 ) -> Value:
     """Asks at each element which of the given ones come here."""
     start, dim, index, rows = args
@@ -217,7 +222,7 @@ def _each_way(
 
 
 def _index_add(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     start, dim, index, rows = args
     if kwargs.get("alpha", 1) != 1 or len(index.shape) != 1:
@@ -229,7 +234,7 @@ def _index_add(
 
 
 def _embedding_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     rows, index, _, padding, scaled = args
     if padding >= 0 or scaled:
@@ -238,14 +243,16 @@ def _embedding_backward(
     return _index_put(schedule, (start, [index], rows, True), {}, shape, dtype)
 
 
-def _argmax(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _argmax(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     source, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim"))
     if dim is None:
         raise CannotGenerate("the largest of all elements")
     return which(schedule, source, dim % len(source.shape), shape)
 
 
-PLACES: dict[Any, Rule] = {
+PLACES: dict[OpOverload, Rule] = {
     aten.argmax.default: _argmax,
     aten.index.Tensor: _picked,
     aten._unsafe_index.Tensor: _picked,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from .arguments import Kwargs, OpOverload
 from .values import CannotGenerate, Expression, converted, literal
 
 __all__ = ["ELEMENTWISE", "Operands", "elementwise"]
 
 aten = torch.ops.aten
-Target = Any  # an overload of an operation of torch
 Operands = Sequence[Any]  # expressions, numbers of Python, None
 
 
@@ -114,7 +114,7 @@ _LOGIC = {
 _ARITHMETIC = {"add": "{0} + {1}", "sub": "{0} - {1}", "rsub": "{1} - {0}"}
 
 
-def _name(target: Target) -> str:
+def _name(target: OpOverload) -> str:
     return str(target).removeprefix("aten.")
 
 
@@ -164,9 +164,7 @@ def _power(rule: _Rule, base: Any, exponent: Any) -> str:
     return f"v_pow({x}, {rule.typed(exponent)})"
 
 
-def _given(
-    operands: Operands, kwargs: dict[str, Any], names: Sequence[str], *defaults: Any
-) -> Any:
+def _given(operands: Operands, kwargs: Kwargs, names: Sequence[str], *defaults: Any) -> Any:
     """Completes operands by name and by default, from the second on."""
     own = [*operands[1:]]
     for name, default in list(zip(names, defaults, strict=True))[len(own) :]:
@@ -174,7 +172,7 @@ def _given(
     return [operands[0], *own]
 
 
-def _clamp(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _clamp(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     x, low, high = _given(operands, kwargs, ("min", "max"), None, None)
     code = rule.typed(x)
     if low is not None:
@@ -182,7 +180,7 @@ def _clamp(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
     return code if high is None else f"smaller({code}, {rule.typed(high)})"
 
 
-def _nan_to_num(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _nan_to_num(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     x, nan, high, low = _given(operands, kwargs, ("nan", "posinf", "neginf"), 0.0, None, None)
     info, code = torch.finfo(rule.dtype), rule.typed(x)
     high, low = info.max if high is None else high, info.min if low is None else low
@@ -196,14 +194,14 @@ def _nan_to_num(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
     return inner
 
 
-def _elu(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _elu(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     names = ("alpha", "scale", "input_scale")
     x, alpha, scale, inner = _given(operands, kwargs, names, 1.0, 1.0, 1.0)
     code, a, s, i = (rule.typed(part) for part in (x, alpha, scale, inner))
     return f"({s} * sel(gt({code}, nil({code})), {code}, {a} * v_expm1({i} * {code})))"
 
 
-def _elu_backward(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _elu_backward(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     grad, alpha, scale, inner, is_result, x = operands
     g, a, s, i, code = (rule.typed(part) for part in (grad, alpha, scale, inner, x))
     below = (
@@ -212,37 +210,37 @@ def _elu_backward(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> st
     return f"({g} * sel(gt({code}, nil({code})), {s}, {below}))"
 
 
-def _softplus(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _softplus(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     parts = _given(operands, kwargs, ("beta", "threshold"), 1.0, 20.0)
     return f"v_softplus({', '.join(rule.typed(part) for part in parts)})"
 
 
-def _softplus_backward(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _softplus_backward(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     return f"v_softplus_back({', '.join(rule.typed(part) for part in operands)})"
 
 
-def _leaky(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _leaky(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     x, slope = (rule.typed(part) for part in _given(operands, kwargs, ("negative_slope",), 0.01))
     return f"sel(gt({x}, nil({x})), {x}, {x} * {slope})"
 
 
-def _leaky_backward(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _leaky_backward(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     g, x, slope = (rule.typed(part) for part in operands[:3])
     return f"sel(gt({x}, nil({x})), {g}, {g} * {slope})"
 
 
-def _where(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _where(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     condition, yes, no = operands
     chosen = rule.typed(condition, torch.bool)
     return f"sel({chosen}, {rule.typed(yes)}, {rule.typed(no)})"
 
 
-def _masked_fill(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _masked_fill(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     x, mask, value = operands
     return f"sel({rule.typed(mask, torch.bool)}, {rule.typed(value)}, {rule.typed(x)})"
 
 
-def _cross_entropy(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _cross_entropy(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     """Bernoulli with logits x and value t: (1 - t) x + log(1 + e^-x)."""
     names = ("weight", "pos_weight", "reduction")
     x, t, *options = _given(operands, kwargs, ("target", *names), None, None, None, 1)
@@ -252,12 +250,12 @@ def _cross_entropy(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> s
     return f"((1 - {t}) * {x} - v_logsigmoid({x}))"
 
 
-def _ndtr(rule: _Rule, operands: Operands, kwargs: dict[str, Any]) -> str:
+def _ndtr(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     x, factor, half = (rule.typed(part) for part in (operands[0], -math.sqrt(0.5), 0.5))
     return f"({half} * v_erfc({x} * {factor}))"
 
 
-_SPECIAL: dict[str, Callable[[_Rule, Operands, dict[str, Any]], str]] = {
+_SPECIAL: dict[str, Callable[[_Rule, Operands, Kwargs], str]] = {
     "clamp.default": _clamp,
     "clamp.Tensor": _clamp,
     "hardtanh.default": lambda rule, x, named: _clamp(
@@ -284,7 +282,7 @@ _SPECIAL: dict[str, Callable[[_Rule, Operands, dict[str, Any]], str]] = {
 
 
 def elementwise(
-    target: Target, operands: Operands, kwargs: dict[str, Any], dtype: torch.dtype
+    target: OpOverload, operands: Operands, kwargs: Kwargs, dtype: torch.dtype
 ) -> Expression:
     """Applies an operation to single numbers.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .arguments import Args, Kwargs, OpOverload
 from .rules import ELEMENTWISE, elementwise
 from .stages import Cholesky, DensityCall, Loop, Member, Product, Read, Scan, Scatter, Solve, Stage
 from .structured import RULES as _STRUCTURED
@@ -39,7 +40,7 @@ def shape_of(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(int(size) for size in meta.shape), meta.dtype
 
 
-_FILLED: dict[Any, Callable[..., Any]] = {
+_FILLED: dict[OpOverload, Callable[..., Any]] = {
     aten.full.default: lambda args: args[1],
     aten.full_like.default: lambda args: args[1],
     aten.new_full.default: lambda args: args[2],
@@ -51,7 +52,7 @@ _FILLED: dict[Any, Callable[..., Any]] = {
         (aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda args: 1.0
     ),
 }
-_SUMS: dict[Any, tuple[float, str]] = {
+_SUMS: dict[OpOverload, tuple[float, str]] = {
     aten.sum.default: (0.0, "{0} + {1}"),
     aten.sum.dim_IntList: (0.0, "{0} + {1}"),
     aten.mean.default: (0.0, "{0} + {1}"),
@@ -145,9 +146,9 @@ class Schedule:
 
     def map(
         self,
-        target: Any,
-        args: Any,
-        kwargs: Any,
+        target: OpOverload,
+        args: Args,
+        kwargs: Kwargs,
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> Value:
@@ -226,9 +227,9 @@ class Schedule:
 
     def _reduce(
         self,
-        target: Any,
-        args: Any,
-        kwargs: Any,
+        target: OpOverload,
+        args: Args,
+        kwargs: Kwargs,
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> Value:
@@ -250,7 +251,7 @@ class Schedule:
         assert whole is not None
         if not average:
             return whole
-        return self.map(aten.div.Scalar, [whole, count], {}, shape, dtype)
+        return self.map(aten.div.Scalar, (whole, count), {}, shape, dtype)
 
     def _log_sigmoid(self, x: Value) -> tuple[Value, Value]:
         def emit(read: Read, at: Sequence[str]) -> Expression:
@@ -277,7 +278,9 @@ class Schedule:
         view: Value = view_of(aten.view.default, (value,), whole, self._copied)
         return view
 
-    def reduced(self, target: Any, args: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Value:
+    def reduced(
+        self, target: OpOverload, args: Args, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Value:
         """Adds a sum, or what takes its place, over some dimensions."""
         return self._reduce(target, args, {}, shape, dtype)
 

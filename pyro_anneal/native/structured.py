@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import Args, Kwargs, OpOverload
 from .places import PLACES, alternatives, moved, which
 from .stages import Cholesky, Read, Scan, Solve
 from .sums import EXPONENTIALS
@@ -20,11 +21,11 @@ __all__ = ["RULES", "SEVERAL"]
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
-Rule = Callable[["Schedule", Any, Any, Shape, torch.dtype], Value]
+Rule = Callable[["Schedule", Args, Kwargs, Shape, torch.dtype], Value]
 
 
 def _joined(
-    schedule: Schedule, parts: Sequence[Value], dim: int, shape: Shape, dtype: Any
+    schedule: Schedule, parts: Sequence[Value], dim: int, shape: Shape, dtype: torch.dtype
 ) -> Value:
     parts = [part for part in parts if part.size]
 
@@ -40,12 +41,16 @@ def _joined(
     return schedule.member((), tuple(parts), emit, shape, dtype)
 
 
-def _cat(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _cat(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     return _joined(schedule, args[0], dim % len(shape), shape, dtype)
 
 
-def _stack(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _stack(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape)
     size = (*shape[:dim], 1, *shape[dim + 1 :])
     parts = []
@@ -75,7 +80,7 @@ def _placed(
 
 
 def _slice_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     source, _, dim, *bounds = args
     dim %= len(shape)
@@ -83,7 +88,7 @@ def _slice_backward(
 
 
 def _select_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     source, _, dim, index = args
     dim %= len(shape)
@@ -95,7 +100,9 @@ def _select_backward(
     return _placed(schedule, source, dim, range(index, index + 1), shape, dtype)
 
 
-def _pad(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _pad(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     source, widths, number = [*args, 0.0][:3]
     low = [0] * len(shape)
     for k in range(len(widths) // 2):
@@ -114,7 +121,7 @@ def _pad(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.
 
 
 def _diagonal_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     source, _, shift, first, second = args
     first, second = first % len(shape), second % len(shape)
@@ -140,7 +147,7 @@ def _unbatched(value: Value, shape: Shape) -> Value:
 
 
 def _product(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     """Multiplies matrices, a matrix and a vector, or two vectors."""
     left, right = args
@@ -152,11 +159,15 @@ def _product(
     return _unbatched(result, shape)
 
 
-def _bmm(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _bmm(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     return schedule.product(args[0], args[1], None, dtype)
 
 
-def _addmm(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _addmm(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     added, left, right = args[:3]
     if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")) or len(args) > 3:
         raise CannotGenerate("a product with factors")
@@ -170,7 +181,7 @@ def _addmm(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torc
 
 def _scan(join: str) -> Rule:
     def rule(
-        schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+        schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
     ) -> Value:
         source, dim = args[:2]
         if not shape:
@@ -185,7 +196,7 @@ def _scan(join: str) -> Rule:
 
 def _triangle(*, upper: bool) -> Rule:
     def rule(
-        schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype
+        schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
     ) -> Value:
         source, shift = [*args, 0][:2]
 
@@ -198,7 +209,9 @@ def _triangle(*, upper: bool) -> Rule:
     return rule
 
 
-def _arange(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _arange(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
 
     def emit(read: Read, at: Sequence[str]) -> Expression:
@@ -214,7 +227,9 @@ def _matrices(schedule: Schedule, value: Value) -> Value:
     return schedule.reshaped(value, (-1, *value.shape[-2:]))
 
 
-def _cholesky(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any) -> Any:
+def _cholesky(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Any:
     if (len(args) > 1 and args[1]) or kwargs.get("upper"):
         raise CannotGenerate("an upper factor")
     matrix = _matrices(schedule, args[0])
@@ -224,7 +239,9 @@ def _cholesky(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: A
     return schedule.reshaped(result, args[0].shape), info
 
 
-def _solve(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Value:
+def _solve(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     matrix, right = args[:2]
     is_upper, is_unit = kwargs["upper"], kwargs.get("unitriangular", False)
     batch = torch.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
@@ -242,7 +259,7 @@ def _solve(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torc
     return schedule.reshaped(result, shape)
 
 
-def _max(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.dtype) -> Any:
+def _max(schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype) -> Any:
     """The largest elements, and which they are."""
     source, dim = args[:2]
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
@@ -255,12 +272,12 @@ def _max(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: torch.
 
 
 # What has several results, or results without a shape.
-SEVERAL: dict[Any, Callable[..., Any]] = {
+SEVERAL: dict[OpOverload, Callable[..., Any]] = {
     aten.linalg_cholesky_ex.default: _cholesky,
     aten.max.dim: _max,
     aten._linalg_check_errors.default: lambda *_: None,
 }
-RULES: dict[Any, Rule] = {
+RULES: dict[OpOverload, Rule] = {
     **PLACES,
     **EXPONENTIALS,
     aten.linalg_solve_triangular.default: _solve,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import Args, Kwargs, OpOverload
 from .values import CannotGenerate, Value
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ class _Steps:
         self.dims = [dim % len(shape) for dim in dims]
         self.kept = tuple(1 if d in self.dims else n for d, n in enumerate(shape))
 
-    def __call__(self, target: Any, *args: Any) -> Value:
+    def __call__(self, target: OpOverload, *args: object) -> Value:
         tensors = [arg.shape for arg in args if isinstance(arg, Value)]
         shape = tuple(torch.broadcast_shapes(*tensors))
         return self.schedule.map(target, args, {}, shape, self.dtype)
 
-    def sum(self, value: Value, target: Any = aten.sum.dim_IntList) -> Value:
+    def sum(self, value: Value, target: OpOverload = aten.sum.dim_IntList) -> Value:
         return self.schedule.reduced(target, (value, self.dims), self.kept, self.dtype)
 
 
@@ -43,14 +44,18 @@ def _steps(schedule: Schedule, value: Value, dims: Any, dtype: torch.dtype) -> _
     return _Steps(schedule, value.shape, [dims] if isinstance(dims, int) else dims, dtype)
 
 
-def _log_softmax(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any) -> Value:
+def _log_softmax(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     step = _steps(schedule, args[0], args[1], dtype)
     shifted = step(aten.sub.Tensor, args[0], step.sum(args[0], aten.amax.default))
     total = step.sum(step(aten.exp.default, shifted))
     return step(aten.sub.Tensor, shifted, step(aten.log.default, total))
 
 
-def _softmax(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any) -> Value:
+def _softmax(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     step = _steps(schedule, args[0], args[1], dtype)
     shifted = step(aten.sub.Tensor, args[0], step.sum(args[0], aten.amax.default))
     exponential = step(aten.exp.default, shifted)
@@ -58,7 +63,7 @@ def _softmax(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: An
 
 
 def _log_softmax_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     grad, output, dim = args[:3]
     step = _steps(schedule, grad, dim, dtype)
@@ -67,7 +72,7 @@ def _log_softmax_backward(
 
 
 def _softmax_backward(
-    schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     grad, output, dim = args[:3]
     step = _steps(schedule, grad, dim, dtype)
@@ -75,7 +80,9 @@ def _softmax_backward(
     return step(aten.sub.Tensor, product, step(aten.mul.Tensor, output, step.sum(product)))
 
 
-def _logsumexp(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: Any) -> Value:
+def _logsumexp(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
     step = _steps(schedule, args[0], args[1], dtype)
     largest = step.sum(args[0], aten.amax.default)
     # where all are -inf, or one is inf, nothing is taken off
@@ -86,7 +93,7 @@ def _logsumexp(schedule: Schedule, args: Any, kwargs: Any, shape: Shape, dtype: 
     return schedule.reshaped(result, shape)
 
 
-EXPONENTIALS: dict[Any, Callable[..., Value]] = {
+EXPONENTIALS: dict[OpOverload, Callable[..., Value]] = {
     aten._log_softmax.default: _log_softmax,
     aten._softmax.default: _softmax,
     aten._log_softmax_backward_data.default: _log_softmax_backward,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .arguments import Args, OpOverload
 from .values import CannotGenerate, Value
 
 __all__ = ["SPLITS", "expanded", "transposed", "view_of"]
@@ -100,7 +101,7 @@ def _parts(value: Value, size: Any, dim: int = 0) -> tuple[Value, ...]:
     return tuple(parts)
 
 
-def view_of(target: Any, args: Any, shape: tuple[int, ...], copied: Copy) -> Any:
+def view_of(target: OpOverload, args: Args, shape: tuple[int, ...], copied: Copy) -> Any:
     """Returns a view, where the operation makes one.
 
     Args:

@@ -16,13 +16,15 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 import pyro
 from torch import Tensor, nn
+
+from ..models.types import Array
 
 __all__ = ["Watched"]
 
@@ -50,12 +52,14 @@ class Watched:
         "['scale']"
     """
 
-    def __init__(self, *functions: Any) -> None:
-        self._tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # live ones, with copies
-        self._cells: list[tuple[Any, Any]] = []
-        self._sequences: list[tuple[Any, tuple[Any, ...]]] = []
-        self._arrays: list[tuple[Any, Any]] = []
-        self._seen: dict[int, Any] = {}  # held, so that ids stay theirs
+    def __init__(self, *functions: object) -> None:
+        self._tables: list[
+            tuple[Mapping[Any, object], dict[Any, object]]
+        ] = []  # live ones, with copies
+        self._cells: list[tuple[types.CellType, object]] = []
+        self._sequences: list[tuple[Collection[object], tuple[object, ...]]] = []
+        self._arrays: list[tuple[Array, Array]] = []
+        self._seen: dict[int, object] = {}  # held, so that ids stay theirs
         self._room = _LIMIT
         self._functions = functions
         pending = list(functions)
@@ -98,22 +102,22 @@ class Watched:
         for cell, value in self._cells:
             if not _same(_content(cell), value) and _CELL not in ignored:
                 yield _CELL
-        for live, items in self._sequences:
-            same = len(live) == len(items) and all(map(_same, live, items))
+        for sequence, items in self._sequences:
+            same = len(sequence) == len(items) and all(map(_same, sequence, items))
             if not same and _LIST not in ignored:
                 yield _LIST
-        for live, array in self._arrays:
-            same = live.shape == array.shape and live.tobytes() == array.tobytes()
+        for now, then in self._arrays:
+            same = now.shape == then.shape and now.tobytes() == then.tobytes()
             if not same and _ARRAY not in ignored:
                 yield _ARRAY
-        now = _parameters()
+        parameters = _parameters()
         for name, found in self._parameters.items():
-            if now.get(name, found) is not found and f'parameter "{name}"' not in ignored:
+            if parameters.get(name, found) is not found and f'parameter "{name}"' not in ignored:
                 yield f'parameter "{name}"'
 
-    def _content(self) -> dict[str, list[Any]]:
+    def _content(self) -> dict[str, list[object]]:
         """Collects what was found, by name, in the order of the walk."""
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[object]] = {}
         for _, copy in self._tables:
             for key, value in copy.items():
                 found.setdefault(f"[{key!r}]", []).append(value)
@@ -127,7 +131,7 @@ class Watched:
             found[f'parameter "{name}"'] = [value]
         return found
 
-    def _look(self, value: Any) -> Iterable[Any]:
+    def _look(self, value: object) -> Iterable[object]:
         """Notes what a value holds, and returns it for a look in turn."""
         if isinstance(value, types.MethodType):
             return value.__self__, value.__func__
@@ -164,7 +168,7 @@ class Watched:
             return ()
         return *self._table(vars(value), vars(value).keys()), *self._class(type(value))
 
-    def _table(self, live: Any, keys: Iterable[Any]) -> tuple[Any, ...]:
+    def _table(self, live: Mapping[Any, object], keys: Iterable[object]) -> tuple[object, ...]:
         copy = {key: live[key] for key in keys if key in live}
         self._room -= 1 + len(copy)
         if self._room <= 0:
@@ -172,9 +176,9 @@ class Watched:
         self._tables.append((live, copy))
         return tuple(copy.values())
 
-    def _class(self, kind: type) -> tuple[Any, ...]:
+    def _class(self, kind: type) -> tuple[object, ...]:
         """Looks at the methods and attributes of a user's class."""
-        found: list[Any] = []
+        found: list[object] = []
         for base in kind.__mro__:
             if not _is_library(base):
                 names = [name for name in vars(base) if not name.startswith("__")]
@@ -182,8 +186,8 @@ class Watched:
                 found.extend(self._table(vars(base), names))
         return tuple(_bare(value) for value in found)
 
-    def _function(self, value: types.FunctionType) -> tuple[Any, ...]:
-        found: list[Any] = [value.__defaults__, value.__kwdefaults__]
+    def _function(self, value: types.FunctionType) -> tuple[object, ...]:
+        found: list[object] = [value.__defaults__, value.__kwdefaults__]
         for cell in value.__closure__ or ():
             content = _content(cell)
             self._cells.append((cell, content))
@@ -203,13 +207,13 @@ class Watched:
         return tuple(found)
 
 
-def _same(now: Any, then: Any) -> bool:
+def _same(now: object, then: object) -> bool:
     return now is then or (
         isinstance(then, _PLAIN) and type(now) is type(then) and bool(now == then)
     )
 
 
-def _agree(now: list[Any], then: list[Any]) -> bool:
+def _agree(now: list[object], then: list[object]) -> bool:
     """Tells whether values are the same, taking objects by their kind: their content is elsewhere."""
     if len(now) != len(then):
         return False
@@ -220,9 +224,10 @@ def _agree(now: list[Any], then: list[Any]) -> bool:
     return True
 
 
-def _content(cell: Any) -> Any:
+def _content(cell: types.CellType) -> object:
     try:
-        return cell.cell_contents
+        content: object = cell.cell_contents
+        return content
     except ValueError:  # not set yet
         return _MISSING
 
@@ -234,7 +239,7 @@ def _names(code: types.CodeType) -> Iterable[str]:
             yield from _names(constant)
 
 
-def _bare(value: Any) -> Any:
+def _bare(value: object) -> object:
     """Returns the function of a method's descriptor."""
     if isinstance(value, property):
         return value.fget
@@ -249,7 +254,7 @@ def _is_library_name(name: str | None) -> bool:
     return (name or "").split(".")[0] in _LIBRARIES - {"__main__"}
 
 
-def _holds_state(value: Any) -> bool:
+def _holds_state(value: object) -> bool:
     """Tells whether an object of a library holds state of a model: a handler, say."""
     poutine = pyro.poutine
     is_plate = isinstance(value, poutine.indep_messenger.IndepMessenger)
@@ -257,6 +262,6 @@ def _holds_state(value: Any) -> bool:
     return is_handler or isinstance(value, types.SimpleNamespace)
 
 
-def _parameters() -> dict[str, Any]:
+def _parameters() -> dict[str, object]:
     """Finds the tensors of the parameter store by name."""
     return dict(pyro.get_param_store()._params)

@@ -45,9 +45,8 @@ class Comparison(Result):
     diagnostics: tuple[Diagnostic, ...] = ()  # of all models, their names in the messages
     data_digest: str = ""  # of the data that all models share; empty if they do not, or unknown
     provenance: Provenance | None = None  # of all runs together
-    provenances: dict[str, Provenance] = field(
-        default_factory=dict
-    )  # of each, by "a", "a (reverse)"
+    # How each model's evidence was computed: that of a pair of runs is under "a" and "a (reverse)".
+    provenances: dict[str, Provenance] = field(default_factory=dict)
     looks: tuple[int, ...] = ()  # of each model's rounds (AnnealedRun.num_looks); empty: none
 
     @property

@@ -56,6 +56,9 @@ def find_overlooked(frozen: Frozen, run: AnnealedRun, journal: Journal) -> Diagn
     layout = problem.layout
     if not isinstance(problem.base, PriorBase) or layout.batch or layout.dim > _MOST_DIMENSIONS:
         return None
+    # The base is a guide's, and ends of chains cannot be packed; or there is no linear algebra.
+    if layout.derived or torch.finfo(layout.dtype).bits < 32:
+        return None
     size = rows_at_once(problem.density, layout.dim)
     rows = Rows(problem.density, size, 0)
     recorded = problem.density.mode in ("graph", "compiled") and frozen.compile != "density"

@@ -1,6 +1,7 @@
 """Rounds that measure: their guarantees, when they stop, and what they leave."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -209,7 +210,10 @@ def test_a_target_out_of_reach_is_told():
     ais = AnnealedImportance(far_from_the_prior, target_gap=1e-4, max_rounds=2, seed=0, **QUIET)
     run = ais.run(X)
     remark = next(d for d in run.diagnostics if d.name == "target")
-    assert remark.severity == "info"
+    assert remark.severity == "warning"
+    near = diagnostics.check_target(replace(run, target_gap=0.9 * run.measured_gap))
+    assert near.severity == "info"
+    assert diagnostics.check_target(replace(run, target_gap=run.measured_gap)) is None
     assert "after 2 rounds" in remark.message
     assert remark.value == run.measured_gap > 1e-4
 

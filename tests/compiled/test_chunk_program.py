@@ -244,8 +244,17 @@ def test_models_agree_in_the_loop(name):
         )
 
 
+BY_DEFAULT = ("enumerated mixture", "linear VAE", "dynamic support", "covariance")
+
+
 @needs_compiler
-@pytest.mark.parametrize("name", ["schools", *MODELS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow)
+        for name in ("schools", *MODELS)
+    ],
+)
 def test_models_agree_as_native_code(name):
     density, position = {"schools": schools, **MODELS}[name]()
     native = natively(density)
@@ -257,7 +266,7 @@ def test_models_agree_as_native_code(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("num_chains", [1, 40])
+@pytest.mark.parametrize("num_chains", [pytest.param(1, marks=pytest.mark.slow), 40])
 def test_native_chunks_serve_other_data_and_lengths(num_chains, monkeypatch):
     """One program, whatever the number of steps and the data; chains that fill no vector, too."""
     monkeypatch.setattr(chunk_program, "_PROGRAMS", type(chunk_program._PROGRAMS)())

@@ -75,7 +75,9 @@ class Recurrent(nn.Module):
         return self.head(self.layer(rows)[0]).squeeze(-1).reshape(*z.shape[:-1], 5)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "kind", [nn.LSTM, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (nn.GRU, nn.RNN))]
+)
 def test_recurrent_decoders_are_recorded(kind):
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)

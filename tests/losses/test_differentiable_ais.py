@@ -150,15 +150,21 @@ def test_a_learned_reverse_kernel_tightens_the_bound():
     assert values["learned"].mean() < log_evidence(DATA).mean() + 5.0 * error
 
 
-def test_chains_at_once_are_chains_one_by_one(monkeypatch):
+@pytest.mark.parametrize("copies", [False, True], ids=["plain", "written into a buffer"])
+def test_chains_at_once_are_chains_one_by_one(copies):
     """The recorded graph gives the numbers and the gradients of the model itself."""
     x = DATA
     loss = DifferentiableAIS(3, 4, step_size=0.3)
     leaf = torch.nn.Parameter(torch.tensor(0.3))
 
     def learned_guide(x):
+        slope = torch.tanh(leaf)
+        if copies:  # as triangular matrices and recurrent networks do
+            buffer = torch.zeros(len(x))
+            buffer[:] = slope
+            slope = buffer
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.tanh(leaf) * x, 1.1))
+            pyro.sample("z", dist.Normal(slope * x, 1.1))
 
     def run():
         pyro.set_rng_seed(3)

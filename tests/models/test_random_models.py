@@ -1,6 +1,6 @@
 """Random models of all supports, couplings and precisions: no quiet error beyond 5 standard errors.
 
-``python benchmarks/random_models.py`` runs them by the thousand and keeps the records.
+``python benchmarks/quiet_errors.py`` runs them by the thousand and keeps the records.
 """
 
 import os

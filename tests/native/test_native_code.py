@@ -1,6 +1,8 @@
 """Native code against torch: single operations, whole graphs, where they are kept."""
 
+import gc
 import math
+import os
 from itertools import product
 
 import numpy as np
@@ -205,7 +207,9 @@ def with_gradient(function):
 
 
 @needs_compiler
-@pytest.mark.parametrize("num_chains", [1, 8, 19])
+@pytest.mark.parametrize(
+    "num_chains", [19, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 8))]
+)
 def test_graphs_and_their_gradients_are_those_of_torch(num_chains):
     """All in one program; chains that do not fill the last vector, too."""
     u = torch.randn(
@@ -311,7 +315,7 @@ def function(u):
     return -0.5 * u.square().sum(-1), -2.0 * (u - 0.3).square().sum(-1) + u.sum(-1).sin()
 
 
-DEFAULT = ("support: simplex", "support: corr_matrix", "support: ordered")
+DEFAULT = ("support: simplex",)
 
 
 @needs_compiler
@@ -352,6 +356,22 @@ def test_wrong_native_code_is_not_used(monkeypatch):
     assert density.mode == "graph"
     position = torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(density(position).log_target, function(position)[1])
+
+
+@needs_compiler
+def test_few_chains_do_not_waste_vectors():
+    """Much work on one chain stays a graph; of many chains, or little of it, becomes native."""
+    weight = torch.linspace(-1.0, 1.0, 50 * 200, dtype=torch.float64).reshape(50, 200)
+
+    def function(u):
+        return -0.5 * u.square().sum(-1), -0.5 * (u @ weight).square().sum(-1)
+
+    for rows, num_chains, mode in ((3, 1, "graph"), (3, 4, "compiled"), (1, 1, "compiled")):
+        example = torch.zeros(rows, 50, dtype=torch.float64)
+        density = capture(function, example, num_chains=num_chains, native=True)
+        assert density.mode == mode
+        position = torch.randn(num_chains, rows, 50, dtype=torch.float64)
+        torch.testing.assert_close(density(position).log_target, function(position)[1])
 
 
 @needs_compiler
@@ -437,6 +457,25 @@ def test_files_of_others_are_not_loaded(cache, monkeypatch):
     monkeypatch.setattr(library, "_LOADED", type(library._LOADED)())
     assert run("4.5") == 4.5
     assert len(list(cache.glob("*.so"))) == 1
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is loaded")
+def test_libraries_that_nobody_uses_leave_memory(cache):
+    made = library.load(SOURCE.replace("NUMBER", "6.5"))
+    (file,) = cache.glob("*.so")
+
+    def is_loaded():
+        with open("/proc/self/maps") as maps:
+            return file.name in maps.read()
+
+    assert is_loaded()
+    library._LOADED.clear()
+    assert is_loaded()  # it is in use
+    del made
+    gc.collect()
+    assert not is_loaded()
+    assert run("6.5") == 6.5
 
 
 @needs_compiler

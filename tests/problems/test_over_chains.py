@@ -136,6 +136,28 @@ def test_chains_are_drawn_in_parts_where_they_would_not_fit():
     assert len(drawn.unique()) == 40
 
 
+def test_draws_that_are_vouched_for_are_made_once():
+    calls, vouched = [], set()
+
+    def draw():
+        calls.append(1)
+        return torch.randn(1)
+
+    options = {"numbers": 1, "device": torch.device("cpu"), "vouched": vouched}
+    torch.manual_seed(0)
+    first = draw_chains(draw, 10, kind="prior", **options)
+    again = draw_chains(draw, 10, kind="prior", **options)
+    assert len(calls) == 3
+    assert not torch.equal(first, again)
+    torch.manual_seed(0)
+    assert torch.equal(draw_chains(draw, 10, kind="prior", **options), first)  # the same numbers
+    draw_chains(draw, 10, kind="guide", **options)  # another base
+    assert len(calls) == 6
+    numpy = _own_generator()
+    draw_chains(numpy, 10, kind="numpy", **options)
+    assert vouched == {"prior", "guide"}
+
+
 class _Leaky:
     """A base a third of whose draws lie outside the support, where there is no coordinate."""
 
@@ -206,3 +228,22 @@ def test_a_function_of_several_tensors_is_mapped():
         numbers=1,
     )
     assert found["sum"].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_values_are_known_where_the_likelihood_fails():
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(2.0))
+        tie = pyro.sample("tie", dist.Uniform(0.0, scale))  # beyond 1 no covariance
+        cov = torch.eye(2) + tie * torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), cov), obs=torch.ones(2))
+
+    found = prepare(
+        model, None, ((), {}), ((), {}), num_chains=2, batch_plates="auto", compile=False, seed=0
+    )
+    assert not found.layout.is_static
+    position = torch.tensor([[0.0, -3.0], [1.5, 3.0]]).to(found.layout.dtype)
+    values = found.unpack(position)
+    assert float(values["tie"][1]) > 1.0
+    for name, value in found.unpack(position[:1]).items():
+        assert torch.equal(values[name][:1], value)
+    assert values["scale"].isfinite().all()

@@ -276,12 +276,28 @@ def far_modes(loc):
     pyro.factor("modes", modes - prior.log_prob(x))
 
 
+def _forty():
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(40, 50, generator=generator) * 2.0 - 1.0) * 40.0
+
+
+@pytest.mark.slow
+def test_far_modes_that_the_model_names_are_all_in_the_fit():
+    run = engine(far_modes, num_steps=20).run(_forty())
+    assert abs(float(run.lower)) < 0.01
+    assert run.diagnostics == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("options", [{}, {"prior_weight": 0.5}])
-def test_missed_modes_of_many_are_flagged(options, seed):
-    generator = torch.Generator().manual_seed(0)
-    loc = (torch.rand(40, 50, generator=generator) * 2.0 - 1.0) * 40.0
+def test_missed_modes_of_many_are_flagged(options, seed, monkeypatch):
+    """As where a model does not name its modes."""
+    monkeypatch.setattr(
+        several, "branch_optima", lambda model, origin, generator: (origin.new_empty(0, 50), 0)
+    )
+    monkeypatch.setattr(fitted, "_FITS", Remembered())
+    loc = _forty()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AnnealingWarning)
         run = engine(far_modes, num_steps=100, **{"seed": seed, **options}).run(loc)

@@ -141,7 +141,7 @@ def test_float32_stays_where_it_is_enough():
         assert result.posterior["z"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("guide", ["auto", None])
+@pytest.mark.parametrize("guide", ["auto", pytest.param(None, marks=pytest.mark.slow)])
 def test_mixed_inputs(guide):
     y = torch.linspace(-1, 1, 5, dtype=torch.float64)
 

@@ -5,7 +5,7 @@ transforms, discrete sites, nested plates, rows that meet, masks, scales, data o
 precisions, short runs from all starts. A *quiet error* is a result without a warning further from
 the truth than five standard errors (and .01 nat).
 
-Run as ``python benchmarks/random_models.py [--first 0] [--count 1000] [--output FILE]``. One line of
+Run as ``python benchmarks/quiet_errors.py [--first 0] [--count 1000] [--output FILE]``. One line of
 JSON per model is appended as it ends; seeds that the file holds are not run again. ``--table`` prints
 what the file holds, ``--summary FILE`` also writes it as JSON.
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 
 from random_models import Seeded, build, judge
 
-ROWS = HERE / "results" / "random_models.jsonl"
+ROWS = HERE / "results" / "quiet_errors.jsonl"
 GROUPS = (
     *("real", "positive", "interval", "angle", "vector", "mixture", "discrete", "flat"),
     *("transform", "coupling", "rows apart", "enumerated", "nested plates", "mask by", "scale"),

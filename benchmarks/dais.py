@@ -30,6 +30,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
 from torch import Tensor
 
@@ -38,6 +39,12 @@ from pyro_anneal.losses import DifferentiableAIS, ReverseScore
 
 RESULTS = Path(__file__).parent / "results"
 AUTODAIS_STEPS = ((0.01, 0.1), (0.05, 1.0))  # first and largest step: its defaults, and wider
+
+
+class DiagonalNormal(AutoDiagonalNormal):
+    """A diagonal Gaussian whose scales learn in their logarithms, as AutoDAIS has it."""
+
+    scale_constraint = constraints.positive
 
 
 def schools(y: Tensor, sigma: Tensor) -> None:
@@ -95,7 +102,7 @@ def ours(
     """Trains guide and path; returns the bound."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    guide = AutoDiagonalNormal(
+    guide = DiagonalNormal(
         model, init_loc_fn=init_to_value(values=start), init_scale=args.init_scale
     )
     dim = sum(v.numel() for v in start.values())

@@ -113,7 +113,9 @@ class NativeLoop:
         self._work = schedule.work + kernel.num_gradients * source.work
         self._scratch = scratch + source.scratch
         run = self._runner(state, noise, row, schedule.outputs, scratch)
-        self._library = load("".join([prelude(source.lanes), source.text, "\n", text, run]))
+        self._library = load(
+            "".join([prelude(source.lanes), source.text, "\n", text, run]), work=source.work
+        )
 
     def _runner(
         self,

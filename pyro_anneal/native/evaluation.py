@@ -150,7 +150,7 @@ class NativeDensity:
             first=len(results),
             stores=" ".join(_store(f"p[{k + 1}]", f"r{k}", kinds[k], sizes[k]) for k in outs),
         )
-        self._library = load(prelude(source.lanes) + source.text + text)
+        self._library = load(prelude(source.lanes) + source.text + text, work=source.work)
 
     def __call__(self, position: Tensor, shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluates K chains.

@@ -33,7 +33,6 @@ from .values import CannotGenerate
 __all__ = ["Library", "compiler_problem", "folder", "load"]
 
 _OPTIONS = (
-    "-O2",
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -42,6 +41,8 @@ _OPTIONS = (
     "-shared",
     "-fPIC",
 )
+# Operations on vectors that are worth a closer look of the compiler.
+_MUCH_WORK = 20_000
 # Operations on vectors that are worth a thread.
 _WORK_OF_A_THREAD = 200_000
 
@@ -179,11 +180,12 @@ _LOADED: OrderedDict[str, Library] = OrderedDict()
 _CAPACITY = 256
 
 
-def load(source: str) -> Library:
+def load(source: str, *, work: int = 0) -> Library:
     """Compiles C++, or finds what it was compiled to before.
 
     Args:
         source: With a function ``run``.
+        work: Its operations on vectors; little work is compiled sooner, and runs as fast.
 
     Raises:
         CannotGenerate: If there is no compiler, or it fails.
@@ -194,9 +196,10 @@ def load(source: str) -> Library:
     command = tuple(_compiler())
     program = shutil.which(command[0]) or command[0]
     identity = _identity(command, os.stat(program).st_mtime)
-    digest = hashlib.sha256(f"{identity}\n{source}".encode()).hexdigest()[:40]
+    level = "-O2" if work > _MUCH_WORK else "-O1"
+    digest = hashlib.sha256(f"{identity}{level}\n{source}".encode()).hexdigest()[:40]
     if digest not in _LOADED:
-        _LOADED[digest] = Library(_compiled(source, command, digest))
+        _LOADED[digest] = Library(_compiled(source, [*command, level], digest))
         if len(_LOADED) > _CAPACITY:
             _LOADED.popitem(last=False)
     _LOADED.move_to_end(digest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,20 +130,16 @@ def fit_start(
         with own_randomness(derived_seed(seed, "several fits")):
             found = several_fits(chosen, target, density, component, elbo, seed, max_rows)
         spent += found.pop("spent")
-        symmetry = as_symmetry(chosen.layout, found["groups"])
-        components = [_component(kept, example) for kept in found["components"]]
-        base = FittedBase(components, found["log_weights"], symmetry)
+        base = _base_of(found, chosen.layout, example)
         weight = prior_weight_for(chosen, density, base, seed)
         return found | {"noncentred": sites, "num_gradients": spent, "prior_weight": weight}
 
     found = once(compute)
     chosen = _in_coordinates(model, found["noncentred"])
     layout = chosen.layout
-    symmetry = as_symmetry(layout, found["groups"])
-    components = [_component(kept, example) for kept in found["components"]]
-    base = FittedBase(components, found["log_weights"], symmetry)
-    if symmetry is not None:
-        layout = replace(layout, notes=(*layout.notes, symmetry.describe()))
+    base = _base_of(found, layout, example)
+    if base.symmetry is not None:
+        layout = replace(layout, notes=(*layout.notes, base.symmetry.describe()))
         chosen = ModelDensity(model.model, layout, model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
     weight = found.get("prior_weight", 0.0)
@@ -151,6 +147,12 @@ def fit_start(
         layout = replace(layout, notes=(*layout.notes, _TAILS.format(weight)))
         chosen = ModelDensity(model.model, layout, model.arguments)
     return FittedStart(chosen, base, from_prior, found["num_gradients"], weight)
+
+
+def _base_of(found: Mapping[str, Any], layout: Layout, example: Tensor) -> FittedBase:
+    """Makes a base from what a journal keeps of it."""
+    components = [_component(kept, example) for kept in found["components"]]
+    return FittedBase(components, found["log_weights"], as_symmetry(layout, found["groups"]))
 
 
 def _in_coordinates(model: ModelDensity, sites: Sequence[str]) -> ModelDensity:

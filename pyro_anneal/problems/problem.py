@@ -125,12 +125,9 @@ def prepare(
         make_start=make_start,
         native=native,
     )
-    if not widen or why_wide is not None or lattice_of(layout) is not None:
-        return problem
-    reason = reason_for_float64(problem, gradients=gradients)
-    if reason is None:
-        return problem
-    return prepare(*asked[:4], **asked[4], why_wide=reason)
+    settled = not widen or why_wide is not None or lattice_of(layout) is not None
+    reason = None if settled else reason_for_float64(problem, gradients=gradients)
+    return problem if reason is None else prepare(*asked[:4], **asked[4], why_wide=reason)
 
 
 def _inspect(

@@ -154,7 +154,7 @@ def small_belief_net():
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=data)
 
     began = time.process_time()
-    annealed = annealer(model, num_chains=96, num_steps=5000, compile="auto")
+    annealed = annealer(model, num_chains=32, num_steps=3000)
     result = annealed.sandwich(torch.zeros(8, 30))
     seconds = time.process_time() - began
     logits = (2.0 * bits(12) - 1.0) @ weights.T
@@ -226,9 +226,9 @@ def mixture():
             kind = pyro.sample("kind", dist.Categorical(shares), infer=mark)
             pyro.sample("y", dist.Normal(locs[kind], 1.0), obs=data)
 
-    marked = annealer(model, "auto", num_chains=128, num_steps=1000, prior_weight=0.5)
+    marked = annealer(model, "auto", num_chains=64, num_steps=600, prior_weight=0.5)
     truth = marked.run(data, {"enumerate": "parallel"})
-    unmarked = annealer(model, num_chains=128, num_steps=2000, compile="auto")
+    unmarked = annealer(model, num_chains=64, num_steps=600)
     record = both_ways(unmarked, float(truth.lower), data, {})
     return record | {"std_error_of_truth": float(truth.std_error)}
 
@@ -276,7 +276,7 @@ def zero_inflated():
     likelihood = torch.logaddexp(on, off.expand_as(on)).sum(-1)
     prior = dist.Beta(2.0, 2.0).log_prob(share)[:, None] + dist.Gamma(2.0, 1.0).log_prob(rate)
     truth = float((likelihood + prior).flatten().logsumexp(0) + math.log(1e-3 * 0.01))
-    return both_ways(annealer(model, num_chains=128, num_steps=2000, compile="auto"), truth, data)
+    return both_ways(annealer(model, num_chains=64, num_steps=1000), truth, data)
 
 
 def spike_and_slab():

@@ -171,7 +171,7 @@ def _reference(entry):
             found.append(_importance(entry, guide))
     good = [one for one in found if one["ess"] >= 50.0]
     if not good:
-        raise NotImplementedError("fewer than 50 draws of prior and guide count")
+        return {"outcome": "none", "says": "fewer than 50 draws of prior and guide count"}
     return {"outcome": "number"} | max(good, key=lambda one: one["ess"])
 
 

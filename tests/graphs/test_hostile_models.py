@@ -89,6 +89,7 @@ def test_recurrent_decoders_are_recorded(kind):
     assert ((result.lower - truth).abs() < 5 * (result.std_error + error)).all()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python")  # 3.13.0
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "set_stance"), reason="compiled decoders need torch 2.6 or newer"
 )

@@ -199,7 +199,7 @@ def test_data_in_a_closure_reach_pyro_programs():
 
 
 def _few_draws(model, *args):
-    nuts = NUTS(model)
+    nuts = NUTS(model, max_tree_depth=3)
     mcmc = MCMC(nuts, num_samples=20, warmup_steps=5, disable_progbar=True)
     mcmc.run(*args)
     return mcmc

@@ -145,6 +145,9 @@ def test_posterior_quality(run):
         assert elbo < found["evidence"].lower + 1.0
     sandwich = found["sandwich"]
     assert sandwich.upper - sandwich.lower > -10.0  # by Markov, up to e^-10
+    audits = found["audits"]
+    assert audits["corrected"].verdict == "ok"
+    assert audits["uncorrelated"].verdict == "failed"
     right, wrong = found["right"], found["wrong"]
     assert torch.equal(right.simulated["x"], wrong.simulated["x"])
     error = right.std_error["gap"]

@@ -142,7 +142,7 @@ def test_a_learned_reverse_kernel_tightens_the_bound():
             loss.differentiable_loss(model, guide, x).backward()
             optimizer.step()
         with torch.no_grad():
-            estimates = torch.tensor([-loss.loss(model, guide, x) for _ in range(30)]) / len(x)
+            estimates = torch.tensor([-loss.loss(model, guide, x) for _ in range(150)]) / len(x)
         values[name] = estimates
     difference = values["learned"].mean() - values["kernel's own"].mean()
     error = sum(v.var() / len(v) for v in values.values()).sqrt()

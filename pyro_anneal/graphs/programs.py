@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from ..models.places import summary
 from ..native.evaluation import DensitySource, NativeDensity, density_source, ready
 from ..native.values import CannotGenerate
 from .evaluation import Outputs
@@ -45,6 +46,8 @@ class Native:
             self.density = NativeDensity(self.source)
         except CannotGenerate as error:
             self.reason = str(error)
+        except Exception as error:  # noqa: BLE001 - the graph itself is right without native code
+            self.reason = f"it cannot be written ({summary(error)})"
 
     def wastes(self, num_chains: int) -> bool:
         """Tells whether so few chains would leave most of each vector idle in much work."""

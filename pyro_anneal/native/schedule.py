@@ -129,6 +129,8 @@ class Schedule:
         if target in SPLITS:
             return view_of(target, args, (), self._copied)
         shape, dtype = shape_of(node)
+        if 0 in shape:
+            raise CannotGenerate("an array without elements")
         if target in _FILLED:
             return Value.filled(_FILLED[target](args), dtype, shape)
         found = view_of(target, args, shape, self._copied)

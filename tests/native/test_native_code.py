@@ -187,6 +187,7 @@ GRAPHS = {
     "masks": lambda u: u * torch.tensor([True, False, True, True]) + (u > 0).any(0).double(),
 }  # fmt: skip
 REFUSED = {
+    "no elements": lambda u: u.sum() + u[:, 4:].reshape(0, 3).sum(),
     "an inverse": lambda u: torch.linalg.inv(u @ u.t() + EYE),
     "an order": lambda u: u.gather(1, u.argsort(1)),
     "indices with a gap": lambda u: u.reshape(3, 2, 2)[torch.tensor([0, 1]), :, torch.tensor([1])],
@@ -356,6 +357,26 @@ def test_wrong_native_code_is_not_used(monkeypatch):
     assert density.mode == "graph"
     position = torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(density(position).log_target, function(position)[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("empty", [True, False], ids=["no elements", "a fault of the writer"])
+def test_what_cannot_be_written_is_evaluated_by_its_graph(monkeypatch, empty):
+    """Native code is never the reason to go chain by chain through the model."""
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
+    if not empty:
+        monkeypatch.setitem(rules._RULES, "sin.default", lambda x: [][0])
+
+    def with_nothing(u):
+        first, second = function(u)
+        nothing = u[..., 3:].reshape(u.shape[:-1] + (0, 2)).sum((-2, -1)) if empty else 0.0
+        return first + nothing, second + nothing
+
+    example = torch.zeros(3, dtype=torch.float64)
+    density = capture(with_nothing, example, num_chains=4, native=True)
+    assert density.mode == "graph"
+    position = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(density(position).log_target, with_nothing(position)[1])
 
 
 @needs_compiler

@@ -149,11 +149,15 @@ class HIS(SamplerInduced):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = position if position.requires_grad else position.detach().requires_grad_()
-            energy = evaluate(self.energy, leaf, len(self.event_shape)).sum()
+            energy = evaluate(self.energy, leaf, len(self.event_shape))
             if not energy.requires_grad:
                 return torch.zeros_like(position)
             (gradient,) = torch.autograd.grad(
-                energy, leaf, create_graph=create_graph, allow_unused=True
+                energy,
+                leaf,
+                grad_outputs=torch.ones_like(energy),  # a sum would make rows of a plate meet
+                create_graph=create_graph,
+                allow_unused=True,
             )
         return torch.zeros_like(position) if gradient is None else gradient
 

@@ -87,7 +87,7 @@ MORE_ANNEALED = [
 def test_annealed_evidence(name):
     (problem,) = (problem for problem in PROBLEMS if problem.name == name)
     ais = AnnealedImportance(
-        problem.model, num_chains=64, num_steps=48, seed=1, compile=False, progress_bar=False
+        problem.model, num_chains=64, num_steps=64, seed=1, compile=False, progress_bar=False
     )
     run = ais.run(*problem.args, **problem.kwargs)
     truth = torch.as_tensor(problem.truth)

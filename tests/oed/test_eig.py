@@ -134,7 +134,7 @@ def finite_difference(function, value, step=1e-3):
 def test_the_gradient_is_the_slope_of_the_closed_form(model, labels, truth, values):
     """Beside finite differences of closed form and quadrature; an integer has no other gradient."""
     design = torch.tensor(values).repeat_interleave(24)
-    eig = ais_eig(model, design, *labels, num_pairs=60, num_steps=20, gradient=True, seed=6)
+    eig = ais_eig(model, design, *labels, num_pairs=150, num_steps=20, gradient=True, seed=6)
     for value, estimates in zip(values, eig.gradient.split(24), strict=True):
         slope = finite_difference(truth, value)
         error = float(estimates.std()) / 24**0.5

@@ -161,7 +161,7 @@ def check_zero_weights(run: AnnealedRun, *, max_share: float = 0.1) -> Diagnosti
 
 
 def check_lag(
-    run: AnnealedRun, *, min_variance: float = 0.5, factor: float = 4.0
+    run: AnnealedRun, *, min_variance: float = 0.35, factor: float = 4.0
 ) -> Diagnostic | None:
     r"""Compares the variance of log-weights with that of chains that keep up with the path.
 

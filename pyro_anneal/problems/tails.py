@@ -30,7 +30,8 @@ __all__ = ["prior_weight_for"]
 _MOST_DRAWS, _MOST_ROWS = 512, 16_384  # from the prior, and times the elements of a batch
 _LEAST_DRAWS, _LEAST_EFFECTIVE = 64, 20.0
 _FEW_ROWS = 32  # evaluations at once below which rows are dear
-_THIN, _SHARE = 10.0, 0.05  # density of the posterior over the base's, and mass where it is larger
+_THIN, _SHARE = 10.0, 0.02  # density of the posterior over the base's, and mass where it is larger
+_LEAST_THIN = 3  # draws there
 _WEIGHT = 0.2
 
 
@@ -63,7 +64,8 @@ def prior_weight_for(model: ModelDensity, target: Any, base: FittedBase, seed: i
     log_evidence = log_weights.logsumexp(0) - math.log(count)
     thin = state.log_target.double() - log_evidence - log_base > math.log(_THIN)
     effective = 1.0 / weights.square().sum(0).clamp(min=1e-300)
-    share = torch.where(effective >= _LEAST_EFFECTIVE, (weights * thin).sum(0), 0.0)
+    told = (effective >= _LEAST_EFFECTIVE) & (thin.sum(0) >= _LEAST_THIN)
+    share = torch.where(told, (weights * thin).sum(0), 0.0)
     return _WEIGHT if float(share.mean()) > _SHARE else 0.0
 
 

@@ -31,7 +31,10 @@ KERNELS = {  # with step sizes far from the best ones
 def cases():
     for name in KERNELS:
         for schedule in (Linear(), "adaptive"):
-            is_default = isinstance(schedule, str) == (name == "langevin and HMC")
+            mixed = name == "langevin and HMC"
+            if mixed and not isinstance(schedule, str):
+                continue  # even steps leave weights of tails too long for 10,000 repeats to tell
+            is_default = isinstance(schedule, str) == mixed
             marks = () if is_default else pytest.mark.slow
             yield pytest.param(name, schedule, marks=marks, id=f"{name}-{schedule!r}")
 
@@ -43,9 +46,7 @@ def test_identities_hold_on_lattices(name, schedule):
     path = frozen(density, kernel, step_size, schedule)
     values = identities(density, path, num_repeats=REPEATS)
     assert len(values) == 8
-    # Even steps of the mixed target leave weights of long tails.
-    heavy = name == "langevin and HMC" and not isinstance(schedule, str)
-    assert violated(values, 0.1 if heavy else LARGEST_STD_ERROR) == set()
+    assert violated(values) == set()
 
 
 def violated(values, largest=LARGEST_STD_ERROR):

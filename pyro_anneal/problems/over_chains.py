@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..models.density import ModelDensity
 from ..persistence.randomness import random_state, set_random_state
 
-__all__ = ["draw_chains", "map_chains"]
+__all__ = ["draw_chains", "draw_prior_chains", "map_chains"]
 
 # Numbers that one run of a model may hold at once, in the largest of its sites.
 _MOST_NUMBERS = 2**24
@@ -190,3 +191,21 @@ def _join(parts: list[Any], how: Callable[[list[Tensor]], Tensor]) -> Any:
     if isinstance(parts[0], Tensor):
         return how(parts)
     return {name: how([part[name] for part in parts]) for name in parts[0]}
+
+
+def draw_prior_chains(model: ModelDensity, count: int) -> Tensor:
+    """Draws ``count`` positions from the prior, NaN where the model fails, ``[N, *batch, D]``."""
+    layout = model.layout
+
+    def alone() -> Tensor:
+        try:
+            return model.draw_prior()
+        except (ValueError, RuntimeError):  # the model fails at this draw
+            shape = (*layout.batch_shape, layout.dim)
+            return torch.full(shape, torch.nan, device=layout.device)
+
+    numbers = max([layout.dim, *(value.numel() for value in layout.observed.values())])
+    draws = draw_chains(
+        model.draw_prior, count, numbers=numbers, device=layout.device, alone=alone
+    )
+    return draws.to(layout.dtype)

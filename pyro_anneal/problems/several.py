@@ -16,7 +16,7 @@ from .components import DenseComponent
 from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
 from .mixtures import Mixture, mixture_of_fits
-from .over_chains import draw_chains
+from .over_chains import draw_prior_chains
 from .phases import likelihood_optima
 from .rows import Rows, rows_at_once
 
@@ -104,18 +104,7 @@ def _prior_draws(model: ModelDensity, count: int = _FURTHER_ORIGINS) -> Tensor:
     empty = torch.empty(0, *layout.batch_shape, layout.dim, dtype=layout.dtype)
     if layout.improper:
         return empty.to(layout.device)
-
-    def alone() -> Tensor:
-        try:
-            return model.draw_prior()
-        except (ValueError, RuntimeError):  # the model fails at this draw
-            shape = (*layout.batch_shape, layout.dim)
-            return torch.full(shape, torch.nan, device=layout.device)
-
-    numbers = max([layout.dim, *(value.numel() for value in layout.observed.values())])
-    draws = draw_chains(
-        model.draw_prior, count, numbers=numbers, device=layout.device, alone=alone
-    ).to(layout.dtype)
+    draws = draw_prior_chains(model, count)
     return draws[draws.reshape(len(draws), -1).isfinite().all(1)]
 
 

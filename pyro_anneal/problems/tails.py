@@ -17,12 +17,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..models.density import ModelDensity
 from ..persistence.randomness import derived_seed, own_randomness
 from .bases import FittedBase
-from .over_chains import draw_chains
+from .over_chains import draw_prior_chains
 from .rows import rows_at_once
 
 __all__ = ["prior_weight_for"]
@@ -55,7 +54,7 @@ def prior_weight_for(model: ModelDensity, target: Any, base: FittedBase, seed: i
     if count < _LEAST_DRAWS or rows_at_once(target, layout.dim) < _FEW_ROWS:
         return 0.0
     with own_randomness(derived_seed(seed, "tails")), torch.no_grad():
-        draws = _prior_draws(model, count)
+        draws = draw_prior_chains(model, count)
         state = target(draws)
         log_weights = state.log_ratio().double().nan_to_num(nan=-torch.inf)
         log_weights = torch.where(draws.isfinite().all(-1), log_weights, -torch.inf)
@@ -67,20 +66,3 @@ def prior_weight_for(model: ModelDensity, target: Any, base: FittedBase, seed: i
     told = (effective >= _LEAST_EFFECTIVE) & (thin.sum(0) >= _LEAST_THIN)
     share = torch.where(told, (weights * thin).sum(0), 0.0)
     return _WEIGHT if float(share.mean()) > _SHARE else 0.0
-
-
-def _prior_draws(model: ModelDensity, count: int) -> Tensor:
-    layout = model.layout
-
-    def alone() -> Tensor:
-        try:
-            return model.draw_prior()
-        except (ValueError, RuntimeError):  # the model fails at this draw
-            shape = (*layout.batch_shape, layout.dim)
-            return torch.full(shape, torch.nan, device=layout.device)
-
-    numbers = max([layout.dim, *(value.numel() for value in layout.observed.values())])
-    draws = draw_chains(
-        model.draw_prior, count, numbers=numbers, device=layout.device, alone=alone
-    )
-    return draws.to(layout.dtype)

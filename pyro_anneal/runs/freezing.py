@@ -223,7 +223,7 @@ def _lay(
             kernels = kernels_for(
                 plan.kernel,
                 problem.model,
-                problem.probe(),
+                problem.density.example,
                 seed=seed,
                 colour=lambda lattice: colour(problem, lattice),
             )

@@ -91,8 +91,7 @@ class CapturedDensity:
             self.reason = problem
             return
         self._compile = True
-        self._programs = {}
-        self._evaluators = {}
+        self._evaluators = {key: one for key, one in self._evaluators.items() if key is None}
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
@@ -293,6 +292,17 @@ class CapturedDensity:
             return None
         return native.source, self._evaluator(None).ready
 
+    @property
+    def native_problem(self) -> str | None:
+        """Why there is no native code of this graph, or None if there is."""
+        if self._native() is not None:
+            return None
+        if self._trace is None or not self._wants_native:
+            return "native code was not asked for"
+        native = self._evaluator(None).program.native
+        reason = None if native is None else native.reason
+        return reason or "so few chains would leave most of each vector of native code idle"
+
     def without_native_code(self) -> None:
         """Evaluates the graph itself from now on."""
         self._wants_native = False
@@ -377,9 +387,10 @@ class CapturedDensity:
                     return self._evaluator(num_chains)
             program = Program(traced, len(constants))
         evaluator = Evaluator(program, constants)
-        if self._compile and key is not None and key not in self._programs:
+        if self._compile and key is not None:
+            position = self.example.expand(key, *self.example.shape).contiguous()
             try:
-                program.run = compile_graph(program.body, [position, *evaluator.values])
+                evaluator.run = compile_graph(program.body, [position, *evaluator.values])
             except Exception as error:  # noqa: BLE001 - inductor's own failures
                 self._compile = False
                 self.reason = f"compilation failed ({summary(error)})"

@@ -65,7 +65,7 @@ def repays_compilation(density: RecordedDensity, kernel: Kernel, num_moves: int)
     """
     if density.native_source_and_inputs() is not None and moves_chains_alone(kernel):
         return num_moves >= _NATIVE_FROM
-    graph, _ = density.graph_and_inputs(density.num_chains)
+    graph, _ = density.chain_graph_and_inputs()
     per_gradient = sum(node.op == "call_function" for node in graph.graph.nodes)
     per_step = kernel.num_gradients * per_gradient + _KERNEL_OPERATIONS
     saved = num_moves * per_step * _DISPATCH_SECONDS

@@ -103,9 +103,10 @@ class AnnealedImportance(Settings):
             ``guide=None`` from a fit, and says so if they find more evidence (double the cost);
             False compares with nothing.
         compile: ``"auto"`` makes native code of the densities of a small model, and of the annealing
-            loop from a few hundred steps on; of a large one it compiles the loop where counts of
-            steps and operations say that this repays its ten seconds. True compiles the loop, or
-            the density where the loop cannot be; ``"density"`` the density alone; False nothing.
+            loop from a few hundred steps on; evaluations of a large one are compiled by torch where
+            counts of them and of operations say that this repays its ten seconds. True compiles the
+            loop, or the density where the loop cannot be; ``"density"`` the density alone; False
+            nothing.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.

@@ -36,7 +36,6 @@ class Program:
 
     def __init__(self, traced: Trace, num_constants: int) -> None:
         self.prologue, self.body = split(traced.graph)
-        self.run: Callable[..., Outputs] = self.body
         self.own = traced.constants[num_constants:]  # made by the passes, never rebound
         self.native: Native | None = None  # of the graph of one chain, once asked for
         # Of the values of the first evaluation, for which the body may be compiled.
@@ -98,6 +97,7 @@ class Evaluator:
 
     def __init__(self, program: Program, constants: Sequence[Tensor]) -> None:
         self.program = program
+        self.run: Callable[..., Outputs] = program.body  # or what it was compiled to
         self.values: list[Tensor] = []
         self._ready: list[Tensor] | None = None
         self.refresh(constants)
@@ -113,7 +113,7 @@ class Evaluator:
         with torch.no_grad():
             tensors = [_dense(constant.detach()) for constant in (*constants, *self.program.own)]
             try:
-                with ComputeOnce():
+                with ComputeOnce():  # type: ignore[no-untyped-call]
                     values = list(prologue(*tensors))
             except WrittenTo:
                 values = list(prologue(*tensors))
@@ -139,7 +139,7 @@ class Evaluator:
 
     def __call__(self, position: Tensor) -> Outputs:
         """Evaluates densities and gradients."""
-        return self.program.run(position.contiguous(), *self.values)
+        return self.run(position.contiguous(), *self.values)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -202,6 +202,8 @@ def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
         early[node] = prologue.placeholder(f"constant_{number}")
     for number, node in enumerate(values):
         late[node] = body.placeholder(f"value_{number}")
+    for node, new in late.items():
+        new.meta = dict(node.meta)
     for node in graph.graph.nodes:
         if node.op == "call_function" and node in dependent:
             late[node] = body.node_copy(node, late.__getitem__)

@@ -24,7 +24,6 @@ from ..chains.plan import PathOptions
 from ..chains.resampling import Reference, Resampling, systematic_ancestors
 from ..chains.tuning import Particles, Tuned, lay_path, tune
 from ..compiled.choice import with_loop
-from ..compiled.program import LoopedDensity
 from ..graphs.captured import CapturedDensity, capture
 from ..kernels import Density, State
 from ..models.validation import validation_disabled
@@ -112,8 +111,8 @@ class Annealer(PathOptions):
     """How pairs are annealed: K chains per pair and direction.
 
     Args:
-        compile: ``"auto"`` compiles chunks of steps when the runs to come repay it; True or False
-            decide.
+        compile: ``"auto"`` makes native code of chunks of steps, or has torch compile large
+            densities, when the runs to come repay it; True or False decide.
 
     Raises:
         ValueError: If a number is out of range or the schedule is unknown.
@@ -168,7 +167,7 @@ class Annealer(PathOptions):
             z: Starts of the reverse chains, ``[N, *z_event]``.
             posterior: Further independent posterior samples, ``[K - 1, N, *z_event]``.
             coupled_lower: Whether to run the chains of the CR lower bound.
-            num_batches: Batches of so many pairs to come, this one among them: one compiled program
+            num_batches: Batches of so many pairs to come, this one among them: what is compiled
                 serves all.
             num_steps: Number T that rounds on another batch have chosen for this one.
             gap: Measures the gap of each pair, ``[N]``; that of IM lower and CR upper by default.
@@ -309,10 +308,8 @@ class _Pairs:
         count, num_pairs = plan.num_chains, len(self.z)
         coupled = independent = carry.log_weights[:0]
         if self.coupled_lower and count > 1:
-            # A compiled program is made for K chains: one of them is then in vain.
-            size = count - (not isinstance(density, LoopedDensity))
-            end = carry.state.position[:1].expand(size, num_pairs, -1)
-            coupled = reverse(end, "coupled reverse")[: count - 1]
+            end = carry.state.position[:1].expand(count - 1, num_pairs, -1)
+            coupled = reverse(end, "coupled reverse")
         if self.posterior is not None:
             independent = reverse(
                 self.bijection.unconstrain(self.posterior), "independent reverse"

@@ -9,30 +9,16 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..models.entropies import excess
+from ..models.simulation import Unobserve
 from ..models.types import Trace
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
 from .packing import Packing, sample_sites, site_bijection
 
 __all__ = ["PyroJoint", "as_joint"]
-
-
-class _Simulate(Messenger):  # type: ignore[misc, unused-ignore]
-    """Draws observed sites, as ``poutine.uncondition``, but keeps deterministic ones as they are.
-
-    A deterministic site is a Delta whose batch shape plates would expand a second time.
-    """
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
-            msg["is_observed"] = False
-            msg["infer"]["was_observed"] = True
-            msg["value"] = None
-            msg["done"] = False
 
 
 def _binds(model: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
@@ -193,7 +179,7 @@ class PyroJoint(Joint):
         num_particles: int | None = None,
     ) -> Any:
         assert self._nesting is not None
-        model = poutine.condition(_Simulate()(self.model), data=data or {})
+        model = poutine.condition(Unobserve()(self.model), data=data or {})
         nesting = self._nesting
         if not self.takes_data:
             nesting += 1
@@ -232,7 +218,7 @@ class PyroJoint(Joint):
 
     def _read_nesting(self, x: Tensor | None) -> int:
         with torch.no_grad():
-            trace = poutine.trace(_Simulate()(self.model))
+            trace = poutine.trace(Unobserve()(self.model))
             sites = sample_sites(trace.get_trace(*self._arguments(x), **self.kwargs))
         frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
         return max((-f.dim for f in frames), default=0)

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..arguments import as_seed
 from ..models.entropies import excess
 from ..models.simulation import Simulation, simulate
-from ..models.sites import is_deterministic
-from ..models.types import Fn, Message
+from ..models.sites import is_deterministic, sum_to_batch
+from ..models.types import Fn, Message, Trace
 from ..models.validation import validation_disabled
 from ..results.sandwich import Sandwich
 
@@ -70,6 +70,8 @@ class Experiment:
         latents: Names of all latent sites, in the model's order.
         simulation: The pairs.
         seed: Seed of the pairs.
+        plates: Axis and size of each plate that encloses every site, from the left: that of the
+            pairs, those of the designs, and any other.
     """
 
     model: Fn
@@ -78,6 +80,7 @@ class Experiment:
     latents: tuple[str, ...]
     simulation: Simulation
     seed: int
+    plates: tuple[tuple[int, int], ...]
 
     @staticmethod
     def read(
@@ -95,7 +98,7 @@ class Experiment:
         given = int(torch.randint(2**31, ())) if given is None else given
         with torch.no_grad(), poutine.block(), torch.random.fork_rng():
             torch.manual_seed(given)
-            trace = poutine.trace(model).get_trace(expanded)
+            trace: Trace = poutine.trace(model).get_trace(expanded)
         names = [
             name
             for name in trace.stochastic_nodes
@@ -114,7 +117,8 @@ class Experiment:
         with torch.random.fork_rng():
             torch.manual_seed(given)
             simulation = simulate(conditioned, ((expanded,), {}))
-        return Experiment(model, expanded, labels, latents, simulation, given)
+        plates = _common_plates(trace, names)
+        return Experiment(model, expanded, labels, latents, simulation, given, plates)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -180,10 +184,18 @@ class Experiment:
         for names in (self.latents, self.labels.observations):
             sites = [trace.nodes[name] for name in names]
             terms = [excess(site["fn"], site["value"]) for site in sites]
-            known = [term for term in terms if term is not None]
+            known = [self._per_pair(term) for term in terms if term is not None]
             if known:
                 sums.append(torch.stack(known).sum(0))
-        return torch.stack(sums) if sums else torch.zeros((0, len(self.design)))
+        return torch.stack(sums) if sums else torch.zeros((0, *self._shape))
+
+    @property
+    def _shape(self) -> torch.Size:
+        return torch.Size([size for _, size in self.plates])
+
+    def _per_pair(self, log_prob: Tensor) -> Tensor:
+        """Sums a site's log density over all but pairs and designs, to ``[N, *designs]``."""
+        return sum_to_batch(log_prob, [dim for dim, _ in self.plates], self._shape)
 
     def gradient(self, gain: Tensor) -> Tensor:
         """Computes the score gradient of the mean of ``gain``, ``[N, *designs]``, over pairs."""
@@ -203,4 +215,16 @@ class Experiment:
         with validation_disabled(), poutine.block():
             trace = poutine.trace(model).get_trace(self.design if design is None else design)
             trace.compute_log_prob(lambda name, site: name in names)
-        return torch.stack([trace.nodes[name]["log_prob"] for name in names]).sum(0)
+        return torch.stack([self._per_pair(trace.nodes[name]["log_prob"]) for name in names]).sum(
+            0
+        )
+
+
+def _common_plates(trace: Trace, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Finds axis and size of the plates around all of these sites, from the left."""
+    stacks = [
+        {(f.name, f.dim, f.size) for f in trace.nodes[name]["cond_indep_stack"] if f.vectorized}
+        for name in names
+    ]
+    common = set.intersection(*stacks)
+    return tuple(sorted((dim, size) for _, dim, size in common))

@@ -13,7 +13,9 @@ import torch.fx.graph_module
 
 __all__ = ["released"]
 
-_next_collection = 0.0  # on the clock of time.perf_counter
+# On the clock of time.perf_counter; the first collection waits until there may be something.
+_next_collection: float | None = None
+_FIRST_WAIT = 2.0  # seconds
 
 
 def _sources() -> dict[str, Any]:
@@ -31,6 +33,9 @@ def released() -> Iterator[None]:
     that: it counts objects, not bytes. The tensors that they read are free before
     (:func:`~pyro_anneal.graphs.recording.flat_graph`). Their source text would stay for ever.
     """
+    global _next_collection
+    if _next_collection is None:
+        _next_collection = time.perf_counter() + _FIRST_WAIT
     before = set(_sources())
     try:
         yield
@@ -46,7 +51,7 @@ def _collect() -> None:
     """Collects garbage, unless that would take more than a twentieth of the time."""
     global _next_collection
     began = time.perf_counter()
-    if began < _next_collection:
+    if _next_collection is not None and began < _next_collection:
         return
     gc.collect()
     ended = time.perf_counter()

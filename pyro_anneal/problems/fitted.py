@@ -75,6 +75,7 @@ def fit_start(
     max_rows: int | None = None,
     once: Once = lambda compute: compute(),
     native: bool = False,
+    vouched: set[str] | None = None,
 ) -> FittedStart:
     """Fits a Gaussian in centred and, where there is a hierarchy, in non-centred coordinates.
 
@@ -90,6 +91,7 @@ def fit_start(
         max_rows: Positions that may be evaluated at once.
         once: Calls the fit, or returns what it gave before.
         native: Whether small graphs become native code.
+        vouched: Kinds of draws whose noise is known to be torch's own, to be added to.
 
     Returns:
         The base, and the model in its coordinates.
@@ -128,10 +130,12 @@ def fit_start(
         target = evaluator(chosen)
         density = target if max_rows is None else Blockwise(target, max_rows)
         with own_randomness(derived_seed(seed, "several fits")):
-            found = several_fits(chosen, target, density, component, elbo, seed, max_rows)
+            found = several_fits(
+                chosen, target, density, component, elbo, seed, max_rows, vouched=vouched
+            )
         spent += found.pop("spent")
         base = _base_of(found, chosen.layout, example)
-        weight = prior_weight_for(chosen, density, base, seed)
+        weight = prior_weight_for(chosen, density, base, seed, vouched=vouched)
         return found | {"noncentred": sites, "num_gradients": spent, "prior_weight": weight}
 
     found = once(compute)

@@ -243,6 +243,7 @@ def finish(
                     max_rows=max_rows,
                     once=once,
                     native=native,
+                    vouched=problem.vouched,
                 )
             else:
                 start = make_start(problem.model, example)

@@ -38,6 +38,8 @@ def several_fits(
     elbo: float,
     seed: int,
     max_rows: int | None,
+    *,
+    vouched: set[str] | None = None,
 ) -> dict[str, Any]:
     """Makes a base of one fit, of further ones, and of permutations.
 
@@ -49,6 +51,7 @@ def several_fits(
         elbo: Its evidence lower bound, summed over the batch.
         seed: Seed of the fit.
         max_rows: Positions that may be evaluated at once.
+        vouched: As of :func:`~.over_chains.draw_chains`.
 
     Returns:
         ``components``, ``log_weights`` and ``groups`` of :class:`~.bases.FittedBase`, as tensors
@@ -61,7 +64,7 @@ def several_fits(
     kept |= {"groups": [], "spent": 0}
     if "scale_tril" not in component or (max_rows is not None and max_rows < size):
         return kept
-    origins = _prior_draws(model)
+    origins = _prior_draws(model, vouched=vouched)
     generator = seeded_generator(layout.device, seed, "several fits")
     symmetry = _symmetry(model, rows, origins, component) if len(origins) > 2 else None
     if not layout.batch and layout.dim <= _MOST_DIMENSIONS and size in _NUM_DRAWS:
@@ -82,7 +85,9 @@ def several_fits(
             generator,
             num_draws=_NUM_DRAWS[size],
             most=max(_MOST_FITS, len(branches)),
-            draw_prior=None if layout.improper else lambda count: _prior_draws(model, count),
+            draw_prior=None
+            if layout.improper
+            else lambda count: _prior_draws(model, count, vouched=vouched),
         )
         kept |= _as_tensors(mixture)
     if symmetry is not None and _matters(kept, symmetry):
@@ -98,13 +103,15 @@ def _as_tensors(mixture: Mixture) -> dict[str, Any]:
     return {"components": components, "log_weights": mixture.log_weights}
 
 
-def _prior_draws(model: ModelDensity, count: int = _FURTHER_ORIGINS) -> Tensor:
+def _prior_draws(
+    model: ModelDensity, count: int = _FURTHER_ORIGINS, *, vouched: set[str] | None
+) -> Tensor:
     """Draws from the prior; those that are finite of each ``count`` draws, ``[N, *batch, D]``."""
     layout = model.layout
     empty = torch.empty(0, *layout.batch_shape, layout.dim, dtype=layout.dtype)
     if layout.improper:
         return empty.to(layout.device)
-    draws = draw_prior_chains(model, count)
+    draws = draw_prior_chains(model, count, vouched=vouched)
     return draws[draws.reshape(len(draws), -1).isfinite().all(1)]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..chains.path import StepStatistics
 from ..chains.rounds import Goal, Round, refine
 from ..chains.tuning import lay_path
-from ..compiled.program import LoopedDensity
 from ..diagnostics import checks as diagnostics
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
@@ -212,8 +211,6 @@ def _refined(frozen: Frozen, done: Done, now: Round, task: str) -> Frozen:
         )
     num_chains = found.plan.num_chains * now.growth
     plan = replace(found.plan.with_steps(now.num_steps), num_chains=num_chains)
-    if num_chains != frozen.num_chains and isinstance(density, LoopedDensity):
-        density = density.density  # its programs are for other numbers of chains
     path, summary, _ = lay_path(found._replace(outcome=outcome), plan, example)
     assert summary is not None
     variance = summary.expected_variance

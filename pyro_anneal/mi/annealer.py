@@ -188,7 +188,7 @@ class Annealer(PathOptions):
         target = None if found is None else found.plan.target_gap
         if found is not None and target is not None:
             measure = _default_gap if gap is None else gap
-            for number in range(1, self.max_rounds + 1):
+            for number in range(1, self.plan.max_rounds + 1):
                 gaps = measure(pairs.anneal(tuned, f", round {number}", num_batches=1))
                 wanted = self._steps_after(target, tuned.path.num_steps, gaps)
                 longer = found.plan.with_steps(max(wanted, tuned.path.num_steps))
@@ -206,7 +206,7 @@ class Annealer(PathOptions):
             return num_steps
         # The gap falls as 1 / T once chains keep up with the path.
         growth = min(max(measured / target, 2.0), 4.0) if math.isfinite(measured) else 4.0
-        largest = _LARGEST << (self.max_rounds - 1)
+        largest = _LARGEST << (self.plan.max_rounds - 1)
         return min(math.ceil(num_steps * growth), max(largest, num_steps))
 
     def sample(

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..models.places import Place, current_place, described
 from .assertions import asserted_value
+from .recorder import not_recorded
 from .rewriting import Unsupported
 
 __all__ = ["Exit", "ExitsByFunction", "Guard", "Influence", "PositionLeft"]
@@ -191,9 +191,13 @@ class Influence:
         """Runs one operation, follows its results, and notes what leaves by it."""
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if torch.Tag.data_dependent_output in func.tags:
+            if _POSITION in self.of(*inputs):  # in a hook, where no function is seen
+                holds = asserted_value()
+                if holds is not None:
+                    return holds
             if not self._is_noted:
                 self.leave(_python_name(func), inputs)
-            with disable_proxy_modes_tracing():
+            with not_recorded():
                 return func(*args, **kwargs)
         shaping, counted = _shaping(func, args, inputs)
         if _POSITION in self.of(*shaping):

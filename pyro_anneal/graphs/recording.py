@@ -13,19 +13,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import (
-    get_innermost_proxy_mode,
-    make_fx,
-)
-from torch.fx.passes.shape_prop import ShapeProp
 
 from ..models.places import current_place
 from .assertions import without_shortcuts
@@ -33,6 +26,7 @@ from .evaluation import FailuresAsNaN, LogDensities, as_written, evaluate, value
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
 from .guards import Guards, split_guards
+from .recorder import flat_graph, note_place
 from .rewriting import (
     drop_dead,
     is_mutable,
@@ -46,7 +40,6 @@ __all__ = [
     "Recording",
     "Trace",
     "batch",
-    "flat_graph",
     "record",
     "record_densities",
     "trace",
@@ -83,8 +76,7 @@ class _Recording(FailuresAsNaN):
     """Follows what position and data reach, and lets numbers leave that data alone reach.
 
     A branch on the data, a loop over ``range(len(x))`` or over a sequential plate are the same in
-    every evaluation. ``make_fx`` refuses them all, since it does not know which operations lie
-    between the position and a number. The numbers are recorded as constants, with a guard.
+    every evaluation. The numbers are recorded as constants, with a guard.
     """
 
     def __init__(self, influence: Influence) -> None:
@@ -99,21 +91,8 @@ class _Recording(FailuresAsNaN):
         result = self.influence.follow(
             func, args, kwargs or {}, lambda func, args, kwargs: run(func, types, args, kwargs)
         )
-        _note_place()
+        note_place(current_place)
         return result
-
-
-def _note_place() -> None:
-    """Tells the nodes recorded last which line of the model they come from."""
-    mode = get_innermost_proxy_mode()
-    if mode is None:
-        return
-    place = None
-    for node in reversed(mode.tracer.graph.nodes):
-        if node.op != "call_function" or "place" in node.meta:
-            return
-        place = place or current_place()
-        node.meta["place"] = place
 
 
 @contextmanager
@@ -125,40 +104,6 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
-
-
-def _sources_when_called() -> AbstractContextManager[Any]:
-    """Makes the source of recorded graphs when they are first called, where torch can."""
-    try:
-        from torch.fx._lazy_graph_module import _use_lazy_graph_module
-    except ImportError:
-        return nullcontext()
-    return _use_lazy_graph_module(True)
-
-
-def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """Records aten operations with make_fx, under one fake mode.
-
-    make_fx describes every value by a fake tensor and, where it finds no fake mode, makes a new one
-    for each: most of the time of a recording. The graph's source is made when it is first called,
-    not after each pass. What recorded refers to itself; emptied, it does not hold the tensors that
-    the function read until garbage is collected.
-    """
-    tracers: list[Any] = []
-
-    def noted(*inputs: Tensor) -> Any:
-        mode = get_innermost_proxy_mode()
-        if mode is not None:
-            tracers.append(mode.tracer)
-        return function(*inputs)
-
-    try:
-        fakes = FakeTensorMode(allow_fallback_kernels=True)
-        with tracing(TracingContext(fakes)), _sources_when_called():
-            return make_fx(noted)(*inputs)
-    finally:
-        for tracer in tracers:
-            vars(tracer).clear()
 
 
 def trace(
@@ -186,8 +131,7 @@ def trace(
     Raises:
         Unsupported: If operations' shapes depend on the position.
         Impure: If the function writes into a tensor that it did not create, or draws randomly.
-        Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
-            raise, for example at a branch that depends on the position.
+        Exception: Whatever the function raises while it is recorded.
     """
     if recording is None:
         recording = record_densities(
@@ -199,7 +143,6 @@ def trace(
     guards = split_guards(graph, position, constants, noted)
     drop_dead(graph)
     refuse_randomness(graph)
-    ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
     shapes_to_literals(graph, position.device)
     constants = constants + make_batchable(graph, position.device)
     fold_uniform(simplify(graph), position.device)
@@ -278,11 +221,8 @@ class _WithPlaces(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         """Runs one node."""
         result = super().run_node(node)
-        mode = get_innermost_proxy_mode()
-        for new in reversed(mode.tracer.graph.nodes) if mode is not None else ():
-            if new.op != "call_function" or "place" in new.meta:
-                break
-            new.meta["place"] = node.meta.get("place")
+        place = node.meta.get("place")
+        note_place(lambda: place)
         return result
 
 
@@ -311,5 +251,4 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
         warnings.simplefilter("ignore")
         batched = flat_graph(chains, position, *constants)
         constants = [*constants, *lift_constants(batched)]
-        ShapeProp(batched).propagate(position, *constants)
     return Trace(simplify(batched), constants)

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ..models.places import Place, current_place, described
 from .assertions import asserted_value
+from .branches import Branches
 from .recorder import not_recorded
 from .rewriting import Unsupported
 
@@ -122,6 +123,7 @@ class Influence:
         self.exits: list[Exit] = []
         self.guards: list[Guard] = []
         self._is_noted = False
+        self.branches = Branches()
         self.mark(position, frozenset({_POSITION}))
 
     @contextmanager
@@ -273,6 +275,10 @@ class ExitsByFunction(TorchFunctionMode):
                 holds = asserted_value()
                 if holds is not None:
                     return holds
+                if self.influence.branches.is_open:
+                    with self.influence.noted():
+                        value = func(*args, **kwargs)
+                    return self.influence.branches.take(args[0], value)
             self.influence.leave(_WORDS.get(name, f".{name}()"), args[:1])
             with self.influence.noted():
                 return func(*args, **kwargs)

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..models.places import current_place
+from ..models.places import current_place, described
 from .assertions import without_shortcuts
+from .branches import Untaken, along_branches
 from .evaluation import FailuresAsNaN, LogDensities, as_written, evaluate, values_of
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
@@ -163,7 +164,7 @@ def record_densities(
             return values_of(function, leaf)
         return evaluate(function, leaf, gradients=gradients)
 
-    return _record(outputs, position)
+    return _record(outputs, position, branching=not only_values)
 
 
 def record(
@@ -184,14 +185,19 @@ def record(
     return graph, constants, recording.influence
 
 
-def _record(function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor) -> Recording:
+def _record(
+    function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor, *, branching: bool = True
+) -> Recording:
     noted: list[Influence] = []
 
     def recorded(leaf: Tensor) -> tuple[Tensor, ...]:
         influence = Influence(leaf)
         noted.append(influence)
         with _Recording(influence), ExitsByFunction(influence):
-            outputs = function(leaf)
+            if branching:
+                outputs = _along_branches(lambda: function(leaf), influence)
+            else:  # to be differentiated: what one way gives would reach the others
+                outputs = function(leaf)
         for exit in influence.exits:
             if exit.reached_by == "position":  # the model caught the exception
                 raise PositionLeft(exit)
@@ -201,6 +207,16 @@ def _record(function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor) 
         graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     return Recording(graph, constants, noted[-1], str(graph.code))
+
+
+def _along_branches(
+    function: Callable[[], tuple[Tensor, ...]], influence: Influence
+) -> tuple[Tensor, ...]:
+    try:
+        return along_branches(function, influence.branches)
+    except Untaken as error:
+        place = described(influence.branches.place)
+        raise PositionLeft(Exit("a branch", place, "position")) from error
 
 
 def _functional(recording: Recording, position: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -481,6 +481,42 @@ def test_files_of_others_are_not_loaded(cache, monkeypatch):
 
 
 @needs_compiler
+def test_what_was_used_long_ago_is_removed(cache, monkeypatch):
+    names = {}
+    for age, number in enumerate(("5.25", "5.5", "5.75")):
+        assert run(number) == float(number)
+        (names[number],) = set(cache.iterdir()) - set(names.values())
+        os.utime(names[number], (1e9 - age, 1e9 - age))  # the first is the youngest
+    monkeypatch.setattr(library, "_LOADED", type(library._LOADED)())
+    assert run("5.75") == 5.75  # the oldest was used
+    size = names["5.5"].stat().st_size
+    (cache / "left by a crash").mkdir()
+    os.utime(cache / "left by a crash", (1e9, 1e9))
+    monkeypatch.setenv("PYRO_ANNEAL_CACHE_MB", str(3.5 * size / 2**20))
+    assert run("6.25") == 6.25
+    (last,) = set(cache.glob("*.so")) - set(names.values())
+    assert set(cache.iterdir()) == {names["5.25"], names["5.75"], last}
+    monkeypatch.setattr(library, "_MOST_FILES", 2)
+    assert run("6.75") == 6.75
+    assert len(list(cache.iterdir())) == 2
+    assert last in cache.iterdir()
+
+
+def test_a_folder_of_its_own_goes_with_the_process(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(library.atexit, "register", at_exit.append)
+    monkeypatch.setattr(library.os, "getpid", lambda: 1)
+    place = library._own_folder(-7)  # made by another process, which was forked
+    at_exit[0]()
+    assert place.parent == tmp_path
+    assert place.is_dir()
+    monkeypatch.setattr(library.os, "getpid", lambda: -7)
+    at_exit[0]()
+    assert not place.exists()
+
+
+@needs_compiler
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is loaded")
 def test_libraries_that_nobody_uses_leave_memory(cache):
     made = library.load(SOURCE.replace("NUMBER", "6.5"))

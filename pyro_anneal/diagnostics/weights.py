@@ -37,7 +37,7 @@ def check_weights(
         min_fraction: Least effective sample size over K of any batch element.
         few: Least effective sample size over K, or over 64 where K is larger, of most.
         max_share: Share of the batch elements that may have fewer.
-        max_error: Largest standard error, in nats, of most.
+        max_error: Largest standard error, in nats, of most, where chains were resampled.
 
     Returns:
         A finding whose value is the share of batch elements concerned, or ``None``.
@@ -46,8 +46,10 @@ def check_weights(
     if 1 < run.num_chains < 8:
         collapsed |= run.log_weights.var(dim=0) > -math.log(min_fraction)
     rests_on_few = run.ess < few * min(run.num_chains, 64)
-    if run.num_chains > 1:
+    error = ""
+    if run.num_lineages is not None:
         rests_on_few |= run.std_error > max_error
+        error = f", standard error up to {run.std_error.max().item():.2g} nats"
     if share_of(rests_on_few) > max_share:
         collapsed |= rests_on_few
     share = share_of(collapsed)
@@ -58,8 +60,7 @@ def check_weights(
         severity="warning",
         message=(
             f"the weights differ too much{_of_batch(collapsed)}: effective sample size down to "
-            f"{run.ess.min().item():.1f} of {run.num_chains}, standard error up to "
-            f"{run.std_error.max().item():.2g} nats, so that few chains decide and the "
+            f"{run.ess.min().item():.1f} of {run.num_chains}{error}, so that few chains decide and the "
             "bound may be nats off; raise num_steps or num_chains, or start closer to the "
             "posterior (another guide)"
         ),

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -228,7 +229,7 @@ def _loss(entry, make):
         warnings.simplefilter("always")
         value = make().loss_and_grads(entry.model, guide, *entry.args, **entry.kwargs)
     found = {"outcome": "number", "value": float(value)}
-    if value != value:  # which Pyro's losses warn of, too
+    if math.isnan(value):  # which Pyro's losses warn of, too
         found["diagnostics"] = ["warned"] if any("NaN" in str(w.message) for w in said) else []
     return found
 

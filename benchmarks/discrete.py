@@ -155,7 +155,7 @@ def small_belief_net():
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=data)
 
     began = time.process_time()
-    annealed = annealer(model, num_chains=32, num_steps=3000)
+    annealed = annealer(model, num_chains=64, num_steps=12000)
     result = annealed.sandwich(torch.zeros(8, 30))
     seconds = time.process_time() - began
     logits = (2.0 * bits(12) - 1.0) @ weights.T

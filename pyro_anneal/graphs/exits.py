@@ -16,7 +16,7 @@ Without an exit of the first two kinds the graph is proven to serve all data of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from ..models.places import Place, current_place, described
 from .assertions import asserted_value
 from .branches import Branches
-from .recorder import not_recorded
+from .recorder import current_recorder
 from .rewriting import Unsupported
 
 __all__ = ["Exit", "ExitsByFunction", "Guard", "Influence", "PositionLeft"]
@@ -124,6 +124,7 @@ class Influence:
         self.guards: list[Guard] = []
         self._is_noted = False
         self.branches = Branches()
+        self._recorder = current_recorder()
         self.mark(position, frozenset({_POSITION}))
 
     @contextmanager
@@ -199,7 +200,7 @@ class Influence:
                     return holds
             if not self._is_noted:
                 self.leave(_python_name(func), inputs)
-            with not_recorded():
+            with nullcontext() if self._recorder is None else self._recorder.paused():
                 return func(*args, **kwargs)
         shaping, counted = _shaping(func, args, inputs)
         if _POSITION in self.of(*shaping):

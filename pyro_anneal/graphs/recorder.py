@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,14 +24,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..models.places import Place
 from .rewriting import is_mutable
 
-__all__ = ["flat_graph", "new_nodes", "not_recorded", "note_place"]
+__all__ = ["Recorder", "current_recorder", "flat_graph"]
 
 aten = torch.ops.aten
 
-_active: list[_Recorder] = []  # the innermost is the last
+
+class _Active(threading.local):
+    """The recorders of a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recorder] = []
 
 
-class _Recorder(TorchDispatchMode):
+_active = _Active()
+
+
+class Recorder(TorchDispatchMode):
     """Builds a graph of the operations that run while it is active."""
 
     def __init__(self) -> None:
@@ -59,6 +68,24 @@ class _Recorder(TorchDispatchMode):
         node = self.graph.create_node("get_attr", name)
         self.enter(tensor, node)
         return node
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Runs operations without writing them down."""
+        self.is_paused, before = True, self.is_paused
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    def note_place(self, place: Callable[[], Place | None]) -> None:
+        """Tells the operations recorded last which line of the model they come from."""
+        found: Place | None = None
+        for node in reversed(self.graph.nodes):
+            if node.op != "call_function" or "place" in node.meta:
+                return
+            found = found or place()
+            node.meta["place"] = found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -144,15 +171,15 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     Returns:
         The graph of the inputs; other tensors that the function read are its attributes.
     """
-    recorder = _Recorder()
+    recorder = Recorder()
     for number, tensor in enumerate(inputs):
         recorder.enter(tensor, recorder.graph.placeholder(f"input_{number}"))
-    _active.append(recorder)
+    _active.recorders.append(recorder)
     try:
         with recorder:
             results = function(*inputs)
     finally:
-        _active.pop()
+        _active.recorders.pop()
     recorder.graph.output(pytree.tree_map_only(Tensor, recorder.node_of, results))
     _drop_unread(recorder.graph)
     return _module(recorder.root, recorder.graph)
@@ -175,31 +202,6 @@ def _module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         return _make_graph_module(root, graph)
 
 
-@contextlib.contextmanager
-def not_recorded() -> Iterator[None]:
-    """Runs operations without writing them down."""
-    if not _active:
-        yield
-        return
-    recorder = _active[-1]
-    recorder.is_paused, before = True, recorder.is_paused
-    try:
-        yield
-    finally:
-        recorder.is_paused = before
-
-
-def new_nodes() -> Iterator[fx.Node]:
-    """Lists the operations recorded last, back to the first whose place is noted."""
-    for node in reversed(_active[-1].graph.nodes) if _active else ():
-        if node.op != "call_function" or "place" in node.meta:
-            return
-        yield node
-
-
-def note_place(place: Callable[[], Place | None]) -> None:
-    """Tells the operations recorded last which line of the model they come from."""
-    found: Place | None = None
-    for node in new_nodes():
-        found = found or place()
-        node.meta["place"] = found
+def current_recorder() -> Recorder | None:
+    """Finds what records in this thread now, the innermost if there are several."""
+    return _active.recorders[-1] if _active.recorders else None

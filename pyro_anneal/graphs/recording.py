@@ -27,7 +27,7 @@ from .evaluation import FailuresAsNaN, LogDensities, as_written, evaluate, value
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
 from .guards import Guards, split_guards
-from .recorder import flat_graph, note_place
+from .recorder import current_recorder, flat_graph
 from .rewriting import (
     drop_dead,
     is_mutable,
@@ -83,6 +83,7 @@ class _Recording(FailuresAsNaN):
     def __init__(self, influence: Influence) -> None:
         super().__init__()
         self.influence = influence
+        self.recorder = current_recorder()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -92,7 +93,8 @@ class _Recording(FailuresAsNaN):
         result = self.influence.follow(
             func, args, kwargs or {}, lambda func, args, kwargs: run(func, types, args, kwargs)
         )
-        note_place(current_place)
+        if self.recorder is not None:
+            self.recorder.note_place(current_place)
         return result
 
 
@@ -237,8 +239,9 @@ class _WithPlaces(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         """Runs one node."""
         result = super().run_node(node)
-        place = node.meta.get("place")
-        note_place(lambda: place)
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.note_place(lambda: node.meta.get("place"))
         return result
 
 

@@ -111,8 +111,11 @@ def test_operations_are_those_of_torch(functions, dtype):
     position = numbers.unsqueeze(-1)
     run = native(lambda u: tuple(f(u) for f in functions.values()), position[0])
     for name, got in zip(functions, run(position), strict=True):
-        expected = functions[name](position.double() if dtype == torch.float32 else position)
+        exact = torch.expm1 if name == "elu" else functions[name]  # torch 2.4 cancels there
+        expected = exact(position.double() if dtype == torch.float32 else position)
         expected = expected.to(got.dtype)
+        if name == "elu":
+            expected = torch.where(position > 0, position, expected)
         eager = functions[name](position)
         assert got.dtype == eager.dtype, name
         # torch itself overflows or is undefined earlier in float32 than in float64
@@ -123,7 +126,9 @@ def test_operations_are_those_of_torch(functions, dtype):
         eps = torch.finfo(torch.float32).eps if name == "to the other type" else eps
         own = (eager.double() - expected.double()).abs()  # what torch is off by
         error = (got.double() - expected.double()).abs() - 4.0 * own
-        bound = 8.0 * eps * expected.double().abs() + 4.0 * tiny
+        # a factor that is too small for the type may count as zero: silu at -88
+        size = position.abs().clamp(min=1.0).nan_to_num(1.0)
+        bound = 8.0 * eps * expected.double().abs() + 4.0 * tiny * size
         if name in ("digamma", "lgamma"):  # relative to their roots
             bound = bound + 32.0 * eps
         assert bool((error <= bound)[usual].all()), name

@@ -1,4 +1,4 @@
-"""Times annealing: step by step, one compiled density, the compiled loop, and peers in ``lax.scan``.
+"""Times annealing: step by step, compiled densities, the native loop, and peers in ``lax.scan``.
 
 Run as ``python benchmarks/loop.py [--peer-python PYTHON] [--tfp-python PYTHON] [--only CASE]``. The
 peers need an environment with jax and numpyro (tensorflow_probability for TFP), whose interpreter
@@ -26,7 +26,7 @@ import torch
 from pyro_anneal.chains.loop import run_chains
 from pyro_anneal.chains.path import Carry, StepTable, TuningTable
 from pyro_anneal.chains.path import Path as AnnealingPath
-from pyro_anneal.compiled.program import LoopedDensity
+from pyro_anneal.compiled.looped import LoopedDensity
 from pyro_anneal.kernels import HMC
 from pyro_anneal.kernels.noise import draw_steps
 from pyro_anneal.problems.problem import prepare
@@ -116,30 +116,32 @@ def ours(name, num_chains, num_leapfrog, num_steps):
     model = MODELS[name]()
     columns, compile_seconds = {}, {}
     kernel = HMC(num_leapfrog)
-    for native in (False, True):
+    for label, options in {
+        "graph": {"compile": False, "native": False},
+        "compiled": {"compile": True, "native": True},
+    }.items():
+        began = time.process_time()
         problem = prepare(
-            model, None, arguments, arguments, num_chains=num_chains, batch_plates="auto",
-            compile=False, seed=0, native=native,
+            model, None, arguments, arguments, num_chains=num_chains, batch_plates="auto", seed=0,
+            **options,
         )  # fmt: skip
         density = problem.density
-        if native and density.native_source_and_inputs() is None:
-            break  # too large, and left to inductor
+        compile_seconds[label] = time.process_time() - began
         state = density(0.1 + torch.zeros(num_chains, *density.example.shape))
         tuning = TuningTable.constant(0.05, density.example)
         path = AnnealingPath(Linear()(num_steps + 1), kernel, tuning)
-        options = {"direction": "forward", "seed": 0, "stream": "s"}
-        label = "density native" if native else "step by step"
-        columns[label] = functools.partial(run_chains, density, path, state, **options)
-        columns[f"gradient, {'native' if native else 'graph'}"] = functools.partial(
+        run = {"direction": "forward", "seed": 0, "stream": "s"}
+        columns[f"steps, {label}"] = functools.partial(run_chains, density, path, state, **run)
+        columns[f"gradient, {label}"] = functools.partial(
             repeat, density, state.position, num_leapfrog * num_steps
         )
-        label = "native loop" if native else "loop"
+    if density.native_source_and_inputs() is not None:  # else too large, and compiled by torch
         looped = LoopedDensity(density)
-        whole = functools.partial(run_chains, looped, path, state, **options)
-        compile_seconds[label] = timed(whole)
-        assert looped.loop_mode == "loop", looped.loop_reason
-        columns[f"{label}, random numbers included"] = whole
-        columns[label] = without_noise(looped, path, state, num_steps)
+        whole = functools.partial(run_chains, looped, path, state, **run)
+        compile_seconds["loop"] = timed(whole)
+        assert looped.has_run, looped.loop_reason
+        columns["loop, random numbers included"] = whole
+        columns["loop"] = without_noise(looped, path, state, num_steps)
     return columns, compile_seconds
 
 
@@ -159,7 +161,7 @@ def without_noise(looped, path, state, num_steps):
     table = StepTable(betas.to(state.position), step_size, scale, widths, widths)
     weights = torch.zeros_like(state.log_target, dtype=torch.float64)
     carry = Carry(state, weights, weights)
-    return functools.partial(looped.run_chunk, kernel, carry, table, noise, rows=100)
+    return functools.partial(looped.run_chunk, kernel, carry, table, noise)
 
 
 def race(case, peers, seconds):
@@ -177,7 +179,7 @@ def race(case, peers, seconds):
                 notes[label] = str(error)
         times = {label: [] for label in runs}
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times["loop"]) < 5:
+        while time.perf_counter() < end or len(times["steps, graph"]) < 5:
             for label, run in runs.items():
                 times[label].append(run())
     per = num_leapfrog * num_steps
@@ -187,7 +189,7 @@ def race(case, peers, seconds):
             label: {"min": 1e6 * min(t) / per, "median": 1e6 * statistics.median(t) / per}
             for label, t in times.items()
         },
-        "rounds": len(times["loop"]),
+        "rounds": len(times["steps, graph"]),
         "compile_seconds": compile_seconds,
         "notes": notes,
     }
@@ -196,8 +198,8 @@ def race(case, peers, seconds):
 def show(results):
     for case, result in results.items():
         print(f"\n{case}, {result['sizes']}: microseconds per leapfrog of all chains")
-        fastest = result["microseconds"]["loop"]
-        print("| | smallest | median | over the loop |")
+        fastest = result["microseconds"]["steps, graph"]
+        print("| | smallest | median | over steps of the graph |")
         print("|---|---|---|---|")
         for label, values in result["microseconds"].items():
             ratio = values["median"] / fastest["median"]

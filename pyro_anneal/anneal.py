@@ -81,7 +81,9 @@ class AnnealedImportance(Settings):
             ``interval`` takes into account that the decision to stop saw the result.
         max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
             first, which is 16 to 64. Where :meth:`run` measures that errors of chains do not fall
-            with T, as between modes, the number of chains grows in place of T.
+            with T, as between modes, the number of chains grows in place of T. ``"auto"``, which
+            ``log_evidence`` passes, is 8, or fewer where a round would take more operations,
+            counted from the recorded graph, than about half a minute.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -103,9 +105,10 @@ class AnnealedImportance(Settings):
             ``guide=None`` from a fit, and says so if they find more evidence (double the cost);
             False compares with nothing.
         compile: ``"auto"`` makes native code of the densities of a small model, and of the annealing
-            loop from a few hundred steps on; of a large one it compiles the loop where counts of
-            steps and operations say that this repays its ten seconds. True compiles the loop, or
-            the density where the loop cannot be; ``"density"`` the density alone; False nothing.
+            loop from a few hundred steps on; evaluations of a large one are compiled by torch where
+            counts of them and of operations say that this repays its ten seconds. True compiles the
+            loop, or the density where the loop cannot be; ``"density"`` the density alone; False
+            nothing.
         progress_bar: Whether to show progress.
         seed: Seed of the run, which then leaves the global generators as they were; None draws one
             from torch's global generator.
@@ -508,7 +511,7 @@ def log_evidence(
     A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
     chains are annealed from it to the model, in rounds of more and more steps T until the measured
     standard error is at most 0.02 nats; the first has 16 to 64 steps, the last at most 128 times as
-    many.
+    many, and, unless a target is given, not more operations than about half a minute.
 
     Args:
         model: Pyro model with its observations.
@@ -537,7 +540,8 @@ def log_evidence(
         >>> bool((evidence.lower + 2.265512).abs() < 1e-3)  # the fit is exact here
         True
     """
-    if num_steps is None and target_gap is None:
+    is_default = num_steps is None and target_gap is None
+    if is_default:
         target_gap = _TARGET
     options: dict[str, Any] = {
         "guide": guide,
@@ -552,4 +556,5 @@ def log_evidence(
         "hands all arguments to the model"
     )
     check_reserved("log_evidence", model, args, options, remedy=remedy)
-    return AnnealedImportance(model, **options).run(*args, **kwargs)
+    rounds: dict[str, Any] = {"max_rounds": "auto"} if is_default else {}
+    return AnnealedImportance(model, **options, **rounds).run(*args, **kwargs)

@@ -47,8 +47,6 @@ class ChunkRunner(Protocol):
         carry: Carry,
         table: StepTable,
         noise: tuple[Tensor, ...],
-        *,
-        rows: int,
     ) -> tuple[Carry, Tensor] | None:
         """Runs the steps of ``table``: for each a move, then an increment of the weights.
 
@@ -57,7 +55,6 @@ class ChunkRunner(Protocol):
             carry: Where they stand.
             table: One row per step.
             noise: What the kernel draws, with a leading dimension of steps.
-            rows: The most steps that any table has.
 
         Returns:
             Where the chains stand after the last step, and the statistics of each step ``[n, 4]``
@@ -186,7 +183,7 @@ def reversed_paths(
         density: Evaluates base and target.
         path: Frozen betas, kernel and tuning.
         state: Exact posterior samples, one per chain of the populations, ``[K, *batch]``: as many
-            as will run, so that one compiled loop serves both.
+            as will run, so that one compiled density serves both.
         resampling: Of the populations.
         seed: Seed of the noise.
         stream: Name of the stream of noise.
@@ -262,13 +259,13 @@ def _move(
     generator: torch.Generator,
 ) -> tuple[Carry, Tensor]:
     """Runs the steps of a table, as many at once as the density can."""
-    rows, blocks = noise_in_blocks(kernel, carry.state, len(table.beta), CHUNK_SIZE, generator)
+    blocks = noise_in_blocks(kernel, carry.state, len(table.beta), CHUNK_SIZE, generator)
     seen = []
     for steps, noise in blocks:
         part = StepTable(*(column[steps] for column in table))
         outcome = None
         if isinstance(density, ChunkRunner):
-            outcome = density.run_chunk(kernel, carry, part, noise, rows=rows)
+            outcome = density.run_chunk(kernel, carry, part, noise)
         if outcome is None:
             outcome = _step_by_step(density, kernel, carry, part, noise)
         carry = outcome[0]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,9 @@ __all__ = [
 
 # Smallest increment of beta that is tried; likelihoods of -1e100 under vague priors need 1e-100.
 _SMALLEST_LOG_INCREMENT = math.log(1e-200)
+_NUM_HALVINGS = 44  # of that range, which leave 3e-11
+# Transitions that a pilot takes however short the run is.
+_FEWEST_MOVES = 12
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Pilot:
         ess_fraction: Effective sample size over M at which a stage ends, in (0, 1). A lower one
             means fewer and longer stages.
         max_stages: Number of stages after which the pilot goes to the target at once.
+        max_moves: Transitions of all stages together, None for no limit. Stages then have fewer of
+            them, but at least one each.
 
     Raises:
         ValueError: If a number is out of range.
@@ -76,18 +81,48 @@ class Pilot:
     num_moves: int = 6
     ess_fraction: float = 0.6
     max_stages: int = 300
+    max_moves: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_chains is not None:
             as_count("Pilot.num_chains", self.num_chains, least=4)
         as_count("Pilot.num_moves", self.num_moves)
         as_count("Pilot.max_stages", self.max_stages)
+        if self.max_moves is not None:
+            as_count("Pilot.max_moves", self.max_moves)
         if not 0.0 < as_real("Pilot.ess_fraction", self.ess_fraction) < 1.0:
             raise ValueError(f"Pilot.ess_fraction must lie in (0, 1), got {self.ess_fraction}")
 
     def chains_for(self, num_chains: int) -> int:
         """Chooses the number of particles beside a run of ``num_chains`` chains."""
         return self.num_chains or min(max(num_chains, 16), 64)
+
+    def within(self, num_chains: int, num_moves: int) -> Pilot:
+        """Limits the transitions, times particles, to a quarter of those of a run.
+
+        The particles are then as many as the run's chains, so that one program serves both.
+
+        Args:
+            num_chains: Number K of chains of the run.
+            num_moves: Its transitions.
+        """
+        particles = min(max(num_chains, 8), 64)
+        most = max(num_chains * num_moves // (4 * particles), _FEWEST_MOVES)
+        return replace(self, num_chains=particles, max_moves=most)
+
+    def moves_of(self, stage: int, done: int) -> int:
+        """Chooses the transitions of a stage, the first of which has three times as many.
+
+        Args:
+            stage: Its number, from 0.
+            done: Transitions before it.
+        """
+        wanted = self.num_moves * (3 if stage == 0 else 1)
+        if self.max_moves is None:
+            return wanted
+        # the number of stages is not known before: each takes its part of what is left
+        left = (self.max_moves - done) // (3 if stage == 0 else 5)
+        return max(min(wanted, left), 1)
 
 
 class PilotOutcome(NamedTuple):
@@ -150,7 +185,7 @@ def run_pilot(
     fluctuations = Fluctuations()
     log_evidence = alive.double().mean(0).log()
     while True:
-        moves = settings.num_moves * (3 if stage == 0 else 1)
+        moves = settings.moves_of(stage, num_moves)
         state, log_step, accept, ratios = _tune_and_move(
             density,
             kernel,
@@ -273,7 +308,7 @@ def _next_increment(log_ratio: Tensor, largest: float, target: float) -> tuple[f
     if at_largest >= goal:
         return largest, math.exp(at_largest)
     low, high = _SMALLEST_LOG_INCREMENT, math.log(largest)
-    for _ in range(60):
+    for _ in range(_NUM_HALVINGS):
         middle = 0.5 * (low + high)
         if _mean_log_ess(ratio, math.exp(middle)) >= goal:
             low = middle

@@ -1,28 +1,40 @@
-"""Whether to compile a run: what may be compiled, what repays it, and what came of it."""
+"""What of a run to compile: what may be compiled, what repays it, and what came of it.
+
+All that is decided here follows from counts, never from measured time or from what an earlier
+process left, so that equal seeds give equal numbers on one machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from ..graphs.captured import CapturedDensity
-from ..graphs.inductor import compiler_problem
+from ..graphs.inductor import count_operations
 from ..graphs.recorded import RecordedDensity
 from ..kernels import Kernel
 from ..kernels.base import moves_chains_alone
-from .program import LoopedDensity
+from .looped import LoopedDensity
 
 __all__ = [
+    "compile_evaluations",
     "describe_mode",
+    "is_dear",
     "loop_notes",
     "loop_problem",
-    "repays_compilation",
     "with_loop",
 ]
 
+# Steps from which a loop is made of native code: it compiles in half a second, and is kept on disk.
+_LOOP_FROM = 400
+# Operations of one chain's evaluation, about a millisecond, from which each chain costs by itself.
+_DEAR = 10_000_000
+# Operations on numbers, some 20 seconds of them, of which torch's compiler saves more than the ten
+# seconds that it takes.
+_COMPILE_FROM = 8e11
+
 
 def loop_problem(density: RecordedDensity, kernel: Kernel) -> str | None:
-    """Says why chunks of this density and kernel cannot be compiled, or None if they may be.
+    """Says why chunks of this density and kernel cannot be a loop, or None if they may be.
 
     Args:
         density: What evaluates the chains.
@@ -39,37 +51,41 @@ def loop_problem(density: RecordedDensity, kernel: Kernel) -> str | None:
         hash(kernel)
     except TypeError:
         return f"the kernel {type(kernel).__name__} is not hashable"
-    return compiler_problem(density.example.device)
+    if not moves_chains_alone(kernel):
+        return f"the kernel {type(kernel).__name__} does not say that it moves each chain alone"
+    return density.native_problem
 
 
-# One operation dispatched from Python takes about 5 microseconds, a step of HMC about 60 besides
-# those of the density; compiling takes about 5 seconds and 20 milliseconds per operation.
-_DISPATCH_SECONDS = 5e-6
-_KERNEL_OPERATIONS = 60
-_COMPILE_SECONDS = 5.0
-_COMPILE_SECONDS_PER_OPERATION = 0.02
-# Steps from which native code is taken: it compiles in half a second, and is kept on disk.
-_NATIVE_FROM = 400
-
-
-def repays_compilation(density: RecordedDensity, kernel: Kernel, num_moves: int) -> bool:
-    """Decides from counts whether a compiled loop saves more dispatching than compiling costs.
+def is_dear(density: object) -> bool:
+    """Tells whether each chain costs by itself, because the graph is too large for native code.
 
     Args:
-        density: The captured density; the operations of its graph are counted.
-        kernel: Its gradients per step are counted.
-        num_moves: Steps of all chains at once, over the runs to come.
-
-    Returns:
-        Whether to compile.
+        density: What evaluates the chains.
     """
-    if density.native_source_and_inputs() is not None and moves_chains_alone(kernel):
-        return num_moves >= _NATIVE_FROM
-    graph, _ = density.graph_and_inputs(density.num_chains)
-    per_gradient = sum(node.op == "call_function" for node in graph.graph.nodes)
-    per_step = kernel.num_gradients * per_gradient + _KERNEL_OPERATIONS
-    saved = num_moves * per_step * _DISPATCH_SECONDS
-    return bool(saved > _COMPILE_SECONDS + per_step * _COMPILE_SECONDS_PER_OPERATION)
+    if not isinstance(density, CapturedDensity) or density.mode in ("eager", "graph-loop"):
+        return False
+    if density.native_source_and_inputs() is not None:
+        return False
+    return count_operations(density.chain_graph_and_inputs()[0]) >= _DEAR
+
+
+def compile_evaluations(
+    density: RecordedDensity, compile: bool | str, num_evaluations: int
+) -> None:
+    """Has torch's compiler compile evaluations that native code does not serve, where it repays itself.
+
+    Args:
+        density: What evaluates the chains.
+        compile: As of :class:`~pyro_anneal.AnnealedImportance`.
+        num_evaluations: Of single chains, over the runs to come.
+    """
+    if compile not in (True, "auto") or density.mode != "graph":
+        return
+    if compile == "auto":
+        operations = count_operations(density.chain_graph_and_inputs()[0])
+        if num_evaluations * operations < _COMPILE_FROM:
+            return
+    density.compile()
 
 
 class _Path(Protocol):
@@ -86,9 +102,9 @@ def with_loop(
     compile: bool | str,
     *,
     num_runs: int = 1,
-    fallback: Callable[[], object] | None = None,
+    kept: RecordedDensity | None = None,
 ) -> RecordedDensity:
-    """Prepares a density for a path: with a compiled loop, compiled alone, or as it is.
+    """Prepares a density for a path: with a loop, compiled alone, or as it is.
 
     Args:
         density: The captured density.
@@ -96,7 +112,8 @@ def with_loop(
         compile: As of :class:`~pyro_anneal.AnnealedImportance`.
         num_runs: Runs of as many chains and steps that must repay the compilation: those to come,
             over all data sets of a call, or, where nobody knows how many will, those so far.
-        fallback: As of :class:`LoopedDensity`.
+        kept: What single evaluations are compiled of instead, such as the density that ``density``
+            was made of and others will be.
 
     Returns:
         The density, or a :class:`LoopedDensity` of it.
@@ -104,23 +121,19 @@ def with_loop(
     if compile in (False, "density") or path.num_steps == 1:
         return density
     num_moves = num_runs * (path.num_steps - 1)
-    if compile == "auto" and (
-        density.mode in ("eager", "graph-loop")
-        or not repays_compilation(density, path.kernel, num_moves)
-    ):
-        return density
     problem = loop_problem(density, path.kernel)
-    if problem is not None:
-        if isinstance(density, CapturedDensity):
-            density.compile()
-        return LoopedDensity(density, problem)
-    return LoopedDensity(density, fallback=fallback)
+    if problem is None:
+        enough = compile is True or num_moves >= _LOOP_FROM
+        return LoopedDensity(density) if enough else density
+    evaluations = num_moves * path.kernel.num_gradients * density.num_chains
+    compile_evaluations(density if kept is None else kept, compile, evaluations)
+    return LoopedDensity(density, problem) if compile is True else density
 
 
 def describe_mode(density: RecordedDensity) -> str:
     """Says how a density is evaluated: ``"graph"``, ``"compiled loop"``, ..."""
-    if isinstance(density, LoopedDensity) and density.loop_mode is not None:
-        return f"compiled {density.loop_mode}"
+    if isinstance(density, LoopedDensity) and density.has_run:
+        return "compiled loop"
     return str(density.mode)
 
 

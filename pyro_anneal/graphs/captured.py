@@ -21,6 +21,7 @@ from .captured_density import CapturedDensity
 from .evaluation import LogDensities
 from .exits import Exit, PositionLeft
 from .kept import Kind, find_kept, keep, kind_of, recorded_again
+from .programs import stacked
 from .purity import check_pure, undisturbed
 from .recording import (
     Recording,
@@ -107,7 +108,7 @@ def _captured(
     """Checks, records and vectorizes a function for the first time."""
     options: dict[str, Any] = {"num_chains": num_chains, "gradients": gradients}
     options["native"] = native
-    check_pure(function, example, gradients=gradients)
+    at_example = check_pure(function, example, gradients=gradients)
     traced, reason = None, None
     exits: tuple[Exit, ...] = ()
     try:
@@ -127,10 +128,12 @@ def _captured(
             density = CapturedDensity(
                 function, example, traced, compile=compile, reason=None, **options
             )
-            mismatch = density._mismatch(function, _probes(example))
+            probes = _probes(example)
+            model = stacked([at_example, *density._eager_each(function, probes[1:])])
+            mismatch = density._mismatch(function, probes, model)
             if mismatch is not None and density.native_source_and_inputs() is not None:
                 density.without_native_code()
-                mismatch = density._mismatch(function, _probes(example))
+                mismatch = density._mismatch(function, probes, model)
             if mismatch is None:
                 keep(density, recording, kind)
             else:

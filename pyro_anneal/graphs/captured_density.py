@@ -16,7 +16,7 @@ from .evaluation import LINALG_ERROR, LogDensities, Outputs, evaluate_or_nan
 from .exits import Exit
 from .inductor import compile_graph, compiler_problem
 from .programs import Evaluator, Native, Program, replaced, stacked
-from .purity import rows_meet_at, undisturbed, worst_difference
+from .purity import evaluate_rows, undisturbed, worst_difference
 from .recorded import Mode
 from .recording import (
     Recording,
@@ -68,6 +68,17 @@ class CapturedDensity:
             self.compile()
         self._prepare()
 
+    def chains_at_once(self, num_chains: int) -> int:
+        """Tells how many of ``num_chains`` chains are evaluated together: all, or as many as fit.
+
+        Many data make the arrays of all chains too large for a processor's memory to keep up with.
+        Their graph is evaluated chain by chain, or a few at a time where they share large matrices.
+        """
+        if self._trace is None or self.example.device.type != "cpu":
+            return num_chains
+        evaluator = self._evaluator(None)
+        return evaluator.program.chains_at_once(num_chains, evaluator.values)
+
     @property
     def mode(self) -> Mode:
         """How densities are evaluated, from fast to slow: compiled, graph, graph-loop, eager."""
@@ -91,8 +102,7 @@ class CapturedDensity:
             self.reason = problem
             return
         self._compile = True
-        self._programs = {}
-        self._evaluators = {}
+        self._evaluators = {key: one for key, one in self._evaluators.items() if key is None}
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
@@ -293,6 +303,17 @@ class CapturedDensity:
             return None
         return native.source, self._evaluator(None).ready
 
+    @property
+    def native_problem(self) -> str | None:
+        """Why there is no native code of this graph, or None if there is."""
+        if self._native() is not None:
+            return None
+        if self._trace is None or not self._wants_native:
+            return "native code was not asked for"
+        native = self._evaluator(None).program.native
+        reason = None if native is None else native.reason
+        return reason or "so few chains would leave most of each vector of native code idle"
+
     def without_native_code(self) -> None:
         """Evaluates the graph itself from now on."""
         self._wants_native = False
@@ -313,37 +334,39 @@ class CapturedDensity:
         Raises:
             ValueError: If they differ by more than rounding, or rows meet.
         """
-        if self._trace is None:
-            self._check_rows(positions)
+        function = self.function
+        has_rows = self._gradients and self.example.shape[:-1].numel() > 1
+        if self._trace is None and (function is None or not has_rows):
             return
-        if self.function is None:
+        if function is None:
             raise ValueError("this density was rebound without function: nothing to check against")
         with undisturbed(self.example.device):
-            mismatch = self._mismatch(self.function, positions)
-        if mismatch is None:
-            self._check_rows(positions)
-        else:
+            meet = False
+            if has_rows:
+                evaluated = [evaluate_rows(function, position) for position in positions]
+                model = stacked([outputs for outputs, _ in evaluated])
+                meet = any(rows_meet for _, rows_meet in evaluated)
+            else:
+                model = self._eager_at(function, positions)
+            if self._trace is not None:
+                mismatch = self._mismatch(function, positions, model)
+                if mismatch is not None:
+                    raise ValueError(
+                        f"the density depends on values that left the graph: {mismatch}. Look for "
+                        ".numpy(), .tolist(), .item() or float() of latents, parameters or data, "
+                        "and for Python attributes that changed; keep such values in tensors"
+                    )
+        if meet:
             raise ValueError(
-                f"the density depends on values that left the graph: {mismatch}. Look for "
-                ".numpy(), .tolist(), .item() or float() of latents, parameters or data, and for "
-                "Python attributes that changed; keep such values in tensors"
+                "rows of a batch plate influence each other's log density: leave the plate "
+                "out of batch_plates to treat it jointly"
             )
-
-    def _check_rows(self, positions: Tensor) -> None:
-        function = self.function
-        if function is None or not self._gradients or self.example.shape[:-1].numel() < 2:
-            return
-        with undisturbed(self.example.device):
-            if any(rows_meet_at(function, position) for position in positions):
-                raise ValueError(
-                    "rows of a batch plate influence each other's log density: leave the plate "
-                    "out of batch_plates to treat it jointly"
-                )
 
     def _prepare(self) -> None:
         """Makes what evaluates the chains, where there is a graph."""
         if self._trace is not None and self._native() is None:
-            self._evaluator(self.num_chains)
+            size = self.chains_at_once(self.num_chains)
+            self._evaluator(None if size == 1 and not self._compile else size)
 
     def _native(self) -> Native | None:
         """Finds or makes native code; None if it is not wanted or cannot be made."""
@@ -376,9 +399,10 @@ class CapturedDensity:
                     return self._evaluator(num_chains)
             program = Program(traced, len(constants))
         evaluator = Evaluator(program, constants)
-        if self._compile and key is not None and key not in self._programs:
+        if self._compile and key is not None:
+            position = self.example.expand(key, *self.example.shape).contiguous()
             try:
-                program.run = compile_graph(program.body, [position, *evaluator.values])
+                evaluator.run = compile_graph(program.body, [position, *evaluator.values])
             except Exception as error:  # noqa: BLE001 - inductor's own failures
                 self._compile = False
                 self.reason = f"compilation failed ({summary(error)})"
@@ -396,14 +420,26 @@ class CapturedDensity:
                 position, self._evaluator(None).ready
             )
             return log_base, log_target, grad_base, grad_target
-        evaluator = self._evaluator(len(position))
+        size = self.chains_at_once(len(position))
         try:
             with torch.no_grad():
-                if self._looped:
-                    return stacked([evaluator(chain) for chain in position])
-                return evaluator(position)
+                if self._looped or (size == 1 and not self._compile):
+                    alone = self._evaluator(None)
+                    return stacked([alone(chain) for chain in position])
+                if size < len(position):
+                    return self._in_turn(position, size)
+                return self._evaluator(len(position))(position)
         except LINALG_ERROR:  # an eigendecomposition of one chain
             return self._eager(position)
+
+    def _in_turn(self, position: Tensor, size: int) -> Outputs:
+        """Evaluates ``size`` chains at a time, exactly: the last call is filled up."""
+        filler = position[:1].expand(-len(position) % size, *position.shape[1:])
+        pieces = torch.cat([position, filler]).split(size)
+        merged = zip(*(self._evaluator(size)(piece) for piece in pieces), strict=True)
+        parts = (torch.cat(part)[: len(position)] for part in merged)
+        log_base, log_target, grad_base, grad_target = parts
+        return log_base, log_target, grad_base, grad_target
 
     def _eager(self, position: Tensor) -> Outputs:
         function = self.function
@@ -412,13 +448,20 @@ class CapturedDensity:
         return self._eager_at(function, position)
 
     def _eager_at(self, function: LogDensities, positions: Tensor) -> Outputs:
-        chains = [evaluate_or_nan(function, u, gradients=self._gradients) for u in positions]
-        return stacked(chains)
+        return stacked(self._eager_each(function, positions))
 
-    def _mismatch(self, function: LogDensities, positions: Tensor) -> str | None:
-        """Describes the largest difference between graph and model beyond rounding."""
+    def _eager_each(self, function: LogDensities, positions: Tensor) -> list[Outputs]:
+        return [evaluate_or_nan(function, u, gradients=self._gradients) for u in positions]
+
+    def _mismatch(self, function: LogDensities, positions: Tensor, model: Outputs) -> str | None:
+        """Describes the largest difference between graph and model beyond rounding.
+
+        Args:
+            function: One chain's log densities, through the model.
+            positions: Where to compare, ``[N, *batch, D]``.
+            model: What the function gives there.
+        """
         graph = self._graph_outputs(positions)
-        model = self._eager_at(function, positions)
         # Log densities may have a wider type than the position, but no more digits.
         eps = torch.finfo(positions.dtype).eps
         if worst_difference(graph, model, eps) is None:

@@ -19,6 +19,7 @@ __all__ = [
     "as_written",
     "evaluate",
     "evaluate_or_nan",
+    "evaluate_weighted",
     "values_of",
 ]
 
@@ -75,7 +76,6 @@ def _nan_where(failed: Tensor, value: Tensor) -> Tensor:
 def evaluate(
     function: LogDensities,
     position: Tensor,
-    row_weights: Tensor | None = None,
     *,
     gradients: bool = True,
 ) -> Outputs:
@@ -84,7 +84,6 @@ def evaluate(
     Args:
         function: One chain's ``(log_base, log_target)``, each of shape ``[*batch]``.
         position: Unconstrained position, shape ``[*batch, D]``.
-        row_weights: Weights ``[*batch]`` of the rows in the sum whose gradient is taken.
         gradients: Whether gradients are needed; zeros if not, and the function may leave torch.
 
     Returns:
@@ -98,9 +97,35 @@ def evaluate(
     with torch.enable_grad() if gradients else torch.no_grad(), as_written(), context():
         leaf = position.detach().requires_grad_(gradients)
         log_densities = values_of(function, leaf)
-        grads = [_gradient(value, leaf, row_weights) for value in log_densities]
+        grads = [_gradient(value, leaf) for value in log_densities]
     log_base, log_target = (value.detach().contiguous() for value in log_densities)
     return log_base, log_target, grads[0].contiguous(), grads[1].contiguous()
+
+
+def evaluate_weighted(
+    function: LogDensities, position: Tensor, row_weights: Tensor
+) -> tuple[Outputs, tuple[Tensor, Tensor]]:
+    """Computes :func:`evaluate`, and the gradients of sums with weights of rows, by one run.
+
+    Args:
+        function: One chain's ``(log_base, log_target)``, each of shape ``[*batch]``.
+        position: Unconstrained position, shape ``[*batch, D]``.
+        row_weights: Weights ``[*batch]`` of the rows in the sums of the second gradients.
+
+    Returns:
+        As :func:`evaluate`, and the gradients of the two weighted sums, ``[*batch, D]``.
+
+    Raises:
+        ValueError: If a log density has another shape.
+    """
+    context: Any = getattr(function, "context", nullcontext)
+    with torch.enable_grad(), as_written(), context():
+        leaf = position.detach().requires_grad_()
+        log_densities = values_of(function, leaf)
+        plain = [_gradient(value, leaf).contiguous() for value in log_densities]
+        weighted = [_gradient(value * row_weights, leaf) for value in log_densities]
+    log_base, log_target = (value.detach().contiguous() for value in log_densities)
+    return (log_base, log_target, plain[0], plain[1]), (weighted[0], weighted[1])
 
 
 @contextmanager
@@ -132,12 +157,11 @@ def values_of(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]
     return log_densities
 
 
-def _gradient(value: Tensor, leaf: Tensor, row_weights: Tensor | None) -> Tensor:
+def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     # Rows are independent, so the gradient of the sum holds every row's own gradient. The graph is
     # retained because base and target share parts of it.
-    value = value if row_weights is None else value * row_weights
     (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)
     return torch.zeros_like(leaf) if grad is None else grad.detach()
 

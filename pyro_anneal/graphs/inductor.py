@@ -5,25 +5,53 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
 from .matrix_products import onednn_products
 
-__all__ = ["CHAINS_FIRST", "compile_graph", "compile_with_inductor", "compiler_problem"]
+__all__ = [
+    "compile_graph",
+    "compile_with_inductor",
+    "compiler_problem",
+    "count_operations",
+]
 
 # Compiled code by graph and input layout. A graph holds no tensors (all are inputs), so captures
 # of the same model on other data, and after other optimizer steps, share one compilation.
 _COMPILED: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 _CAPACITY = 64
+_PRODUCTS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv")
+)
 # Inductor's options for graphs with chains first on a CPU: what is read from more than two buffers
 # and used twice is computed once. Else numbers of each row return in every loop over elements.
-CHAINS_FIRST = {"realize_reads_threshold": 2}
+_CHAINS_FIRST = {"realize_reads_threshold": 2}
+
+
+def count_operations(graph: fx.GraphModule, *, term: float = 1.0) -> int:
+    """Counts the operations on numbers of one call, about: products of matrices by their terms.
+
+    Args:
+        graph: Flat aten graph whose nodes know their shapes.
+        term: What a term of a product counts, beside an element of another result.
+
+    Returns:
+        The number of multiplications of products, and of elements of all other results.
+    """
+    count = 0
+    for node in graph.graph.nodes:
+        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+        if node.op != "call_function" or shape is None:
+            continue
+        is_product = node.target in _PRODUCTS
+        inner = node.args[-1].meta["tensor_meta"].shape[-2:][0] if is_product else 1
+        count += torch.Size(shape).numel() * max(int(inner * term), 1)
+    return count
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -64,11 +92,10 @@ def compile_with_inductor(
         Exception: Whatever inductor raises.
     """
 
-    def compiled() -> Callable[..., Any]:
-        with _unused_buffers_dropped():  # inductor may change what it is given
-            result: Callable[..., Any] = torch._inductor.compile(
-                copy.deepcopy(graph), list(inputs), options=options
-            )
+    def compiled() -> Callable[..., Any]:  # inductor may change what it is given
+        result: Callable[..., Any] = torch._inductor.compile(
+            copy.deepcopy(graph), list(inputs), options=options
+        )
         return result
 
     with onednn_products() as products:
@@ -78,29 +105,6 @@ def compile_with_inductor(
             if not products:
                 raise
     return compiled()  # this version of torch cannot compile them
-
-
-@contextmanager
-def _unused_buffers_dropped() -> Iterator[None]:
-    """Keeps inductor from allocating what a fused kernel inside a loop no longer writes.
-
-    It plans the memory of a loop's body with the list of dropped buffers of the whole graph, which
-    those of the body are missing from.
-    """
-    try:
-        from torch._inductor.graph import GraphLowering
-
-        generate = GraphLowering.codegen_subgraph
-    except (ImportError, AttributeError):  # another version of torch
-        yield
-        return
-
-    def generate_and_tell(self: Any, parent_graph: Any) -> None:
-        generate(self, parent_graph)
-        parent_graph.removed_buffers |= self.removed_buffers  # their names begin with the graph's
-
-    with mock.patch.object(GraphLowering, "codegen_subgraph", generate_and_tell):
-        yield
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -125,7 +129,7 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's imports use what torch deprecates
             on_cpu = all(x.device.type == "cpu" for x in inputs)
-            compiled = compile_with_inductor(graph, inputs, **(CHAINS_FIRST if on_cpu else {}))
+            compiled = compile_with_inductor(graph, inputs, **(_CHAINS_FIRST if on_cpu else {}))
             compiled(*inputs)
         _COMPILED[key] = compiled
         if len(_COMPILED) > _CAPACITY:

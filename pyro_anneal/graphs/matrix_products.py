@@ -18,9 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
 
-__all__ = ["onednn_products", "prefers_onednn", "right_operands"]
+__all__ = ["onednn_products", "prefers_onednn"]
 
 aten = torch.ops.aten
 # oneDNN looks up its kernel in each call, some 10 microseconds: as many multiplications take that.
@@ -51,30 +50,6 @@ def _mkl_is_slow() -> bool:
         except OSError:
             return False
     return "AuthenticAMD" in platform.processor()
-
-
-def right_operands(graph: fx.GraphModule) -> set[int]:
-    """Finds the inputs that are the right matrix of a product that goes to oneDNN.
-
-    It is fastest where such a matrix is stored transposed, one row per column of the result.
-
-    Args:
-        graph: Flat aten graph whose nodes carry fake tensors.
-
-    Returns:
-        Positions among the graph's inputs.
-    """
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    found = set()
-    for node in graph.graph.nodes:
-        if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default):
-            continue
-        left, right = (operand.meta["val"] for operand in node.args[-2:])
-        (rows, inner), columns = left.shape, right.shape[1]
-        fits = left.dtype == torch.float32 and left.device.type == "cpu"
-        if fits and prefers_onednn(rows, inner, columns):
-            found |= {index for index, known in enumerate(inputs) if known is node.args[-1]}
-    return found
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.places import user_line
 from ..models.validation import validation_disabled
-from .evaluation import LogDensities, Outputs, evaluate, evaluate_or_nan
+from .evaluation import LogDensities, Outputs, evaluate_or_nan, evaluate_weighted
 from .rewriting import Impure, is_random
 
-__all__ = ["check_pure", "rows_meet_at", "undisturbed", "worst_difference"]
+__all__ = ["check_pure", "evaluate_rows", "rows_meet_at", "undisturbed", "worst_difference"]
 
 _DRAWS = 10  # where numbers are drawn outside of torch: a coin shows itself but once in 1000
 _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
@@ -139,21 +139,31 @@ def rows_meet_at(function: LogDensities, position: Tensor) -> bool:
         function: One chain's ``(log_base, log_target)``.
         position: Where to look, ``[*batch, D]``.
     """
+    return evaluate_rows(function, position)[1]
+
+
+def evaluate_rows(function: LogDensities, position: Tensor) -> tuple[Outputs, bool]:
+    """Computes the densities at a position, and :func:`rows_meet_at`, by one run of the model.
+
+    Returns:
+        Log densities and gradients as :func:`~.evaluation.evaluate_or_nan`, and whether rows meet;
+        where the model fails that is not known, and False.
+    """
     generator = torch.Generator("cpu").manual_seed(1)
     weights = torch.rand(position.shape[:-1], generator=generator, device="cpu").to(position) + 0.5
     try:
-        plain, weighted = evaluate(function, position), evaluate(function, position, weights)
+        plain, weighted = evaluate_weighted(function, position, weights)
     except (ValueError, ArithmeticError, RuntimeError):  # the model fails here
-        return False
-    for value, one, two in zip(plain[:2], plain[2:], weighted[2:], strict=True):
+        return evaluate_or_nan(function, position), False
+    for value, one, two in zip(plain[:2], plain[2:], weighted, strict=True):
         expected, fine = weights.unsqueeze(-1) * one, one.isfinite() & two.isfinite()
         fine &= value.isfinite().unsqueeze(-1)
         scale = expected.abs().where(fine, 0.0).amax()
         # Parts of the model may be narrower than the position.
         allowed = 10.0 * torch.finfo(one.dtype).eps ** (1 / 3) * (1.0 + scale)
         if bool((((two - expected).abs() > allowed) & fine).any()):
-            return True
-    return False
+            return plain, True
+    return plain, False
 
 
 def worst_difference(

@@ -47,17 +47,9 @@ class ComputeOnce(TorchDispatchMode):
 
     For code without autograd that does not look at strides.
 
-    Args:
-        invert: Whether to replace divisions by a divisor that repeats by products with its
-            reciprocal, up to rounding the same.
-
     Raises:
         WrittenTo: At an operation that writes into a tensor in which numbers repeat.
     """
-
-    def __init__(self, *, invert: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.invert = invert
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -78,7 +70,7 @@ class ComputeOnce(TorchDispatchMode):
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
         once = [-dim for dim in range(1, len(shape) + 1) if _repeats(tensors, shape, -dim)]
         if not once:
-            return self._divide(func, args, kwargs)
+            return func(*args, **kwargs)
 
         def first(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -86,20 +78,8 @@ class ComputeOnce(TorchDispatchMode):
             return narrowed(value, [dim for dim in once if -dim <= value.dim()])
 
         args, kwargs = pytree.tree_map(first, (args, kwargs))
-        result = self._divide(func, args, kwargs)
+        result = func(*args, **kwargs)
         return pytree.tree_map_only(Tensor, lambda part: part.expand(shape), result)
-
-    def _divide(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        divides = self.invert and func is aten.div.Tensor and isinstance(args[1], Tensor)
-        if not divides or not args[1].is_floating_point():
-            return func(*args, **kwargs)
-        dividend, divisor = args
-        shape = torch.broadcast_shapes(dividend.shape, divisor.shape)
-        dims = repeated_dims(divisor)
-        small = narrowed(divisor, dims)
-        if small.numel() >= shape.numel():
-            return func(*args, **kwargs)
-        return dividend * small.reciprocal().expand(divisor.shape)
 
 
 def _tensors(*arguments: Any) -> list[Tensor]:

@@ -121,7 +121,7 @@ def draw_steps(
 
 def noise_in_blocks(
     kernel: Kernel, state: State, num_steps: int, most: int, generator: torch.Generator
-) -> tuple[int, Iterator[tuple[slice, tuple[Tensor, ...]]]]:
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Draws the noise of a chunk of steps, in as few blocks as memory allows.
 
     Args:
@@ -132,8 +132,7 @@ def noise_in_blocks(
         generator: Source of randomness.
 
     Returns:
-        The most steps of a block, the same for every chunk; and the blocks in turn, each with its
-        steps and their noise.
+        The blocks in turn, each with its steps and their noise.
     """
     first, parts = None, declared(kernel, state)
     if parts is not None:
@@ -156,4 +155,4 @@ def noise_in_blocks(
             ahead = None
             yield slice(start, stop), tuple(torch.stack(part) for part in together)
 
-    return size, blocks()
+    return blocks()

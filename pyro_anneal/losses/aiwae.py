@@ -15,7 +15,7 @@ from ..arguments import as_count, as_real
 from ..chains.loop import final_move, run_chains
 from ..chains.path import Path, TuningTable
 from ..compiled.choice import with_loop
-from ..compiled.program import LoopedDensity
+from ..compiled.looped import LoopedDensity
 from ..kernels import HMC, State
 from ..schedules import Linear, as_betas
 from ..weights import log_mean_exp, log_normalized_weights
@@ -73,9 +73,8 @@ class AIWAE(ParticleELBO):
         target_accept: Acceptance probability that step sizes are moved toward.
         schedule: Betas from 0 to 1: a schedule or a tensor ``[num_steps + 1]``; linear if None.
         step_size: Step size to begin with, at every temperature.
-        compile: Whether to compile the chains' moves into one loop; ``"auto"`` does so once the
-            steps on data of one shape have been so many that it would have repaid itself (it takes
-            some ten seconds, once).
+        compile: As of :class:`~pyro_anneal.AnnealedImportance`; ``"auto"`` counts the steps so far
+            on data of one shape.
         **options: What Pyro's losses take too, see :class:`~pyro_anneal.losses.base.PyroOptions`.
 
     Raises:
@@ -205,7 +204,7 @@ class AIWAE(ParticleELBO):
             path,
             self._cache.compile,
             num_runs=prepared.num_calls,
-            fallback=prepared.problem.density.compile,
+            kept=prepared.problem.density,
         )
         if isinstance(density, LoopedDensity) and density.loop_reason is None:
             prepared.problem.density.chain_graph_and_inputs()  # made once, for all data

@@ -24,7 +24,6 @@ from ..chains.plan import PathOptions
 from ..chains.resampling import Reference, Resampling, systematic_ancestors
 from ..chains.tuning import Particles, Tuned, lay_path, tune
 from ..compiled.choice import with_loop
-from ..compiled.program import LoopedDensity
 from ..graphs.captured import CapturedDensity, capture
 from ..kernels import Density, State
 from ..models.validation import validation_disabled
@@ -112,8 +111,8 @@ class Annealer(PathOptions):
     """How pairs are annealed: K chains per pair and direction.
 
     Args:
-        compile: ``"auto"`` compiles chunks of steps when the runs to come repay it; True or False
-            decide.
+        compile: ``"auto"`` makes native code of chunks of steps, or has torch compile large
+            densities, when the runs to come repay it; True or False decide.
 
     Raises:
         ValueError: If a number is out of range or the schedule is unknown.
@@ -168,7 +167,7 @@ class Annealer(PathOptions):
             z: Starts of the reverse chains, ``[N, *z_event]``.
             posterior: Further independent posterior samples, ``[K - 1, N, *z_event]``.
             coupled_lower: Whether to run the chains of the CR lower bound.
-            num_batches: Batches of so many pairs to come, this one among them: one compiled program
+            num_batches: Batches of so many pairs to come, this one among them: what is compiled
                 serves all.
             num_steps: Number T that rounds on another batch have chosen for this one.
             gap: Measures the gap of each pair, ``[N]``; that of IM lower and CR upper by default.
@@ -186,11 +185,12 @@ class Annealer(PathOptions):
         tuned = tune(Particles(density, base, example, seed), self.plan, num_steps=num_steps)
         pairs = _Pairs(self, density, bijection, base, z, posterior, coupled_lower, seed)
         found = tuned.found
-        if found is not None and found.plan.target_gap is not None:
+        target = None if found is None else found.plan.target_gap
+        if found is not None and target is not None:
             measure = _default_gap if gap is None else gap
-            for number in range(1, self.max_rounds + 1):
+            for number in range(1, self.plan.max_rounds + 1):
                 gaps = measure(pairs.anneal(tuned, f", round {number}", num_batches=1))
-                wanted = self._steps_after(tuned.path.num_steps, gaps, number)
+                wanted = self._steps_after(target, tuned.path.num_steps, gaps)
                 longer = found.plan.with_steps(max(wanted, tuned.path.num_steps))
                 is_enough = wanted <= tuned.path.num_steps
                 tuned = lay_path(found, longer, example)
@@ -198,17 +198,15 @@ class Annealer(PathOptions):
                     break
         return pairs.anneal(tuned, "", num_batches=num_batches)
 
-    def _steps_after(self, num_steps: int, gaps: Tensor, number: int) -> int:
+    def _steps_after(self, target: float, num_steps: int, gaps: Tensor) -> int:
         """Chooses the next T; no more than this one where its gap is at the target."""
-        target = self.target_gap
-        assert target is not None
         noise = gaps.std() / len(gaps) ** 0.5 if len(gaps) > 1 else torch.zeros(())
         measured = float(gaps.mean() + noise)  # an upper end: the mean of few gaps is uncertain
         if measured <= target:
             return num_steps
         # The gap falls as 1 / T once chains keep up with the path.
         growth = min(max(measured / target, 2.0), 4.0) if math.isfinite(measured) else 4.0
-        largest = _LARGEST << (self.max_rounds - 1)
+        largest = _LARGEST << (self.plan.max_rounds - 1)
         return min(math.ceil(num_steps * growth), max(largest, num_steps))
 
     def sample(
@@ -309,10 +307,8 @@ class _Pairs:
         count, num_pairs = plan.num_chains, len(self.z)
         coupled = independent = carry.log_weights[:0]
         if self.coupled_lower and count > 1:
-            # A compiled program is made for K chains: one of them is then in vain.
-            size = count - (not isinstance(density, LoopedDensity))
-            end = carry.state.position[:1].expand(size, num_pairs, -1)
-            coupled = reverse(end, "coupled reverse")[: count - 1]
+            end = carry.state.position[:1].expand(count - 1, num_pairs, -1)
+            coupled = reverse(end, "coupled reverse")
         if self.posterior is not None:
             independent = reverse(
                 self.bijection.unconstrain(self.posterior), "independent reverse"

@@ -14,6 +14,7 @@ for by substitution (:mod:`~.substitutes`).
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ __all__ = ["Copy", "explain_copies", "explain_likeness", "find_copies", "share_v
 
 _MAX_NUMBERS = 20_000_000  # numbers that are compared in one run
 _LEAST_SCALARS = 3  # single numbers that must agree: .5 and .1 are also constants of models
+_LEAST_SURPRISE = 1.5  # nats: values in random order hold these neighbours once in 4 or 5 times
 
 # Functions whose result leaves the graph, or that need numbers: their arguments stay as they are.
 _UNTOUCHED = {
@@ -94,7 +96,8 @@ def share_values(values: Tensor, data: Tensor) -> bool:
     """Tells whether a tensor holds values of some data, more of them than by chance.
 
     Either at least two distinct fractions, and half of all, or at least half of the pairs of
-    neighbours of whole numbers, are the same. Index ranges and constants do not count, nor do
+    neighbours of whole numbers, are the same, which must be unlikely for values in another order:
+    two hundred labels hold most pairs of labels. Index ranges and constants do not count, nor do
     zeros and ones, of which twenty or more must agree as a whole.
 
     Example:
@@ -116,8 +119,21 @@ def share_values(values: Tensor, data: Tensor) -> bool:
     if bool(np.isin(ours, [0.0, 1.0]).all()):
         return len(ours) >= 20 and len(ours) == len(theirs) and bool((ours == theirs).all())
     first, second = _neighbours(ours), _neighbours(theirs)
-    common = int(np.isin(first, second, assume_unique=True).sum())
-    return common >= 1 and 2 * common >= min(len(first), len(second))
+    shared = first[np.isin(first, second, assume_unique=True)]
+    if not len(shared) or 2 * len(shared) < min(len(first), len(second)):
+        return False
+    return _surprise(shared, max(ours, theirs, key=len)) > _LEAST_SURPRISE
+
+
+def _surprise(pairs: Array, values: Array) -> float:
+    """Computes minus the log probability that these values in random order hold all the pairs."""
+    kinds, counts = np.unique(values.view(np.uint32), return_counts=True)
+    share = dict(zip(kinds.tolist(), (counts / len(values)).tolist(), strict=True))
+    total = 0.0
+    for pair in pairs.tolist():
+        expected = (len(values) - 1) * share[pair >> 32] * share[pair & 0xFFFFFFFF]
+        total -= math.log(-math.expm1(-expected))
+    return total
 
 
 class _Search(TorchFunctionMode):

@@ -47,7 +47,7 @@ def entropy_of(fn: Distribution) -> Tensor | None:
     try:
         with validation_disabled():
             entropy: Tensor = fn.entropy()
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):  # an expanded Multinomial lacks its binomial
         return None
     return entropy if bool(entropy.isfinite().all()) else None
 

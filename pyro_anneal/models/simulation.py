@@ -41,6 +41,7 @@ __all__ = [
     "Conditioned",
     "MakeArgs",
     "Simulation",
+    "Unobserve",
     "check_copies",
     "guide_arguments",
     "simulate",
@@ -70,6 +71,22 @@ class Simulation:
     original: dict[str, Tensor]  # the user's values of the observed sites
     log_joint: float  # log p(z, x) at the simulation, masked sites left out, nats
     unconstrained: dict[str, Tensor]  # of latents with mass at an edge, as they were drawn in u
+
+
+class Unobserve(Messenger):  # type: ignore[misc, unused-ignore]
+    """Draws observed sites, as ``poutine.uncondition``, but keeps deterministic ones as they are.
+
+    A deterministic site is a Delta over its whole value, whose batch shape a plate would expand a
+    second time: ``[N]`` would come back as ``[N, N]``, and all that depends on it too.
+    """
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["is_observed"] and not is_deterministic(msg):
+            msg["is_observed"] = False
+            msg["infer"]["was_observed"] = True
+            msg["infer"]["obs"] = msg["value"]
+            msg["value"] = None
+            msg["done"] = False
 
 
 def _check_exact(name: str, site: Node) -> None:
@@ -177,7 +194,7 @@ def simulate(model: Fn, arguments: Arguments) -> Simulation:
     args, kwargs = arguments
     with torch.no_grad(), validation_disabled(), poutine.block():
         with explained(), _DrawAtEdges() as edges, _CheckExact():
-            trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+            trace = poutine.trace(Unobserve()(model)).get_trace(*args, **kwargs)
         mark_points(trace)
         latents, observed, original, hidden = {}, {}, {}, {}
         for name, site in density_sites(trace):

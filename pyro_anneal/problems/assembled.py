@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..graphs.captured_density import CapturedDensity
 from ..graphs.evaluation import LINALG_ERROR, FailuresAsNaN
 from ..graphs.recorded import RecordedDensity
 from ..kernels import State
@@ -23,7 +24,9 @@ from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
     Base,
+    FittedBase,
     GuideBase,
+    MixtureBase,
     ModelDensity,
     PathDensity,
     PriorBase,
@@ -49,7 +52,10 @@ class Problem:
     fit_gradients: int  # spent on guide="auto", per batch element
     inspected: Layout  # before a fit chose coordinates
     from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
-    vouched: set[str] = field(default_factory=set)  # kinds of bases whose noise is torch's own
+    # After a fit, what it captured, by the sites whose coordinate is not centred.
+    captured: Mapping[frozenset[str], CapturedDensity] = field(default_factory=dict)
+    # kinds of bases whose noise is torch's own
+    vouched: set[str] = field(default_factory=lambda: {FittedBase.__name__})
 
     def draw(self, num_chains: int) -> Tensor:
         """Draws positions ``[K, *batch, D]`` from the base.
@@ -72,7 +78,7 @@ class Problem:
             device=self.layout.device,
             alone=lambda: self._draw_one(base),
             vouched=self.vouched,
-            kind=type(base).__name__,
+            kind=_kind_of_noise(base),
         ).to(self.layout.dtype)
         return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
 
@@ -233,6 +239,13 @@ class Problem:
             except (ValueError, RuntimeError) as error:  # the model fails here
                 culprits.append(str(error).splitlines()[0])
         return culprits
+
+
+def _kind_of_noise(base: Base) -> str:
+    """Tells apart where the noise of draws comes from: what is fitted here draws torch's own."""
+    if isinstance(base, MixtureBase) and isinstance(base.first, FittedBase):
+        return _kind_of_noise(base.second)
+    return type(base).__name__
 
 
 def assemble(

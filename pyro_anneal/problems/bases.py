@@ -114,11 +114,12 @@ class FittedBase:
 
     def draw(self) -> Tensor:
         """Draws from the mixture, all batch elements from one component."""
-        index = 0
-        if len(self.components) > 1:
+        position = torch.stack([component.draw() for component in self.components])
+        if len(self.components) > 1:  # without a number of Python, for all chains at once
             weights = torch.tensor(self.log_weights, dtype=torch.float64).exp()
-            index = int(torch.multinomial(weights, 1))
-        position = self.components[index].draw()
+            index = torch.multinomial(weights.to(position.device), 1)
+            position = position.index_select(0, index)
+        position = position.squeeze(0)
         if self.symmetry is None:
             return position
         element = int(torch.randint(len(self.elements), ()))

@@ -193,8 +193,19 @@ def _join(parts: list[Any], how: Callable[[list[Tensor]], Tensor]) -> Any:
     return {name: how([part[name] for part in parts]) for name in parts[0]}
 
 
-def draw_prior_chains(model: ModelDensity, count: int) -> Tensor:
-    """Draws ``count`` positions from the prior, NaN where the model fails, ``[N, *batch, D]``."""
+def draw_prior_chains(
+    model: ModelDensity, count: int, *, vouched: set[str] | None = None
+) -> Tensor:
+    """Draws positions from the prior, NaN where the model fails.
+
+    Args:
+        model: The model's side of the path.
+        count: Number N of draws.
+        vouched: As of :func:`draw_chains`; ``PriorBase`` is the kind of these draws.
+
+    Returns:
+        Positions ``[N, *batch, D]``.
+    """
     layout = model.layout
 
     def alone() -> Tensor:
@@ -206,6 +217,12 @@ def draw_prior_chains(model: ModelDensity, count: int) -> Tensor:
 
     numbers = max([layout.dim, *(value.numel() for value in layout.observed.values())])
     draws = draw_chains(
-        model.draw_prior, count, numbers=numbers, device=layout.device, alone=alone
+        model.draw_prior,
+        count,
+        numbers=numbers,
+        device=layout.device,
+        alone=alone,
+        vouched=vouched,
+        kind="PriorBase",
     )
     return draws.to(layout.dtype)

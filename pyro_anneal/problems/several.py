@@ -15,6 +15,7 @@ from .branches import branch_optima
 from .components import DenseComponent
 from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
+from .independent import independent_parts, marginal_fit, rows_of_part
 from .mixtures import Mixture, mixture_of_fits
 from .over_chains import draw_prior_chains
 from .phases import likelihood_optima
@@ -38,6 +39,8 @@ def several_fits(
     elbo: float,
     seed: int,
     max_rows: int | None,
+    *,
+    vouched: set[str] | None = None,
 ) -> dict[str, Any]:
     """Makes a base of one fit, of further ones, and of permutations.
 
@@ -49,6 +52,7 @@ def several_fits(
         elbo: Its evidence lower bound, summed over the batch.
         seed: Seed of the fit.
         max_rows: Positions that may be evaluated at once.
+        vouched: As of :func:`~.over_chains.draw_chains`.
 
     Returns:
         ``components``, ``log_weights`` and ``groups`` of :class:`~.bases.FittedBase`, as tensors
@@ -61,7 +65,7 @@ def several_fits(
     kept |= {"groups": [], "spent": 0}
     if "scale_tril" not in component or (max_rows is not None and max_rows < size):
         return kept
-    origins = _prior_draws(model)
+    origins = _prior_draws(model, vouched=vouched)
     generator = seeded_generator(layout.device, seed, "several fits")
     symmetry = _symmetry(model, rows, origins, component) if len(origins) > 2 else None
     if not layout.batch and layout.dim <= _MOST_DIMENSIONS and size in _NUM_DRAWS:
@@ -74,20 +78,68 @@ def several_fits(
         branches, spent = branch_optima(model, component["loc"], generator)
         rows.count += spent
         further = torch.cat([further, branches])
+        fit = Candidates(component["loc"].unsqueeze(0), scale, bound)
+        # further optima among the points: parts that meet in a spike do not meet in a slab
+        parts = independent_parts(rows, torch.cat([fit.loc, _finite(rows, further.flip(0))[:12]]))
         mixture = mixture_of_fits(
             rows,
             further,
-            Candidates(component["loc"].unsqueeze(0), scale, bound),
+            fit,
             symmetry,
             generator,
             num_draws=_NUM_DRAWS[size],
             most=max(_MOST_FITS, len(branches)),
-            draw_prior=None if layout.improper else lambda count: _prior_draws(model, count),
+            draw_prior=None
+            if layout.improper
+            else lambda count: _prior_draws(model, count, vouched=vouched),
+            settle=len(parts) == 1,
         )
+        if mixture is None:
+            kept["components"] = [_of_parts(rows, further, fit, parts, generator)]
+            return kept | {"spent": rows.count}
         kept |= _as_tensors(mixture)
     if symmetry is not None and _matters(kept, symmetry):
         kept["groups"] = symmetry.spread
     return kept | {"spent": rows.count}
+
+
+def _of_parts(
+    rows: Rows,
+    origins: Tensor,
+    fit: Candidates,
+    parts: list[list[int]],
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Fits a mixture to each of the parts that do not meet."""
+    mixtures = []
+    for part in parts:
+        own = rows_of_part(rows, fit.loc[0], part)
+        mixture = mixture_of_fits(
+            own,
+            origins[:, part],
+            marginal_fit(own, fit, part, generator),
+            None,
+            generator,
+            num_draws=_NUM_DRAWS[rows.size],
+            most=_MOST_FITS,
+        )
+        assert mixture is not None
+        rows.count += own.count
+        mixtures.append(
+            {
+                "part": part,
+                "log_weights": mixture.log_weights,
+                "loc": mixture.loc,
+                "scale_tril": mixture.scale_tril,
+                "dof": mixture.dof,
+            }
+        )
+    return {"parts": mixtures}
+
+
+def _finite(rows: Rows, points: Tensor) -> Tensor:
+    """Keeps the points ``[N, D]`` that have a density."""
+    return points[rows(points)[0].isfinite()] if len(points) else points
 
 
 def _as_tensors(mixture: Mixture) -> dict[str, Any]:
@@ -98,13 +150,15 @@ def _as_tensors(mixture: Mixture) -> dict[str, Any]:
     return {"components": components, "log_weights": mixture.log_weights}
 
 
-def _prior_draws(model: ModelDensity, count: int = _FURTHER_ORIGINS) -> Tensor:
+def _prior_draws(
+    model: ModelDensity, count: int = _FURTHER_ORIGINS, *, vouched: set[str] | None
+) -> Tensor:
     """Draws from the prior; those that are finite of each ``count`` draws, ``[N, *batch, D]``."""
     layout = model.layout
     empty = torch.empty(0, *layout.batch_shape, layout.dim, dtype=layout.dtype)
     if layout.improper:
         return empty.to(layout.device)
-    draws = draw_prior_chains(model, count)
+    draws = draw_prior_chains(model, count, vouched=vouched)
     return draws[draws.reshape(len(draws), -1).isfinite().all(1)]
 
 

@@ -34,7 +34,14 @@ _LEAST_THIN = 3  # draws there
 _WEIGHT = 0.2
 
 
-def prior_weight_for(model: ModelDensity, target: Any, base: FittedBase, seed: int) -> float:
+def prior_weight_for(
+    model: ModelDensity,
+    target: Any,
+    base: FittedBase,
+    seed: int,
+    *,
+    vouched: set[str] | None = None,
+) -> float:
     """Chooses the weight at which the prior is to be mixed into a fitted base.
 
     Args:
@@ -42,6 +49,7 @@ def prior_weight_for(model: ModelDensity, target: Any, base: FittedBase, seed: i
         target: Its captured density, beside that of the prior.
         base: What was fitted.
         seed: Seed of the fit.
+        vouched: As of :func:`~.over_chains.draw_chains`.
 
     Returns:
         A weight, or zero where the fit covers the posterior, or nothing can be said.
@@ -54,7 +62,7 @@ def prior_weight_for(model: ModelDensity, target: Any, base: FittedBase, seed: i
     if count < _LEAST_DRAWS or rows_at_once(target, layout.dim) < _FEW_ROWS:
         return 0.0
     with own_randomness(derived_seed(seed, "tails")), torch.no_grad():
-        draws = draw_prior_chains(model, count)
+        draws = draw_prior_chains(model, count, vouched=vouched)
         state = target(draws)
         log_weights = state.log_ratio().double().nan_to_num(nan=-torch.inf)
         log_weights = torch.where(draws.isfinite().all(-1), log_weights, -torch.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
@@ -80,8 +82,8 @@ def find_saturated(problem: Problem, position: Tensor) -> Diagnostic | None:
     shares: dict[str, float] = {}
     if isinstance(problem.base, PriorBase) and lost > _MAX_SHARE:  # the way back to u is infinite
         shares = dict.fromkeys(names, lost)
-    for places in (start, position[:count]):
-        for name, share in _shares(problem, places, names).items():
+    for found in _shares(problem, (start, position[:count]), names):
+        for name, share in found.items():
             shares[name] = max(share, shares.get(name, 0.0))
     if not shares:
         return None
@@ -114,20 +116,35 @@ def _may_saturate(site: Site, base: Base) -> bool:
     return not site.is_exact or rounded_guide
 
 
-def _shares(problem: Problem, position: Tensor, names: list[str]) -> dict[str, float]:
-    """Measures shares of draws that stand still, by site, where they are not by chance."""
-    kept = position[position.reshape(len(position), -1).isfinite().all(-1)]
-    if not len(kept):
-        return {}
-    origin = torch.zeros_like(kept[:1])
-    at_origin, moved = problem.unpack(origin), problem.unpack(origin + 0.5)
-    here, left, right = (problem.unpack(kept + step) for step in (0.0, -0.5, 0.5))
+def _shares(
+    problem: Problem, positions: Sequence[Tensor], names: list[str]
+) -> list[dict[str, float]]:
+    """Measures shares of draws that stand still, by site, where they are not by chance.
+
+    All places are unpacked at once.
+    """
+    finite = [x[x.reshape(len(x), -1).isfinite().all(-1)] for x in positions]
+    finite = [kept for kept in finite if len(kept)]
+    if not finite:
+        return []
+    origin = torch.zeros_like(finite[0][:1])
+    places = [origin, origin + 0.5]
+    places += [kept + step for kept in finite for step in (0.0, -0.5, 0.5)]
+    unpacked = problem.unpack(torch.cat(places))
+    values = {name: unpacked[name].split([len(place) for place in places]) for name in names}
+    return [
+        _still(problem, {name: value[:2] + value[at : at + 3] for name, value in values.items()})
+        for at in range(2, len(places), 3)
+    ]
+
+
+def _still(problem: Problem, values: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """Measures shares at values of the origin, of half a unit from it, here, left and right."""
     found = {}
     event_dims = {site.name: len(site.event_shape) for site in problem.layout.sites}
-    for name in names:
-        moving = at_origin[name] != moved[name]  # not the zeros of a triangle, say
-        value = here[name]
-        still = ((left[name] == value) | (right[name] == value) | ~value.isfinite()) & moving
+    for name, (at_origin, moved, value, left, right) in values.items():
+        moving = at_origin != moved  # not the zeros of a triangle, say
+        still = ((left == value) | (right == value) | ~value.isfinite()) & moving
         still = still.reshape(*still.shape[: still.dim() - event_dims[name]], -1).any(-1)
         share = float(still.double().mean())
         if share > _MAX_SHARE and int(still.sum()) > 1:

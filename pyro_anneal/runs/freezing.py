@@ -16,8 +16,9 @@ from ..chains.path import Path
 from ..chains.pilot import Pilot
 from ..chains.plan import Plan
 from ..chains.tuning import Particles, Tuned, choose_kernel, tune
-from ..compiled.choice import with_loop
-from ..compiled.program import LoopedDensity
+from ..compiled.choice import compile_evaluations, with_loop
+from ..compiled.choice import is_dear as is_dear_graph
+from ..compiled.looped import LoopedDensity
 from ..graphs.recorded import RecordedDensity
 from ..kernels.base import needs_gradients
 from ..models.simulation import Arguments
@@ -159,6 +160,9 @@ def freeze(
         problems=problems,
     )
     setup_seconds = time.perf_counter() - began
+    plan = settings.plan
+    moves = num_runs * plan.num_steps * plan.num_chains
+    compile_evaluations(problem.density, settings.compile, moves * plan.kernel.num_gradients)
     path, summary, found = _lay(settings, problem, journal, prefix, seed, num_steps)
     density = loop_for(problem.density, path, settings.compile, num_runs=num_runs)
     problem = replace(problem, density=density)
@@ -213,11 +217,13 @@ def _lay(
         is_fitted = settings.pilot is None and settings.guide == "auto"
         if is_fitted and is_dear(problem.density, problem.layout.dim):
             plan = replace(plan, pilot=_SHORT_PILOT, fewest_steps=4)
+        elif settings.pilot is None and is_dear_graph(problem.density):
+            plan = replace(plan, pilot=plan.pilot.within(plan.num_chains, plan.num_steps))
         if lattice_of(problem.layout) is not None or len(plan.kernels) == 1:
             kernels = kernels_for(
                 plan.kernel,
                 problem.model,
-                problem.probe(),
+                problem.density.example,
                 seed=seed,
                 colour=lambda lattice: colour(problem, lattice),
             )

@@ -94,7 +94,7 @@ def around_paths(
 ) -> AnnealedRun:
     """Runs the populations of a run around paths drawn in reverse from one posterior sample.
 
-    Paths take as many chains as the populations, so that one compiled loop serves both.
+    Paths take as many chains as the populations, so that one compiled density serves both.
 
     Args:
         frozen: The problem, its path, and populations that resample.

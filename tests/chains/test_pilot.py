@@ -311,3 +311,23 @@ def test_the_pilot_never_sees_the_posterior_sample(monkeypatch):
     assert torch.equal(first.tuning.log_scale, second.tuning.log_scale)
     assert torch.equal(results[0].forward.log_weights, results[1].forward.log_weights)
     assert not torch.isclose(results[0].reverse.log_weights, results[1].reverse.log_weights).any()
+
+
+# --- its cost ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_chains", "num_moves"), [(8, 480), (4, 60), (64, 1000), (200, 100)])
+def test_a_limited_pilot_costs_a_quarter_of_the_run(num_chains, num_moves):
+    settings = Pilot().within(num_chains, num_moves)
+    particles = settings.chains_for(num_chains)
+    assert 8 <= particles <= 64
+    density = Narrowing(torch.tensor([0.05, 0.2, 0.3]))
+    outcome = run_pilot(
+        density, HMC(2), density(torch.randn(particles, 3)),
+        seeded_generator(torch.device("cpu"), 0, "pilot"), settings=settings,
+    )  # fmt: skip
+    moves = (outcome.num_gradients - 1) // 2
+    stages = len(outcome.tuning.betas)
+    quarter = num_chains * num_moves // (4 * particles)
+    assert moves <= max(quarter, 12, 4 + stages)  # a stage has one at least
+    assert 0.4 < outcome.accept_prob[-1] <= 1.0

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pyro_anneal import mi
-from pyro_anneal.compiled import choice, program
+from pyro_anneal.compiled import choice, looped
 from pyro_anneal.compiled.native_loop import NativeLoop
 from pyro_anneal.graphs import kept
-from pyro_anneal.graphs.captured import CapturedDensity
 from pyro_anneal.graphs.inductor import compiler_problem
 from pyro_anneal.kernels import HMC
 from pyro_anneal.losses import AIWAE
@@ -42,40 +41,48 @@ def losses_of(compile, calls):
 
 @NEEDS_COMPILER
 def test_aiwae_runs_the_compiled_loop_on_new_data():
-    before = set(program._PROGRAMS)
+    before = set(looped._LOOPS)
     steps, loop = losses_of(False, 3), losses_of(True, 3)
-    (made,) = [program._PROGRAMS[key] for key in program._PROGRAMS if key not in before]
+    (made,) = [looped._LOOPS[key] for key in looped._LOOPS if key not in before]
     assert isinstance(made, NativeLoop)  # one program for the chunk, the last move, and all data
     assert loop == pytest.approx(steps, rel=1e-9)
     truth = [dist.Normal(0.5, math.sqrt(1.64)).log_prob(DATA + 0.1 * n).sum() for n in range(3)]
     assert loop == pytest.approx([-float(value) for value in truth], abs=0.5)
 
 
-def test_aiwae_counts_the_steps_so_far(monkeypatch):
+@pytest.fixture
+def left_to_torch(monkeypatch):
+    """Leaves graphs without native code, and counts evaluations that torch's compiler is offered."""
     asked = []
+    monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "not here")
+    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
     monkeypatch.setattr(
-        choice, "repays_compilation", lambda density, kernel, moves: bool(asked.append(moves))
+        choice,
+        "compile_evaluations",
+        lambda density, compile, count: asked.append((density, compile, count)),
     )
+    return asked
+
+
+def test_aiwae_counts_the_steps_so_far(left_to_torch):
     losses_of("auto", 4)
-    assert asked == [11, 22, 33, 44]
+    densities, _, counts = zip(*left_to_torch, strict=True)
+    assert counts == tuple(50 * 11 * calls for calls in range(1, 5))  # 50 chains, 11 moves
+    # the recording that is kept, not what is made of it for one call
+    assert len({id(density) for density in densities}) == 1
 
 
 def test_a_loop_that_does_not_compile_is_not_tried_again(monkeypatch):
-    tried, compiled = [], []
+    tried = []
 
     def fail(*args):
         tried.append(1)
         raise RuntimeError("no such loop")
 
-    monkeypatch.setattr(program, "_compile", fail)
-    monkeypatch.setattr("pyro_anneal.native.library.compiler_problem", lambda: "not here")
-    monkeypatch.setattr(kept, "_GRAPHS", type(kept._GRAPHS)())
-    monkeypatch.setattr(CapturedDensity, "compile", lambda density: compiled.append(density))
-    monkeypatch.setattr(program, "_PROGRAMS", type(program._PROGRAMS)())
-    assert losses_of(True, 4) == pytest.approx(losses_of(False, 4), rel=1e-12)
+    monkeypatch.setattr(looped, "NativeLoop", fail)
+    monkeypatch.setattr(looped, "_LOOPS", type(looped._LOOPS)())
+    assert losses_of(True, 4) == pytest.approx(losses_of("density", 4), rel=1e-12)
     assert len(tried) == 1
-    recorded = {id(density) for density in compiled}
-    assert len(recorded) == 1  # the recording that is kept, not what is made of it for one call
 
 
 JOINT = mi.DistributionJoint(
@@ -102,9 +109,9 @@ def estimates(compile, **options):
 
 @NEEDS_COMPILER
 def test_ais_for_pairs_runs_the_compiled_loop():
-    before = set(program._PROGRAMS)
+    before = set(looped._LOOPS)
     steps, loop = estimates(False), estimates(True)
-    (made,) = [program._PROGRAMS[key] for key in program._PROGRAMS if key not in before]
+    (made,) = [looped._LOOPS[key] for key in looped._LOOPS if key not in before]
     assert isinstance(made, NativeLoop)  # forward and in reverse, for both batches
     torch.testing.assert_close(loop.pair_lower, steps.pair_lower, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loop.pair_upper, steps.pair_upper, rtol=1e-9, atol=1e-9)
@@ -112,12 +119,9 @@ def test_ais_for_pairs_runs_the_compiled_loop():
     assert low < 0.5 * math.log(5.0) < high
 
 
-def test_ais_counts_all_runs_of_an_estimate(monkeypatch):
-    asked = []
+def test_ais_counts_all_runs_of_an_estimate(monkeypatch, left_to_torch):
     monkeypatch.setattr("pyro_anneal.mi.annealer._CAPTURE_ABOVE", 0)
-    monkeypatch.setattr(
-        choice, "repays_compilation", lambda density, kernel, moves: bool(asked.append(moves))
-    )
     estimates("auto")
     estimates("auto", upper="CR")
-    assert asked == [2 * 2 * 29] * 2 + [2 * 3 * 29] * 2
+    counts = [count for _, _, count in left_to_torch]
+    assert counts == [4 * 2 * 2 * 29] * 2 + [4 * 2 * 3 * 29] * 2  # 4 chains, 2 batches

@@ -7,7 +7,7 @@ import torch
 
 from pyro_anneal.graphs import matrix_products
 from pyro_anneal.graphs.inductor import compile_graph, compiler_problem
-from pyro_anneal.graphs.matrix_products import prefers_onednn, right_operands
+from pyro_anneal.graphs.matrix_products import prefers_onednn
 from pyro_anneal.graphs.recording import flat_graph
 
 needs_compiler = pytest.mark.skipif(
@@ -42,17 +42,6 @@ def test_only_large_products_of_several_rows_go_to_onednn(slow_mkl):
 def test_other_processors_keep_their_library(monkeypatch):
     monkeypatch.setattr(matrix_products, "_mkl_is_slow", lambda: False)
     assert not prefers_onednn(1024, 1024, 1024)
-
-
-def test_right_operands_are_found_by_position(slow_mkl):
-    def found(size, dtype):
-        tensors = [torch.ones(size, size, dtype=dtype) for _ in range(3)]
-        graph = flat_graph(lambda x, w, b: (x @ w + b @ x, w.exp() @ x.mT), *tensors)
-        return right_operands(graph)
-
-    assert found(128, torch.float32) == {0, 1}
-    assert found(8, torch.float32) == set()
-    assert found(128, torch.float64) == set()
 
 
 @needs_compiler

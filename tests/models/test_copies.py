@@ -238,6 +238,8 @@ def test_values_that_agree_by_chance_do_no_harm(name):
         ([0.0, 0.0, 3.0, 1.0], [0.0] * 4, False),  # data that are all the same, as examples are
         ([0.5], [0.5, 0.7], False),
         ([0.1, 0.2], [0.31, 0.42], False),
+        ([1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0, 2.0, 1.0, 2.0, 2.0, 3.0] * 20, False),  # labels
+        ([-3.0, 0.0, 2.0], [0.0, 2.0, 1.0, 0.0, 1.0, 1.0, 2.0, 0.0, 2.0, 2.0], False),
     ],
 )
 def test_what_counts_as_a_copy(values, data, same):

@@ -198,3 +198,44 @@ def test_student_quantiles(freedom, probability):
     stats = pytest.importorskip("scipy.stats")
     truth = stats.t.ppf(probability, freedom)
     assert student_quantile(freedom, probability) == pytest.approx(truth, rel=2e-4)
+
+
+def repeated(design):
+    """Four measurements of one target, in a plate inside the designs, with a recorded middle."""
+    with (
+        pyro.plate("designs", design.shape[-1], dim=-2) as _,
+        pyro.plate_stack("pairs", design.shape[:-1], rightmost_dim=-3),
+    ):
+        theta = pyro.sample("theta", dist.Normal(0.5, 1.5))
+        middle = pyro.deterministic("middle", theta * design.unsqueeze(-1))
+        with pyro.plate("measurements", 4, dim=-1):
+            pyro.sample("y", dist.Normal(middle, 0.7))
+
+
+def test_measurements_in_an_inner_plate():
+    truth = 0.5 * (1.0 + 4.0 * (DESIGNS * 1.5 / 0.7) ** 2).log()
+    eig = ais_eig(
+        repeated, DESIGNS, "y", "theta", num_pairs=100, num_steps=40, gradient=True, seed=0
+    )
+    assert_sandwiched(eig, truth, gap=0.5)
+    assert eig.gradient.shape == DESIGNS.shape
+    assert bool((eig.pair_lower.std(0) > 0).all())
+
+
+def hidden(design):
+    """The target's prior depends on a nuisance, measured three times."""
+    with (
+        pyro.plate("designs", design.shape[-1], dim=-2) as _,
+        pyro.plate_stack("pairs", design.shape[:-1], rightmost_dim=-3),
+    ):
+        drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+        theta = pyro.sample("theta", dist.Normal(drift, 1.0))
+        with pyro.plate("measurements", 3, dim=-1):
+            pyro.sample("y", dist.Normal(design.unsqueeze(-1) * theta, 0.5))
+
+
+@pytest.mark.slow
+def test_measurements_in_an_inner_plate_beside_nuisances():
+    truth = 0.5 * (1.0 + 3.0 * 2.0 * (DESIGNS / 0.5) ** 2).log()
+    eig = ais_eig(hidden, DESIGNS, "y", "theta", num_pairs=150, num_steps=60, seed=0)
+    assert_sandwiched(eig, truth, gap=0.4)

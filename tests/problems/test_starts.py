@@ -50,7 +50,7 @@ def engine(model, **options):
 def one_fit(monkeypatch):
     """Fits one Gaussian and no more, as in many dimensions or on many data."""
     monkeypatch.setattr(several, "_MOST_DIMENSIONS", 0)
-    monkeypatch.setattr(fitted, "prior_weight_for", lambda *arguments: 0.0)
+    monkeypatch.setattr(fitted, "prior_weight_for", lambda *arguments, **options: 0.0)
     monkeypatch.setattr(fitted, "_FITS", Remembered())  # no fit that other tests left
 
 

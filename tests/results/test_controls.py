@@ -93,6 +93,14 @@ def test_entropies_that_are_unknown_or_the_users_own():
     assert entropy_of(dist.Delta(torch.tensor(1.0))) is None
 
 
+def test_an_expanded_multinomial_lacks_its_entropy():
+    """Torch drops what the entropy needs when a plate expands the distribution."""
+    fn = dist.Multinomial(3, torch.full((4,), 0.25))
+    assert entropy_of(fn.expand([5])) is None or torch.allclose(
+        entropy_of(fn.expand([5])), entropy_of(fn)
+    )
+
+
 def test_rounds():
     rounds = PairRounds(0.1, least=20, most=1000)
     assert rounds.next(5, math.nan) == 20

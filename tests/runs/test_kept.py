@@ -11,6 +11,8 @@ from torch import nn
 
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.graphs import captured, kept
+from pyro_anneal.problems import fitted
+from pyro_anneal.problems.content import Remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 
@@ -235,9 +237,52 @@ def test_further_simulations_and_batches_run_the_model_a_few_times():
     ais = annealed(model, None, num_steps=3)
     ais.run(x)
     few, many = (spent(lambda n=n: ais.sandwich(x, num_simulations=n)) for n in (2, 6))
-    assert (many - few) / 4 <= 30
+    assert (many - few) / 4 <= 24
     few, many = (spent(lambda n=n: ais.run_batches([x + i for i in range(n)])) for n in (2, 6))
-    assert (many - few) / 4 <= 20
+    assert (many - few) / 4 <= 12
+
+
+def test_a_run_reads_the_model_a_few_times_however_many_chains(monkeypatch):
+    calls = []
+
+    def model(y):
+        calls.append(1)
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0])
+    for num_chains in (8, 128):
+        kept._GRAPHS.clear()
+        monkeypatch.setattr(fitted, "_FITS", Remembered())
+        ais = AnnealedImportance(
+            model, "auto", num_chains=num_chains, num_steps=3, seed=0, progress_bar=False
+        )
+        for most in (40, 20):  # the first call of a process, and another
+            calls.clear()
+            ais.run(y)
+            assert len(calls) <= most
+
+
+def test_fits_of_further_data_share_what_the_first_recorded(monkeypatch):
+    recorded, original = [], kept.record_densities
+    monkeypatch.setattr(
+        kept,
+        "record_densities",
+        lambda *args, **options: (recorded.append(1), original(*args, **options))[1],
+    )
+    batches = [torch.tensor([1.0, -2.0]) + i for i in range(4)]
+    counts = []
+    for count in (2, 4):
+        recorded.clear()
+        found = annealed(_rows, num_steps=3).run_batches(batches[:count])
+        counts.append(len(recorded))
+    assert counts[1] - counts[0] <= 2  # of the fitted base, one for each
+    for index, batch in enumerate(batches):
+        alone = annealed(_rows, num_steps=3, seed=index).run(batch)
+        assert torch.equal(alone.lower, found.lower[2 * index : 2 * index + 2])
 
 
 def test_a_batch_outside_the_support_is_refused_among_others():

@@ -150,7 +150,8 @@ def _near(domain: Support, value: Tensor) -> Tensor:
     """Tells which values lie in a set, or at its edge by rounding."""
     inside: Tensor = domain.check(value)
     step = 1e-5 * (1.0 + value.abs())
-    inside = inside | domain.check(value + step) | domain.check(value - step)
+    for moved in (value + step, value - step):
+        inside |= domain.check(moved)
     return inside
 
 

@@ -7,6 +7,7 @@ import torch
 
 from pyro_anneal import AnnealedImportance
 
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # four chains
 X = [torch.tensor(0.5), torch.tensor(-1.0), torch.tensor(2.0)]
 
 

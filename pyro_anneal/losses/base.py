@@ -91,6 +91,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             options["max_plate_nesting"] = as_count("max_plate_nesting", nesting, least=0)
         super().__init__(num_particles=num_particles, **options)
         self._warned: set[str] = set()
+        self._enumerates = False  # whether a model was seen that has sites to sum out
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self._fields().items())
@@ -225,7 +226,7 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             self._guess(model, guide, model_arguments, guide_arguments)
         runs: list[Run] = []
         while len(runs) < (1 if vectorized else count):
-            finite = self.max_plate_nesting < math.inf
+            enumerates = self._enumerates and self.max_plate_nesting < math.inf
             try:
                 run = run_guide(
                     self._in_particle_plate(model, count) if vectorized else model,
@@ -234,14 +235,16 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
                     guide_arguments,
                     gates=gates,
                     shared=shared,
-                    first_enumeration_dim=-1 - int(self.max_plate_nesting) if finite else None,
+                    first_enumeration_dim=-1 - int(self.max_plate_nesting) if enumerates else None,
                     max_plate_nesting=self.max_plate_nesting,
                     model_context=model_context,
                 )
             except EnumerationNeeded:
                 if gates is not None:
                     gates.clear()
-                self._guess(model, guide, model_arguments, guide_arguments)
+                self._enumerates = True
+                if self.max_plate_nesting == math.inf:
+                    self._guess(model, guide, model_arguments, guide_arguments)
                 continue
             runs.append(run)
             shared = run.subsamples

@@ -81,7 +81,9 @@ class AnnealedImportance(Settings):
             ``interval`` takes into account that the decision to stop saw the result.
         max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
             first, which is 16 to 64. Where :meth:`run` measures that errors of chains do not fall
-            with T, as between modes, the number of chains grows in place of T.
+            with T, as between modes, the number of chains grows in place of T. ``"auto"``, which
+            ``log_evidence`` passes, is 8, or fewer where a round would take more operations,
+            counted from the recorded graph, than about half a minute.
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -509,7 +511,7 @@ def log_evidence(
     A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
     chains are annealed from it to the model, in rounds of more and more steps T until the measured
     standard error is at most 0.02 nats; the first has 16 to 64 steps, the last at most 128 times as
-    many.
+    many, and, unless a target is given, not more operations than about half a minute.
 
     Args:
         model: Pyro model with its observations.
@@ -538,7 +540,8 @@ def log_evidence(
         >>> bool((evidence.lower + 2.265512).abs() < 1e-3)  # the fit is exact here
         True
     """
-    if num_steps is None and target_gap is None:
+    is_default = num_steps is None and target_gap is None
+    if is_default:
         target_gap = _TARGET
     options: dict[str, Any] = {
         "guide": guide,
@@ -553,4 +556,5 @@ def log_evidence(
         "hands all arguments to the model"
     )
     check_reserved("log_evidence", model, args, options, remedy=remedy)
-    return AnnealedImportance(model, **options).run(*args, **kwargs)
+    rounds: dict[str, Any] = {"max_rounds": "auto"} if is_default else {}
+    return AnnealedImportance(model, **options, **rounds).run(*args, **kwargs)

@@ -44,6 +44,7 @@ __all__ = [
 
 # Log-weights of a run of which no pilot said anything vary like this, in squared nats.
 _UNKNOWN_VARIANCE = 1.0
+_LOG_GRID = math.log(1.1)  # of variances that are told apart
 MOST_BLOCKS = 64
 _SIMULATED_CHAINS = 256
 
@@ -193,8 +194,9 @@ def choose_blocks(
         4
     """
     variance = min(_UNKNOWN_VARIANCE if math.isnan(variance) else variance, 100.0)
-    # a guess, so that two digits will do, and data sets that are alike share what follows
-    return _best_blocks(num_chains, float(f"{variance:.2g}"), num_units, num_data)
+    # A guess, so that a tenth more or less will do; data sets that are alike share what follows.
+    grid = round(math.log(max(variance, 1e-12)) / _LOG_GRID)
+    return _best_blocks(num_chains, math.exp(_LOG_GRID * grid), num_units, num_data)
 
 
 @lru_cache(maxsize=256)
@@ -205,21 +207,27 @@ def _best_blocks(num_chains: int, variance: float, num_units: int, num_data: int
     sigma = math.sqrt(math.log1p(math.expm1(variance) * simulated / num_chains))
     if num_units:  # resampling keeps weights from spreading
         sigma = math.sqrt(variance * simulated / num_chains)
-    noise = _noise(simulated).T
     best, highest = Blocks(1, 1), -math.inf
     for count in (r for r in range(1, min(simulated, MOST_BLOCKS) + 1) if units % r == 0):
-        if num_data == 1:
+        if num_data == 1 and count < simulated:
+            noise = _noise(simulated).T
             limits = bounds.block_means(sigma * noise - 0.5 * sigma**2, count)
+            lowest = limits.sort(dim=0).values.mean(1)
         else:
             total = num_data * math.log1p(math.expm1(sigma**2) * count / simulated)
-            limits = math.sqrt(total) * noise[:count] - 0.5 * total
-        lowest = limits.sort(dim=0).values.mean(1)
+            lowest = math.sqrt(total) * _order_statistics(simulated, count) - 0.5 * total
         for dropped in range(count // 4 + 1):
             kept = count - dropped
             limit = float(lowest[dropped]) - bounds.block_margin(count, kept)
             if limit > highest:
                 best, highest = Blocks(count, kept), limit
     return best
+
+
+@lru_cache(maxsize=128)
+def _order_statistics(num_chains: int, count: int) -> torch.Tensor:
+    """Estimates means of ``count`` normal numbers in rising order, ``[count]``."""
+    return _noise(num_chains)[:, :count].sort(dim=1).values.mean(0)
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ from .pilot import Pilot
 __all__ = ["PathOptions", "Plan"]
 
 # What an annealing run takes where nobody says otherwise.
-_NUM_STEPS = 1000
+_NUM_STEPS, _MAX_ROUNDS = 1000, 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +32,7 @@ class Plan:
         pilot: Settings of the pilot.
         target_gap: Error in nats per datum that rounds go on to reach; None for ``num_steps``.
         max_rounds: Largest number of rounds.
+        is_sparing: Whether no round may take more operations than half a minute has.
         resampling: Whether chains resample among each other; ``"auto"`` leaves it to the pilot.
         fewest_steps: T of the first of several rounds, on a short path.
     """
@@ -44,6 +45,7 @@ class Plan:
     pilot: Pilot
     target_gap: float | None
     max_rounds: int = 8
+    is_sparing: bool = False
     resampling: bool | str = False
     fewest_steps: int = 16
 
@@ -66,7 +68,8 @@ class PathOptions:
         num_steps: Number T of weight increments; 1000 if None.
         target_gap: Error in nats per datum that rounds of doubled T go on to reach, instead of
             ``num_steps``.
-        max_rounds: Largest number of rounds.
+        max_rounds: Largest number of rounds. ``"auto"`` is 8, or as many as have no more operations,
+            counted from the recorded graph, than about half a minute.
         schedule: ``"adaptive"`` from the pilot, a schedule, or betas from 0 to 1 of shape
             ``[T + 1]``, which then decide T.
         kernel: Transition kernel; HMC if None.
@@ -82,7 +85,7 @@ class PathOptions:
     num_chains: int = 16
     num_steps: int | None = None
     target_gap: float | None = None
-    max_rounds: int = 8
+    max_rounds: int | str = 8
     schedule: str | Schedule | Tensor = "adaptive"
     kernel: Kernel | None = None
     step_size: float | Tensor | None = None
@@ -98,7 +101,8 @@ class PathOptions:
                 )
             if self.num_steps is not None or not isinstance(self.schedule, str):
                 raise ValueError("pass either target_gap or num_steps (or a schedule), not both")
-        as_count("max_rounds", self.max_rounds)
+        if self.max_rounds != "auto":
+            as_count("max_rounds", self.max_rounds)
         if self.num_steps is not None:
             as_count("num_steps (T)", self.num_steps)
         if self.kernel is not None:
@@ -133,6 +137,7 @@ class PathOptions:
             step_size=self.step_size,
             pilot=Pilot() if self.pilot is None else self.pilot,
             target_gap=self.target_gap,
-            max_rounds=self.max_rounds,
+            max_rounds=_MAX_ROUNDS if isinstance(self.max_rounds, str) else self.max_rounds,
+            is_sparing=self.max_rounds == "auto",
             resampling=self.resampling,
         )

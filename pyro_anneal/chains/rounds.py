@@ -77,6 +77,8 @@ class Goal:
         max_rounds: Largest number of rounds; T (times K, where that grows) ends at
             ``first_steps * 2 ** (max_rounds - 1)``.
         first_steps: Number T of the first round.
+        most_steps: Largest T (times K, where that grows) for another reason, at least
+            ``first_steps``; None for none.
 
     Example:
         >>> goal = Goal(0.02, max_rounds=8, first_steps=16)
@@ -93,6 +95,7 @@ class Goal:
     target: float
     max_rounds: int
     first_steps: int
+    most_steps: int | None = None
 
     def first(self, expected_error: float) -> Round:
         """Opens with a round that may be reported if the pilot expects the target."""
@@ -129,12 +132,13 @@ class Goal:
 
     @property
     def _largest(self) -> int:
-        return self.first_steps << (self.max_rounds - 1)
+        largest = self.first_steps << (self.max_rounds - 1)
+        return largest if self.most_steps is None else min(largest, self.most_steps)
 
     def _round(
         self, number: int, steps: int, looks_before: int, expected: float, chains: int = 1
     ) -> Round:
-        is_last = number >= self.max_rounds or steps * chains >= self._largest
+        is_last = number >= self.max_rounds or 2 * steps * chains > self._largest
         may_stop = is_last or expected <= _NEAR * self.target
         look = looks_before + 1 if may_stop else 0
         return Round(number, steps, look, looks_before, is_last, chains)

@@ -56,7 +56,7 @@ def check_target(run: AnnealedRun, *, far: float = 2.5) -> Diagnostic | None:
         name="target",
         severity="warning" if error > far * target else "info",
         message=f"after {len(run.rounds)} rounds, the last of {run.num_steps} steps, the error is "
-        f"{error:.2g} nats and not yet {target:g}: raise max_rounds or num_chains, or start closer "
+        f"{error:.2g} nats and not yet {target:g}: raise max_rounds (log_evidence: pass target_gap) or num_chains, or start closer "
         "to the posterior (another guide)",
         value=error,
     )

@@ -81,22 +81,25 @@ class SNIS(PoolSampler):
         size = Size(sample_shape).numel() * source.batch_shape.numel()
         chunk = max(1, CHUNK_ELEMENTS // max(1, size * self.event_shape.numel()))
         with torch.no_grad():
-            best = picked = None
-            for start in range(0, self.num_samples, chunk):
-                count = min(chunk, self.num_samples - start)
-                pool = source.sample(Size([count, *sample_shape]))
-                keys = _perturbed(self._log_weights_of(pool))
-                key, index = keys.max(dim=0)
-                value = take(pool, index, event_dim)
-                if best is None or picked is None:
-                    best, picked = key, value
-                    continue
+            sizes = [
+                min(chunk, self.num_samples - start) for start in range(0, self.num_samples, chunk)
+            ]
+            best, picked = self._winner(source, sizes[0], sample_shape)
+            for count in sizes[1:]:
+                key, value = self._winner(source, count, sample_shape)
                 better = key > best
                 best = torch.where(better, key, best)
                 mask = better.reshape(better.shape + (1,) * event_dim)
                 picked = torch.where(mask, value, picked)
-        assert picked is not None
         return picked
+
+    def _winner(
+        self, source: Distribution, count: int, sample_shape: Size | tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Draws proposals, and takes the one of the largest perturbed weight: key and value."""
+        pool = source.sample(Size([count, *sample_shape]))
+        key, index = _perturbed(self._log_weights_of(pool)).max(dim=0)
+        return key, take(pool, index, len(self.event_shape))
 
     def _log_weights_of(self, value: Tensor) -> Tensor:
         return -super()._log_weights_of(value)

@@ -98,25 +98,26 @@ class TRS(PoolSampler):
         size = Size(sample_shape).numel() * source.batch_shape.numel()
         chunk = max(1, CHUNK_ELEMENTS // max(1, size * self.event_shape.numel()))
         chunk = min(chunk, 16)  # most samplers accept early: do not draw what nobody needs
-        picked: Tensor | None = None
-        done: Tensor | None = None
         with torch.no_grad():
-            for start in range(0, self.num_trials, chunk):
-                count = min(chunk, self.num_trials - start)
-                pool = source.sample(Size([count, *sample_shape]))
-                accepted = _accepted(self._log_weights_of(pool))
-                value = take(pool, _first(accepted), event_dim)
-                if picked is None or done is None:
-                    picked, done = value, accepted.any(dim=0)
-                else:
-                    # Not accepted yet: the latest candidate. In the last chunk that must be the
-                    # last trial, which `_first` returns where none is accepted.
-                    mask = done.reshape(done.shape + (1,) * event_dim)
-                    picked, done = torch.where(mask, picked, value), done | accepted.any(dim=0)
+            picked, done = self._tried(source, min(chunk, self.num_trials), sample_shape)
+            for start in range(chunk, self.num_trials, chunk):
                 if bool(done.all()):
                     break
-        assert picked is not None
+                count = min(chunk, self.num_trials - start)
+                value, accepted = self._tried(source, count, sample_shape)
+                # Not accepted yet: the latest candidate. In the last chunk that must be the
+                # last trial, which `_first` returns where none is accepted.
+                mask = done.reshape(done.shape + (1,) * event_dim)
+                picked, done = torch.where(mask, picked, value), done | accepted
         return picked
+
+    def _tried(
+        self, source: Distribution, count: int, sample_shape: Size | tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Draws proposals; takes the first that is accepted, or the last, and tells which."""
+        pool = source.sample(Size([count, *sample_shape]))
+        accepted = _accepted(self._log_weights_of(pool))
+        return take(pool, _first(accepted), len(self.event_shape)), accepted.any(dim=0)
 
     def _log_weights_of(self, value: Tensor) -> Tensor:
         log_accept = super()._log_weights_of(value)

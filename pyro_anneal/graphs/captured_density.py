@@ -68,6 +68,17 @@ class CapturedDensity:
             self.compile()
         self._prepare()
 
+    def chains_at_once(self, num_chains: int) -> int:
+        """Tells how many of ``num_chains`` chains are evaluated together: all, or as many as fit.
+
+        Many data make the arrays of all chains too large for a processor's memory to keep up with.
+        Their graph is evaluated chain by chain, or a few at a time where they share large matrices.
+        """
+        if self._trace is None or self.example.device.type != "cpu":
+            return num_chains
+        evaluator = self._evaluator(None)
+        return evaluator.program.chains_at_once(num_chains, evaluator.values)
+
     @property
     def mode(self) -> Mode:
         """How densities are evaluated, from fast to slow: compiled, graph, graph-loop, eager."""
@@ -354,7 +365,8 @@ class CapturedDensity:
     def _prepare(self) -> None:
         """Makes what evaluates the chains, where there is a graph."""
         if self._trace is not None and self._native() is None:
-            self._evaluator(self.num_chains)
+            size = self.chains_at_once(self.num_chains)
+            self._evaluator(None if size == 1 and not self._compile else size)
 
     def _native(self) -> Native | None:
         """Finds or makes native code; None if it is not wanted or cannot be made."""
@@ -408,14 +420,26 @@ class CapturedDensity:
                 position, self._evaluator(None).ready
             )
             return log_base, log_target, grad_base, grad_target
-        evaluator = self._evaluator(len(position))
+        size = self.chains_at_once(len(position))
         try:
             with torch.no_grad():
-                if self._looped:
-                    return stacked([evaluator(chain) for chain in position])
-                return evaluator(position)
+                if self._looped or (size == 1 and not self._compile):
+                    alone = self._evaluator(None)
+                    return stacked([alone(chain) for chain in position])
+                if size < len(position):
+                    return self._in_turn(position, size)
+                return self._evaluator(len(position))(position)
         except LINALG_ERROR:  # an eigendecomposition of one chain
             return self._eager(position)
+
+    def _in_turn(self, position: Tensor, size: int) -> Outputs:
+        """Evaluates ``size`` chains at a time, exactly: the last call is filled up."""
+        filler = position[:1].expand(-len(position) % size, *position.shape[1:])
+        pieces = torch.cat([position, filler]).split(size)
+        merged = zip(*(self._evaluator(size)(piece) for piece in pieces), strict=True)
+        parts = (torch.cat(part)[: len(position)] for part in merged)
+        log_base, log_target, grad_base, grad_target = parts
+        return log_base, log_target, grad_base, grad_target
 
     def _eager(self, position: Tensor) -> Outputs:
         function = self.function

@@ -33,11 +33,12 @@ _PRODUCTS = tuple(
 _CHAINS_FIRST = {"realize_reads_threshold": 2}
 
 
-def count_operations(graph: fx.GraphModule) -> int:
+def count_operations(graph: fx.GraphModule, *, term: float = 1.0) -> int:
     """Counts the operations on numbers of one call, about: products of matrices by their terms.
 
     Args:
         graph: Flat aten graph whose nodes know their shapes.
+        term: What a term of a product counts, beside an element of another result.
 
     Returns:
         The number of multiplications of products, and of elements of all other results.
@@ -49,7 +50,7 @@ def count_operations(graph: fx.GraphModule) -> int:
             continue
         is_product = node.target in _PRODUCTS
         inner = node.args[-1].meta["tensor_meta"].shape[-2:][0] if is_product else 1
-        count += torch.Size(shape).numel() * int(inner)
+        count += torch.Size(shape).numel() * max(int(inner * term), 1)
     return count
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from ..models.places import summary
 from ..native.evaluation import DensitySource, NativeDensity, density_source, ready
@@ -20,6 +21,14 @@ __all__ = ["Evaluator", "Native", "Program", "replaced", "split", "stacked"]
 
 # Operations on vectors by one evaluation above which vectors should be filled.
 _MUCH_WORK = 30_000
+# Bytes of one array of all chains beyond which a processor waits for memory: allocators then ask
+# the system for new pages at every operation, which takes longer than the operation itself.
+_MOST_BYTES = 2**24
+# Numbers in one chain's largest array from which an operation takes longer than its call.
+_MANY_NUMBERS = 50_000
+# Numbers that all chains share, over those of one chain's largest array, from which products of
+# matrices repay that several chains are evaluated together; and how many then are.
+_MUCH_SHARED, _TOGETHER = 32, 16
 
 
 class Program:
@@ -31,6 +40,35 @@ class Program:
         self.native: Native | None = None  # of the graph of one chain, once asked for
         # Of the values of the first evaluation, for which the body may be compiled.
         self.layouts: list[tuple[torch.Size, tuple[int, ...]]] | None = None
+        self._largest: tuple[int, int] | None = None
+
+    def chains_at_once(self, num_chains: int, values: Sequence[Tensor]) -> int:
+        """Chooses how many chains a graph of one chain should be evaluated for at a time.
+
+        Args:
+            num_chains: Number K of chains.
+            values: What they share.
+        """
+        if self._largest is None:
+            self._largest = _largest_array(self.body)
+        numbers, size = self._largest
+        shares = max((value.numel() for value in values), default=0) >= _MUCH_SHARED * numbers
+        if not shares and numbers >= _MANY_NUMBERS:
+            return 1
+        if num_chains * size <= _MOST_BYTES:
+            return num_chains
+        return min(num_chains, max(1, _MOST_BYTES // size, _TOGETHER if shares else 1))
+
+
+def _largest_array(graph: fx.GraphModule) -> tuple[int, int]:
+    """Finds the numbers and bytes of the largest array that a graph makes."""
+    found = (1, 1)
+    for node in graph.graph.nodes:
+        meta = node.meta.get("tensor_meta") if node.op == "call_function" else None
+        if isinstance(meta, TensorMetadata):
+            count = meta.shape.numel()
+            found = max(found, (count, count * meta.dtype.itemsize))
+    return found
 
 
 class Native:

@@ -374,7 +374,8 @@ def along_the_path(particles: Particles, weights: Tensor) -> Tensor:
         Scalar whose gradient is the path's.
     """
     gates = particles.gates
-    assert gates is not None
+    if gates is None:
+        raise TypeError("the particles were drawn without gates")
     path = particles.total((weights.detach() * finite_or_zero(particles.log_weights)).sum(dim=0))
     surrogate = torch.zeros_like(path.detach())
     if gates.outputs:

@@ -275,8 +275,11 @@ class TVO(ParticleELBO):
             **options,
         )
         schedule = Linear(_PARTITIONS) if schedule is None else schedule
-        self._adaptive = schedule if isinstance(schedule, Moments | Tightest) else None
-        self._betas = None if self._adaptive is not None else as_betas(schedule)
+        self._schedule: Moments | Tightest | Tensor
+        if isinstance(schedule, Moments | Tightest):
+            self._schedule = schedule
+        else:
+            self._schedule = as_betas(schedule)
         self._ungated = False  # whether gates do not work with this guide
         self.schedule = schedule
         self.bound: Literal["lower", "upper"] = bound
@@ -284,7 +287,8 @@ class TVO(ParticleELBO):
         self.correction: Correction = correction
 
     def _is_linear(self) -> bool:
-        return self._betas is not None and len(self._betas) == 2 and self.bound == "lower"
+        fixed = isinstance(self._schedule, Tensor) and len(self._schedule) == 2
+        return fixed and self.bound == "lower"
 
     def _fields(self) -> dict[str, object]:
         fields = super()._fields() | {"schedule": self.schedule, "bound": self.bound}
@@ -292,12 +296,11 @@ class TVO(ParticleELBO):
 
     def betas(self, log_weights: Tensor) -> Tensor:
         """Returns the betas used at these log-weights, ``[S, *batch]``, as a tensor ``[K + 1]``."""
-        if isinstance(self._adaptive, Tightest):
-            return self._adaptive(log_weights, "left" if self.bound == "lower" else "right")
-        if self._adaptive is not None:
-            return self._adaptive(log_weights)
-        assert self._betas is not None
-        return self._betas
+        if isinstance(self._schedule, Tightest):
+            return self._schedule(log_weights, "left" if self.bound == "lower" else "right")
+        if isinstance(self._schedule, Moments):
+            return self._schedule(log_weights)
+        return self._schedule
 
     def _evaluate(self, model: Fn, guide: Fn, arguments: Arguments) -> Evaluation:
         if self.bound == "upper":
@@ -314,9 +317,10 @@ class TVO(ParticleELBO):
         if not torch.is_grad_enabled():
             return Evaluation(value, None)
         plain = particles.score is None and not particles.altered_sites
-        if self.gradient == "dreg" or (particles.gates and self.gradient == "auto" and plain):
-            assert parts.path_weights is not None
-            surrogate = doubly_reparameterized(particles, parts.weights, parts.path_weights)
+        path = parts.path_weights
+        wanted = self.gradient == "dreg" or (self.gradient == "auto" and plain)
+        if path is not None and wanted and (particles.gates or self.gradient == "dreg"):
+            surrogate = doubly_reparameterized(particles, parts.weights, path)
             return Evaluation(value, -surrogate)
         if self.gradient == "reparam":
             require_pathwise(particles, 'gradient="reparam"', 'gradient="covariance" or "auto"')

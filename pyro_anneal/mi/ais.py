@@ -155,8 +155,7 @@ class AIS(Bound):
 
     def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
         """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""
-        joint = self.joint
-        assert joint is not None
+        joint = self._known
         q = None if self.guide is None else self._condition(x)
 
         def log_densities(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,8 +177,7 @@ class AIS(Bound):
             return drawn
 
         posterior = None
-        if "IR" in (self.lower_kind, self.upper_kind):
-            assert self.posterior is not None
+        if self.posterior is not None and "IR" in (self.lower_kind, self.upper_kind):
             posterior = self.posterior(x, self.annealer.num_chains - 1)
         weights = self.annealer.run(
             log_densities,
@@ -198,9 +196,8 @@ class AIS(Bound):
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
         if for_loss:
             raise ValueError("AIS has nothing to learn: it measures; use estimate")
-        assert self.joint is not None
         weights, variational = self._anneal(x, z)
-        log_likelihood = self.joint.log_likelihood(x, z)
+        log_likelihood = self._known.log_likelihood(x, z)
         uppers = {"CR", "IM", "single", self.lower_kind}
         lowers = {"IM", "single", self.upper_kind}
         statistics = {f"{k} lower": log_likelihood - weights.upper(k) for k in sorted(uppers)}
@@ -233,10 +230,9 @@ class AIS(Bound):
         return super()._identity() | options
 
     def _content(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-        assert self.joint is not None
         content = super()._content(x, z) | {
-            "log p(x|z)": self.joint.log_likelihood(x, z),
-            "log p(z)": self.joint.log_prior(z, x),
+            "log p(x|z)": self._known.log_likelihood(x, z),
+            "log p(z)": self._known.log_prior(z, x),
         }
         return content if self.guide is None else content | {"log q(z|x)": self._log_guide(x, z)}
 
@@ -258,13 +254,18 @@ class AIS(Bound):
         return replace(result, diagnostics=(*result.diagnostics, *found))
 
 
+def _gaps(result: MutualInformation) -> Tensor:
+    """Computes upper minus lower bound of each pair."""
+    if result.pair_lower is None or result.pair_upper is None:
+        raise TypeError("a result of AIS has both bounds")
+    return result.pair_upper - result.pair_lower
+
+
 def _check_target(result: MutualInformation, target: float | None) -> tuple[Diagnostic, ...]:
     """Finds a gap that rounds did not bring to the target."""
     if target is None:
         return ()
-    assert result.pair_lower is not None
-    assert result.pair_upper is not None
-    gaps = result.pair_upper - result.pair_lower
+    gaps = _gaps(result)
     gap = float(gaps.mean())
     error = float(gaps.std()) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
     if gap - 2.0 * error <= target:
@@ -278,9 +279,7 @@ def _check_target(result: MutualInformation, target: float | None) -> tuple[Diag
 
 def _check_sides(result: MutualInformation) -> tuple[Diagnostic, ...]:
     """Finds bounds that are far apart, or on the wrong sides of each other beyond chance."""
-    assert result.pair_lower is not None
-    assert result.pair_upper is not None
-    gaps = result.pair_upper - result.pair_lower
+    gaps = _gaps(result)
     gap = float(gaps.mean())
     error = float(gaps.std()) / len(gaps) ** 0.5 if len(gaps) >= FEW_PAIRS else math.inf
     if gap > _WIDE:

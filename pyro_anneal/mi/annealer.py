@@ -185,11 +185,12 @@ class Annealer(PathOptions):
         tuned = tune(Particles(density, base, example, seed), self.plan, num_steps=num_steps)
         pairs = _Pairs(self, density, bijection, base, z, posterior, coupled_lower, seed)
         found = tuned.found
-        if found is not None and found.plan.target_gap is not None:
+        target = None if found is None else found.plan.target_gap
+        if found is not None and target is not None:
             measure = _default_gap if gap is None else gap
-            for number in range(1, self.max_rounds + 1):
+            for number in range(1, self.plan.max_rounds + 1):
                 gaps = measure(pairs.anneal(tuned, f", round {number}", num_batches=1))
-                wanted = self._steps_after(tuned.path.num_steps, gaps, number)
+                wanted = self._steps_after(target, tuned.path.num_steps, gaps)
                 longer = found.plan.with_steps(max(wanted, tuned.path.num_steps))
                 is_enough = wanted <= tuned.path.num_steps
                 tuned = lay_path(found, longer, example)
@@ -197,17 +198,15 @@ class Annealer(PathOptions):
                     break
         return pairs.anneal(tuned, "", num_batches=num_batches)
 
-    def _steps_after(self, num_steps: int, gaps: Tensor, number: int) -> int:
+    def _steps_after(self, target: float, num_steps: int, gaps: Tensor) -> int:
         """Chooses the next T; no more than this one where its gap is at the target."""
-        target = self.target_gap
-        assert target is not None
         noise = gaps.std() / len(gaps) ** 0.5 if len(gaps) > 1 else torch.zeros(())
         measured = float(gaps.mean() + noise)  # an upper end: the mean of few gaps is uncertain
         if measured <= target:
             return num_steps
         # The gap falls as 1 / T once chains keep up with the path.
         growth = min(max(measured / target, 2.0), 4.0) if math.isfinite(measured) else 4.0
-        largest = _LARGEST << (self.max_rounds - 1)
+        largest = _LARGEST << (self.plan.max_rounds - 1)
         return min(math.ceil(num_steps * growth), max(largest, num_steps))
 
     def sample(

@@ -56,6 +56,14 @@ class Values:
     measurements: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
 
+    @property
+    def objective(self) -> Tensor:
+        """What training maximizes: the estimate, or else the lower bound."""
+        values = self.lower if self.plug_in is None else self.plug_in
+        if values is None:
+            raise TypeError("a bound gives a lower bound or an estimate")
+        return values
+
 
 class Bound(nn.Module, ABC):
     """A bound on, or an estimate of, the mutual information of x and z.
@@ -108,6 +116,20 @@ class Bound(nn.Module, ABC):
             )
 
     @property
+    def _known(self) -> Joint:
+        """What is known of p(x, z), for a bound that needs to know."""
+        if self.joint is None:
+            raise TypeError(f"{type(self).__name__} was made without a model")
+        return self.joint
+
+    @property
+    def _scorer(self) -> Callable[..., Tensor]:
+        """The critic, for a bound that has one."""
+        if self.critic is None:
+            raise TypeError(f"{type(self).__name__} was made without a critic")
+        return self.critic
+
+    @property
     def num_rows_per_pair(self) -> int:
         """Rows of particles that one pair costs, which sets the size of a batch; 0 for no limit."""
         return 1
@@ -135,9 +157,7 @@ class Bound(nn.Module, ABC):
         """
         x, z = self._checked_pairs(x, z)
         values = self._assemble(self._statistics(x, z, for_loss=True))
-        objective = values.lower if values.plug_in is None else values.plug_in
-        assert objective is not None
-        loss = -objective.mean()
+        loss = -values.objective.mean()
         if not loss.requires_grad:
             raise ValueError(
                 f"{type(self).__name__} has nothing to learn here: neither its guide nor its "
@@ -288,8 +308,7 @@ class Bound(nn.Module, ABC):
                     kept.append(statistics)
                     count += len(pair[0])
                     if control_variates:
-                        assert self.joint is not None
-                        controls.append(self.joint.controls(*pair))
+                        controls.append(self._known.controls(*pair))
                 if not kept:
                     raise ValueError("there are no pairs: the data loader is empty")
                 values = self._assemble({k: torch.cat([s[k] for s in kept]) for k in kept[0]})
@@ -455,9 +474,8 @@ class Bound(nn.Module, ABC):
 
     def _score(self, x: Tensor, z: Tensor, num_leading: int = 1) -> Tensor:
         """Scores z ``[(K,) N, *z_event]`` against x ``[N, *x_event]`` with the critic."""
-        assert self.critic is not None
         flat_x, flat_z = flatten(x, 1), flatten(z, num_leading)
-        scores = self.critic(flat_x, flat_z)
+        scores = self._scorer(flat_x, flat_z)
         if scores.shape != flat_z.shape[:-1]:
             raise ValueError(
                 f"the critic returned scores of shape {list(scores.shape)} for x "

@@ -124,15 +124,13 @@ class InfoNCE(Bound):
         return 0 if self.joint is None or self.num_particles is None else self.num_particles
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
-        assert self.critic is not None
         count = None if self.num_particles is None else self.num_particles - 1
-        if self.joint is not None:
-            assert count is not None
+        if self.joint is not None and count is not None:
             negatives = self._score(x, self.joint.sample_prior(count, x), 2)
             term = contrastive_term(self._score(x, z), negatives)
             influence = torch.zeros_like(term)
         else:
-            positive, scores, index = _in_batch(self.critic, x, z, count)
+            positive, scores, index = _in_batch(self._scorer, x, z, count)
             term = contrastive_term(positive, scores.mT)
             count = scores.shape[1]
             # A pair also moves the terms in which its z is a negative, by its softmax share there;
@@ -179,19 +177,16 @@ class _Mine(Bound):
         return "H(x)" if self.guide is not None and self.joint is None else None
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
-        assert self.critic is not None
-        if not self.fresh:
-            positive, scores, index = _in_batch(self.critic, x, z, self.num_particles)
+        if not self.fresh or self.num_particles is None:
+            positive, scores, index = _in_batch(self._scorer, x, z, self.num_particles)
             return {
                 "positive": positive,
                 "row": log_mean_exp(scores.mT),
                 "column": _column_log_mean(scores.detach(), index),
             }
-        assert self.num_particles is not None
         statistics = {"positive": self._score(x, z)}
         if self.guide is None:
-            assert self.joint is not None
-            draws = self.joint.sample_prior(self.num_particles, x)
+            draws = self._known.sample_prior(self.num_particles, x)
             statistics["row"] = log_mean_exp(self._score(x, draws, 2))
         elif self.joint is not None:
             q = self._condition(x)
@@ -201,7 +196,7 @@ class _Mine(Bound):
             q = self._condition(z)
             statistics["variational"] = q.log_prob(x)
             draws = flatten(q.sample(self.num_particles)[0], 2)
-            statistics["row"] = log_mean_exp(self.critic(draws, flatten(z, 1)))
+            statistics["row"] = log_mean_exp(self._scorer(draws, flatten(z, 1)))
         return statistics
 
 

@@ -216,9 +216,7 @@ class _Training:
         with seeded_if(self.evaluation_seed), torch.no_grad():
             for part in self._batches(rows):
                 found = self.bound.held_out_values(*self._take(part))
-                value = found.lower if found.plug_in is None else found.plug_in
-                assert value is not None
-                values.append(value)
+                values.append(found.objective)
                 if found.ceiling is not None:
                     contrastive.append(found.terms["contrastive"])
                     ceilings.append(found.ceiling)

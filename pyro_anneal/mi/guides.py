@@ -15,11 +15,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..models.packing import Packing
+from ..models.sites import is_deterministic
 from ..models.types import Fn, Trace
 from .bijections import Bijection, FixedBijection
 from .joints import Joint
-from .packing import Packing, sample_sites, site_bijection
 from .pyro_joint import PyroJoint
+from .sites import sample_sites, site_bijection
 
 __all__ = ["Conditional", "Prior", "condition_on"]
 
@@ -159,7 +161,7 @@ class Prior(Conditional):
 
 def _guide_sites(trace: Trace) -> dict[str, Any]:
     sites = sample_sites(trace)
-    return {n: s for n, s in sites.items() if not s["infer"].get("_deterministic")}
+    return {n: s for n, s in sites.items() if not is_deterministic(s)}
 
 
 def _refuse_score_function(log_q: Tensor, where: str) -> None:

@@ -41,8 +41,7 @@ class _Importance(Bound):
 
     def _log_weights(self, x: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
         """Computes log p(x, z) - log q(z|x), shape ``[(K,) N]``."""
-        assert self.joint is not None
-        return self.joint.log_likelihood(x, z) + self.joint.log_prior(z, x) - log_q
+        return self._known.log_likelihood(x, z) + self._known.log_prior(z, x) - log_q
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:
         ceiling = math.log(self.num_particles) if self.num_particles > 1 else None
@@ -89,10 +88,10 @@ class IWAE(_Importance):
         super().__init__(model=model, guide=guide, num_particles=num_particles)
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
-        assert self.joint is not None
+        joint = self._known
         q = self._condition(x)
-        log_q, log_prior = q.log_prob(z), self.joint.log_prior(z, x)
-        log_likelihood = self.joint.log_likelihood(x, z)
+        log_q, log_prior = q.log_prob(z), joint.log_prior(z, x)
+        log_likelihood = joint.log_likelihood(x, z)
         true = (log_likelihood + log_prior - log_q).unsqueeze(0)
         draws, log_q_draws = q.sample(self.num_particles)
         weights = self._log_weights(x, draws, log_q_draws)
@@ -139,10 +138,10 @@ class StructuredInfoNCE(_Importance):
         super().__init__(model=model, guide=None, num_particles=num_particles)
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
-        assert self.joint is not None
-        log_likelihood = self.joint.log_likelihood(x, z)
-        draws = self.joint.sample_prior(self.num_particles, x)
-        weights = self.joint.log_likelihood(x, draws)
+        joint = self._known
+        log_likelihood = joint.log_likelihood(x, z)
+        draws = joint.sample_prior(self.num_particles, x)
+        weights = joint.log_likelihood(x, draws)
         log_upper = bounds.independent_multi_upper(log_likelihood.unsqueeze(0), weights[:-1])
         return {
             "contrastive": log_likelihood - log_upper,
@@ -205,13 +204,12 @@ class RIWAE(_Importance):
         self.posterior = posterior
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
-        assert self.joint is not None
+        joint = self._known
         q = self._condition(x)
-        log_q, log_prior = q.log_prob(z), self.joint.log_prior(z, x)
-        log_likelihood = self.joint.log_likelihood(x, z)
+        log_q, log_prior = q.log_prob(z), joint.log_prior(z, x)
+        log_likelihood = joint.log_likelihood(x, z)
         reverse = (log_likelihood + log_prior - log_q).unsqueeze(0)
-        if self.num_particles > 1:
-            assert self.posterior is not None
+        if self.posterior is not None and self.num_particles > 1:
             others = self.posterior(x, self.num_particles - 1)
             weights = self._log_weights(x, others, q.log_prob(others))
             reverse = torch.cat([reverse, weights])

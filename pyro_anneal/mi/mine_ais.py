@@ -157,11 +157,10 @@ class MINEAIS(VariationalBound):
         flat = flatten(given, 1)
 
         def log_densities(values: Tensor) -> tuple[Tensor, Tensor]:
-            assert self.critic is not None
             log_q = q.log_prob(values)
             moved = flatten(values, 2)
             pair = (flat, moved) if self.joint is not None else (moved, flat)
-            return log_q, log_q + self.critic(*pair)
+            return log_q, log_q + self._scorer(*pair)
 
         return log_densities
 

@@ -12,11 +12,13 @@ from pyro import poutine
 from torch import Tensor
 
 from ..models.entropies import excess
+from ..models.packing import Packing
 from ..models.simulation import Unobserve
+from ..models.sites import is_deterministic, mark_points
 from ..models.types import Trace
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
-from .packing import Packing, sample_sites, site_bijection
+from .sites import sample_sites, site_bijection
 
 __all__ = ["PyroJoint", "as_joint"]
 
@@ -95,7 +97,7 @@ class PyroJoint(Joint):
                 "is the same for all pairs as PyroJoint(args=, kwargs=), and make covariates of a "
                 "row observed sites, part of x"
             )
-        self._nesting: int | None = None
+        self._nesting = 0  # until the model was read
         self._layouts: tuple[Packing, Packing] | None = None
         self._knowledge: Knowledge = "full joint p(x, z)"
 
@@ -178,7 +180,6 @@ class PyroJoint(Joint):
         data: dict[str, Tensor] | None = None,
         num_particles: int | None = None,
     ) -> Any:
-        assert self._nesting is not None
         model = poutine.condition(Unobserve()(self.model), data=data or {})
         nesting = self._nesting
         if not self.takes_data:
@@ -187,7 +188,9 @@ class PyroJoint(Joint):
         if num_particles is not None:
             model = pyro.plate("_particles", num_particles, dim=-1 - nesting)(model)
         with torch.set_grad_enabled(data is not None and torch.is_grad_enabled()):
-            return poutine.trace(model).get_trace(*self._arguments(x), **self.kwargs)
+            trace = poutine.trace(model).get_trace(*self._arguments(x), **self.kwargs)
+        mark_points(trace)
+        return trace
 
     def _arguments(self, x: Tensor | None) -> tuple[Any, ...]:
         return (x, *self.args) if self.takes_data else self.args
@@ -237,7 +240,7 @@ class PyroJoint(Joint):
                 f"nothing says which of the sites {list(sites)} are x: mark them with obs=, or "
                 "name them in PyroJoint(observed=[...])"
             )
-        deterministic = [n for n, s in sites.items() if s["infer"].get("_deterministic")]
+        deterministic = [n for n, s in sites.items() if is_deterministic(s)]
         if set(deterministic) & set(self.observed):
             self._knowledge = "marginal p(z)"
         latent = [n for n in sites if n not in self.observed and n not in deterministic]
@@ -253,14 +256,12 @@ class PyroJoint(Joint):
         for name in latent + self.observed:
             if self.takes_data:
                 self._check_plate(name, sites[name], num_pairs)
-        assert self._nesting is not None
         inner = self._nesting - 1 if self.takes_data else self._nesting
         tails = {n: s["value"].shape[1:] for n, s in sites.items()}
         x_layout = Packing({n: tails[n] for n in sites if n in self.observed}, inner)
         return x_layout, Packing({n: tails[n] for n in latent}, inner)
 
     def _check_plate(self, name: str, site: Any, num_pairs: int) -> None:
-        assert self._nesting is not None
         outer = [f for f in site["cond_indep_stack"] if f.vectorized and f.dim == -self._nesting]
         if not outer or outer[0].size != num_pairs:
             raise ValueError(

@@ -77,8 +77,7 @@ class VariationalBound(Bound):
             "contrastive": contrastive_term(positive, negatives),
         }
         if draws is not None and log_q is not None and self._knows_the_best_critic():
-            joint = self.joint
-            assert joint is not None
+            joint = self._known
 
             def best(values: Tensor, log_q: Tensor) -> Tensor:
                 return joint.log_likelihood(x, values) + joint.log_prior(values, x) - log_q
@@ -97,8 +96,7 @@ class VariationalBound(Bound):
         """Scores draws ``[K, N, *event]`` of the guide with what it was given, ``[K, N]``."""
         if self.joint is not None:
             return self._score(given, draws, 2)
-        assert self.critic is not None
-        return self.critic(flatten(draws, 2), flatten(given, 1))
+        return self._scorer(flatten(draws, 2), flatten(given, 1))
 
 
 class BarberAgakov(VariationalBound):
@@ -155,11 +153,11 @@ class BarberAgakov(VariationalBound):
         statistics = {"variational": q.log_prob(value) - self._log_marginal(x, z)}
         full = self.joint is not None and self.joint.knowledge == "full joint p(x, z)"
         if full and not for_loss:
-            assert self.joint is not None
+            joint = self._known
             draws, log_q = q.sample(self.num_particles)
-            log_joint = self.joint.log_likelihood(x, draws) + self.joint.log_prior(draws, x)
+            log_joint = joint.log_likelihood(x, draws) + joint.log_prior(draws, x)
             elbo = (log_joint - log_q).mean(dim=0)
-            statistics["upper"] = self.joint.log_likelihood(x, z) - elbo
+            statistics["upper"] = joint.log_likelihood(x, z) - elbo
         return statistics
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:

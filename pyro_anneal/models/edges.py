@@ -190,7 +190,8 @@ def _image_density(fn: Distribution, u: Tensor) -> Any:
     inner = bijection_onto(normalized_support(fn.base_dist))
     value = inner(u)
     log_prob = exact_log_prob(fn.base_dist, u)
-    assert log_prob is not None
+    if log_prob is None:
+        return None
     event_dim = len(fn.base_dist.event_shape)
     for transform in fn.transforms:
         after = transform(value)
@@ -276,9 +277,7 @@ def _draw(fn: Distribution) -> Any:
         return fn.base_dist.sample()
     if isinstance(fn, _RELAXED_CATEGORICAL):
         return _break(fn.base_dist.sample())
-    inner = draw_unconstrained(fn.base_dist)
-    assert inner is not None
-    return inner
+    return draw_unconstrained(fn.base_dist)
 
 
 def _log_uniform(like: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["in_float64"]
@@ -20,16 +19,17 @@ class _Float64(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map(_wide, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        named = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **named)
 
 
 def _wide(value: Any) -> Any:
-    if value is torch.float32:
-        return torch.float64
-    if isinstance(value, Tensor) and value.dtype is torch.float32:
-        return value.to(torch.float64)
-    return value
+    """Widens an argument of an operation, which is no deeper than a list of tensors."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float64) if value.dtype is torch.float32 else value
+    if isinstance(value, (list, tuple)):
+        return [_wide(element) for element in value]
+    return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager

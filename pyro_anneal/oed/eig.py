@@ -13,21 +13,25 @@ exponentially many draws where an observation is informative; annealing does not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..anneal import AnnealedImportance
-from ..arguments import as_count
+from ..arguments import as_count, as_seed
+from ..chains.pilot import Pilot
 from ..models.types import Fn
-from ..results.controls import leave_one_out_control
+from ..persistence.randomness import derived_seed, draw_seed, own_randomness
+from ..results.controls import control_of_sides
 from ..results.findings import Diagnostic
 from ..results.information_gain import ExpectedInformationGain
 from ..results.mutual_information import few_pairs
 from ..results.provenance import Provenance, joint_record
 from ..results.sandwich import Sandwich
+from .budget import LEAST_BUDGET, Plan, Tried, choose, information
 from .pairs import Experiment, Labels
 
 __all__ = ["ExpectedInformationGain", "ais_eig"]
@@ -40,6 +44,7 @@ def ais_eig(
     target_labels: str | Sequence[str] | None = None,
     *,
     num_pairs: int = 100,
+    budget: int | None = None,
     gradient: bool = False,
     seed: int | None = None,
     guide: Any = None,
@@ -78,6 +83,11 @@ def ais_eig(
         observation_labels: Names of the sites that an experiment would observe.
         target_labels: Names of the latents one wants to know; None for all latents.
         num_pairs: Number N of simulated pairs per design.
+        budget: Evaluations of log p(y | theta, d) per design to spend, a value with its gradient
+            counted as three. A pilot then chooses the number of pairs, and between independent
+            draws (from the prior, or from a regression of latents on observations that is fitted
+            per design) and annealed chains, in place of ``num_pairs``, ``num_chains``,
+            ``num_steps`` and ``guide``. The notes say what was chosen.
         gradient: Whether to estimate the gradient with respect to the design as well.
         seed: Seed of pairs and chains.
         guide: Guide of :class:`~pyro_anneal.AnnealedImportance`, for targets and nuisances
@@ -106,65 +116,104 @@ def ais_eig(
         True
     """
     began = time.perf_counter()
+    labels = Labels.check(observation_labels, target_labels)
     num_pairs = as_count("num_pairs", num_pairs)
-    experiment = Experiment.read(
-        model, design, Labels.check(observation_labels, target_labels), num_pairs, seed
-    )
     settings: dict[str, Any] = {
         "num_chains": num_chains,
         "num_steps": num_steps,
         "progress_bar": progress_bar,
+        **options,
     }
-    settings |= {"seed": experiment.seed, **options}
-
-    runs: list[Sandwich] = []
-
-    def bound(observed: Sequence[str], guide: Any) -> Sandwich:
-        conditioned = experiment.observing(observed)
-        annealer = AnnealedImportance(conditioned, guide, **settings)
-        sandwich = annealer.sandwich(experiment.design, keep_samples=True)
-        runs.append(experiment.check(sandwich))
-        return runs[-1]
-
-    evidence = bound(experiment.labels.observations, guide)
-    lower, upper = _log_likelihood(experiment, evidence, guide, bound)
-    pair_lower, pair_upper = lower - evidence.upper, upper - evidence.lower
+    plan: Plan | None = None
+    if budget is not None:
+        if guide is not None:
+            raise ValueError("budget chooses the start: pass no guide with it")
+        budget = as_count("budget", budget, least=LEAST_BUDGET)
+        given = as_seed(seed)
+        seed = draw_seed() if given is None else given
+        settings = {"pilot": Pilot(num_chains=4, num_moves=3)} | settings  # it is paid per pair
+        plan = choose(
+            lambda count, key: Experiment.read(model, design, labels, count, key % 2**31),
+            budget,
+            seed,
+            lambda few, chains, steps: _tried(
+                few, settings | {"num_chains": chains, "num_steps": steps}
+            ),
+        )
+        num_pairs = plan.num_pairs
+        settings |= {"num_chains": plan.num_draws, "num_steps": plan.num_steps}
+    experiment = Experiment.read(model, design, labels, num_pairs, seed)
+    chains = _Chains(experiment, guide, settings)
+    if plan is not None and plan.num_steps == 1:
+        with own_randomness(derived_seed(experiment.seed, "draws")):
+            pair_lower, pair_upper = information(experiment, plan.bounds(experiment))
+    else:
+        pair_lower, pair_upper = information(experiment, chains, chains.log_likelihood)
     middle = 0.5 * (pair_lower + pair_upper)
     slope = experiment.gradient(middle) if gradient else None
     if control_variates:
-        control = leave_one_out_control(middle, experiment.controls().to(middle))
+        control = control_of_sides(pair_lower, pair_upper, experiment.controls().to(middle))
         pair_lower, pair_upper = pair_lower - control, pair_upper - control
+    notes = [] if plan is None else [plan.note()]
+    notes += [note for run in chains.runs[:1] for note in run.notes if "SIMULATED" not in note]
+    record = _record(chains.runs, began, experiment, settings)
     return ExpectedInformationGain(
         pair_lower=pair_lower,
         pair_upper=pair_upper,
         design=design.detach(),
         gradient=slope,
-        notes=tuple(note for note in evidence.notes if "SIMULATED" not in note),
-        diagnostics=(*few_pairs(num_pairs), *_findings(runs)),
-        provenance=_record(runs, began, num_pairs),
+        notes=tuple(notes),
+        diagnostics=(*few_pairs(num_pairs), *_findings(chains.runs)),
+        provenance=record,
     )
 
 
-def _log_likelihood(
-    experiment: Experiment,
-    evidence: Sandwich,
-    guide: Fn | str | None,
-    bound: Callable[[Sequence[str], Fn | str | None], Sandwich],
-) -> tuple[Tensor, Tensor]:
-    """Bounds the log likelihood of the targets from both sides; it is known without nuisances."""
-    if not experiment.nuisances:
-        if evidence.true_log_likelihood is None:
+@dataclass(frozen=True, eq=False)
+class _Chains:
+    """Bounds log densities of pairs by annealing; remembers the sandwiches."""
+
+    experiment: Experiment
+    guide: Any  # as for AnnealedImportance
+    settings: dict[str, Any]
+    runs: list[Sandwich] = field(default_factory=list)
+
+    def __call__(self, observed: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        # The guide speaks of all latents; with the targets observed the prior starts the chains.
+        is_first = observed == self.experiment.labels.observations
+        start = self.guide if is_first or isinstance(self.guide, str) else None
+        conditioned = self.experiment.observing(observed)
+        settings = {"seed": self.experiment.seed, **self.settings}
+        annealer = AnnealedImportance(conditioned, start, **settings)
+        sandwich = annealer.sandwich(self.experiment.design, keep_samples=True)
+        self.runs.append(self.experiment.check(sandwich))
+        return sandwich.lower, sandwich.upper
+
+    def log_likelihood(self) -> Tensor:
+        """Returns log p(y | theta, d) of the pairs, known where all latents are targets."""
+        found = self.runs[0].true_log_likelihood
+        if found is None:
             raise ValueError("the sandwich kept no log likelihood of its pairs")
-        return evidence.true_log_likelihood, evidence.true_log_likelihood
-    # The guide speaks of all latents; with the targets observed the prior starts the chains.
-    start = guide if isinstance(guide, str) else None
-    joint = bound((*experiment.targets, *experiment.labels.observations), start)
-    prior = experiment.log_prior_of_targets()
-    if prior is not None:
-        return joint.lower - prior, joint.upper - prior
-    # It depends on nuisances, and needs bounds of its own.
-    targets = bound(experiment.targets, start)
-    return joint.lower - targets.upper, joint.upper - targets.lower
+        return found
+
+
+def _tried(few: Experiment, settings: dict[str, Any]) -> Tried:
+    """Anneals a few pairs, and reads gap, variance and cost off them."""
+    chains = _Chains(few, None, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lower, upper = information(few, chains, chains.log_likelihood)
+    spent = {"pilot": 0.0, "chains": 0.0}
+    for run in chains.runs:
+        gradients = {} if run.provenance is None else run.provenance.gradients
+        width = settings["pilot"].chains_for(settings["num_chains"])
+        spent["pilot"] += 3.0 * width * gradients.get("pilot", 0)
+        spent["chains"] += 3.0 * settings["num_chains"] * gradients.get("chains", 0)
+    return Tried(
+        gap=float((upper - lower).mean()),
+        variance=min(float(side.var(0).mean()) for side in (lower, upper)),
+        fixed=spent["pilot"],
+        per_step=spent["chains"] / settings["num_steps"],
+    )
 
 
 def _findings(runs: Sequence[Sandwich]) -> tuple[Diagnostic, ...]:
@@ -173,11 +222,21 @@ def _findings(runs: Sequence[Sandwich]) -> tuple[Diagnostic, ...]:
     return tuple(found.values())
 
 
-def _record(runs: Sequence[Sandwich], began: float, num_pairs: int) -> Provenance | None:
+def _record(
+    runs: Sequence[Sandwich], began: float, experiment: Experiment, settings: dict[str, Any]
+) -> Provenance:
+    chosen = {name: str(settings[name]) for name in ("num_chains", "num_steps")}
+    chosen["num_pairs"] = str(len(experiment.design))
+    seconds = {"total": time.perf_counter() - began}
     records = [run.provenance for run in runs if run.provenance is not None]
     if not records:
-        return None
+        return Provenance(
+            task="ais_eig",
+            seed=experiment.seed,
+            kernel="none",
+            device=str(experiment.design.device),
+            settings=chosen,
+            seconds=seconds,
+        )
     record = joint_record("ais_eig", records)
-    seconds = record.seconds | {"total": time.perf_counter() - began}
-    settings = record.settings | {"num_pairs": str(num_pairs)}
-    return replace(record, seconds=seconds, settings=settings)
+    return replace(record, seconds=record.seconds | seconds, settings=record.settings | chosen)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from pyro import poutine
@@ -15,11 +15,11 @@ from ..arguments import as_seed
 from ..models.entropies import excess
 from ..models.simulation import Simulation, simulate
 from ..models.sites import is_deterministic, sum_to_batch
-from ..models.types import Fn, Message, Trace
+from ..models.types import Distribution, Fn, Message, Trace
 from ..models.validation import validation_disabled
 from ..results.sandwich import Sandwich
 
-__all__ = ["Experiment", "Labels"]
+__all__ = ["Experiment", "Labels", "ModelRun"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,42 @@ class _Ignore(Messenger):  # type: ignore[misc]
         if msg["name"] in self.values:
             msg["value"], msg["is_observed"] = self.values[msg["name"]], True
             msg["mask"] = False
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRun:
+    """One run of a model of designs.
+
+    Attributes:
+        trace: Its trace.
+        plates: Axis and size of each plate around every site, from the left.
+    """
+
+    trace: Trace
+    plates: tuple[tuple[int, int], ...]
+
+    @property
+    def lead(self) -> torch.Size:
+        """Sizes of those plates: draws, if any, pairs and designs."""
+        return torch.Size([size for _, size in self.plates])
+
+    def fn(self, name: str) -> Distribution:
+        """Returns the distribution of a site."""
+        found: Distribution = self.trace.nodes[name]["fn"]
+        return found
+
+    def values(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Collects the values of sites."""
+        return {name: self.trace.nodes[name]["value"] for name in names}
+
+    def log_prob(self, names: Sequence[str]) -> Tensor:
+        """Sums the log densities of sites over all but the common plates, in nats."""
+        self.trace.compute_log_prob(lambda name, site: name in names)
+        dims = [dim for dim, _ in self.plates]
+        terms = [
+            sum_to_batch(self.trace.nodes[name]["log_prob"], dims, self.lead) for name in names
+        ]
+        return torch.stack(terms).sum(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,15 +223,60 @@ class Experiment:
             known = [self._per_pair(term) for term in terms if term is not None]
             if known:
                 sums.append(torch.stack(known).sum(0))
-        return torch.stack(sums) if sums else torch.zeros((0, *self._shape))
-
-    @property
-    def _shape(self) -> torch.Size:
-        return torch.Size([size for _, size in self.plates])
+        return torch.stack(sums) if sums else torch.zeros((0, *self.shape))
 
     def _per_pair(self, log_prob: Tensor) -> Tensor:
         """Sums a site's log density over all but pairs and designs, to ``[N, *designs]``."""
-        return sum_to_batch(log_prob, [dim for dim, _ in self.plates], self._shape)
+        return sum_to_batch(log_prob, [dim for dim, _ in self.plates], self.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Numbers of pairs and designs, ``[N, *designs]``."""
+        return torch.Size([size for _, size in self.plates])
+
+    def part(self, rows: slice) -> Experiment:
+        """Takes some of the pairs."""
+        design = self.design[rows]
+        simulation = replace(
+            self.simulation,
+            latents={name: value[rows] for name, value in self.simulation.latents.items()},
+            observed={name: value[rows] for name, value in self.simulation.observed.items()},
+        )
+        (first, _), *rest = self.plates
+        plates = ((first, len(design)), *rest)
+        return replace(self, design=design, simulation=simulation, plates=plates)
+
+    def run(self, values: Mapping[str, Tensor], num_draws: int | None = None) -> ModelRun:
+        """Runs the model with these values in place, and draws of its own for the other sites.
+
+        Args:
+            values: By site, ``[N, *designs, ...]``, or with K in front.
+            num_draws: Number K of draws per pair, in front of all; None for no such dimension.
+
+        Raises:
+            ValueError: If the model does not take leading dimensions of the design as plates.
+        """
+        design, plates = self.design, self.plates
+        if num_draws is not None:
+            design = design.expand(num_draws, *design.shape)
+            plates = ((plates[0][0] - 1, num_draws), *plates)
+            values = {name: self._in_front(name, v, num_draws) for name, v in values.items()}
+        model = poutine.condition(self.model, data=dict(values))
+        with validation_disabled(), poutine.block():
+            trace: Trace = poutine.trace(model).get_trace(design)
+        found = _common_plates(trace, (*self.latents, *self.labels.observations))
+        if found != plates:
+            raise ValueError(
+                f"the design, expanded to {list(design.shape)}, runs under plates of (axis, size) "
+                f"{list(found)}, expected {list(plates)}: all leading dimensions of a design must "
+                "be plates, as in pyro.contrib.oed (pyro.plate_stack over design.shape)"
+            )
+        return ModelRun(trace, plates)
+
+    def _in_front(self, name: str, value: Tensor, num_draws: int) -> Tensor:
+        if value.dim() == self.values[name].dim():
+            value = value.expand(num_draws, *value.shape)
+        return value
 
     def gradient(self, gain: Tensor) -> Tensor:
         """Computes the score gradient of the mean of ``gain``, ``[N, *designs]``, over pairs."""

@@ -258,7 +258,8 @@ class Journal:
             self.write()
 
     def _own_file(self) -> Path:
-        assert self._path is not None
+        if self._path is None:
+            raise RuntimeError("this journal is kept in no file")
         if self._rank == 0:
             return self._path
         return Path(f"{self._path}.{self._task}.rank{self._rank}")

@@ -13,9 +13,9 @@ import torch.fx.graph_module
 
 __all__ = ["released"]
 
-# On the clock of time.perf_counter; the first collection waits until there may be something.
-_next_collection: float | None = None
-_FIRST_WAIT = 2.0  # seconds
+_next_collection = 0.0  # on the clock of time.perf_counter
+_num_made = 0  # graphs since the last collection
+_LEAST_MADE = 32  # that are worth one
 
 
 def _sources() -> dict[str, Any]:
@@ -33,26 +33,28 @@ def released() -> Iterator[None]:
     that: it counts objects, not bytes. The tensors that they read are free before
     (:func:`~pyro_anneal.graphs.recording.flat_graph`). Their source text would stay for ever.
     """
-    global _next_collection
-    if _next_collection is None:
-        _next_collection = time.perf_counter() + _FIRST_WAIT
+    global _num_made
     before = set(_sources())
     try:
         yield
     finally:
         sources = _sources()
-        for name in [name for name in sources if name not in before]:
+        made = [name for name in sources if name not in before]
+        for name in made:
             del sources[name]
             linecache.cache.pop(name, None)
-        _collect()
+        _num_made += len(made)
+        if _num_made >= _LEAST_MADE:
+            _collect()
 
 
 def _collect() -> None:
     """Collects garbage, unless that would take more than a twentieth of the time."""
-    global _next_collection
+    global _next_collection, _num_made
     began = time.perf_counter()
-    if _next_collection is not None and began < _next_collection:
+    if began < _next_collection:
         return
     gc.collect()
+    _num_made = 0
     ended = time.perf_counter()
     _next_collection = ended + 19.0 * (ended - began)

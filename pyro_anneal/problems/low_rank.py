@@ -5,7 +5,7 @@ columns V and r standard deviations S, so draws and densities cost O(D r). It is
 
 1. L-BFGS from the unconstrained origin to a mode, several step lengths at once.
 2. The diagonal from products of the Hessian with random signs.
-3. Lanczos on the Hessian averaged over draws of the current Gaussian, in units of the diagonal:
+3. Block Lanczos on the Hessian averaged over draws of the current Gaussian, in units of the diagonal:
    Ritz values far from one get a column of V. On the span of V the bound is largest at
    :math:`S^2 = 1 / \theta` for Ritz values :math:`\theta`, whether they have converged or not.
 4. Ascent of the bound in location, diagonal and S, with the path derivative; and Lanczos again.
@@ -35,6 +35,9 @@ __all__ = ["LowRankFit", "LowRankScale", "fit_low_rank"]
 
 # Loss of the bound in nats below which a direction keeps the diagonal's scale.
 _LEAST_GAIN = 0.01
+# Vectors by which the Krylov space grows, length below which nothing is left outside it, and its
+# largest dimension.
+_BLOCK, _INVARIANT, _MOST_RANK = 32, 1e-6, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ def fit_low_rank(
     origin: Tensor,
     *,
     seed: int,
-    rank: int = 64,
+    rank: int = _MOST_RANK,
     num_mode: int = 200,
     num_rounds: int = 2,
     progress: Callable[[int], object] = lambda count: None,
@@ -95,7 +98,7 @@ def fit_low_rank(
         density: Evaluates positions ``[K, *batch, D]``; only the target side is used.
         origin: Where the search for a mode starts, ``[*batch, D]``.
         seed: Seed of the fit's own randomness.
-        rank: Lanczos steps of one round, at least the rank r.
+        rank: Largest dimension of the Krylov space of one round, at least the rank r.
         num_mode: Steps toward the mode, at most.
         num_rounds: Rounds of Lanczos and ascent.
         progress: Called with the number of steps done since the last call.
@@ -266,30 +269,37 @@ class _Probes:
 def _lanczos(
     rows: Rows, points: Tensor, scale: LowRankScale, rank: int, generator: torch.Generator
 ) -> LowRankScale:
-    """Finds the directions in which the averaged Hessian differs from the diagonal."""
+    """Finds the directions in which the averaged Hessian differs from the diagonal.
+
+    The Krylov space grows by blocks, since products with several vectors cost little more than one.
+    """
     deviation = scale.deviation
-    start = torch.randn(
-        deviation.shape, dtype=deviation.dtype, device=deviation.device, generator=generator
+    at, dim = points.unsqueeze(1), deviation.shape[-1]
+    basis, images = torch.empty(0), torch.empty(0)
+    block = torch.randn(
+        (*deviation.shape, min(_BLOCK, rank)),
+        dtype=deviation.dtype,
+        device=deviation.device,
+        generator=generator,
     )
-    basis = [start / start.norm(dim=-1, keepdim=True)]
-    images: list[Tensor] = []
-    for _ in range(rank):
-        vector = (deviation * basis[-1]).expand(points.shape)
-        image = -deviation * rows.products(points, vector).mean(0)
-        images.append(image)
-        rest = image
-        columns = torch.stack(basis, -1)  # [*batch, D, j]
-        for _ in range(2):  # twice is enough
-            along = torch.einsum("...dj,...d->...j", columns, rest)
-            rest = rest - torch.einsum("...dj,...j->...d", columns, along)
-        norm = rest.norm(dim=-1, keepdim=True)
-        if len(basis) == rank or not bool((norm > 1e-8).all()):
+    while True:
+        block = torch.linalg.qr(block).Q
+        if basis.numel():  # once more: what was left may be rounding alone
+            block = torch.linalg.qr(_left(basis, block)).Q
+        basis = torch.cat([basis, block], -1) if basis.numel() else block  # [*batch, D, j]
+        vectors = (deviation.unsqueeze(-1) * block).movedim(-1, 0)
+        shape = (len(points), *vectors.shape)
+        products = rows.products(at.expand(shape), vectors.expand(shape)).mean(0)
+        image = (-deviation * products).movedim(0, -1)
+        images = torch.cat([images, image], -1) if images.numel() else image
+        size = min(_BLOCK, min(rank, dim) - basis.shape[-1])
+        block = _left(basis, image)
+        if size <= 0 or not bool((block.norm(dim=-2) > _INVARIANT).any()):
             break
-        basis.append(rest / norm)
-    columns = torch.stack(basis, -1)
-    small = torch.einsum("...di,...dj->...ij", columns, torch.stack(images, -1))
+        block = block[..., :size]
+    small = torch.einsum("...di,...dj->...ij", basis, images)
     values, vectors = torch.linalg.eigh(0.5 * (small + small.mT))
-    vectors = columns @ vectors
+    vectors = basis @ vectors
     # of a saddle the size of the curvature counts, as for Newton steps
     values = values.abs().clamp(min=1e-4, max=1e8)
     gain = 0.5 * (values - 1.0 - values.log())
@@ -299,6 +309,13 @@ def _lanczos(
     stretch = values.gather(-1, order).rsqrt()
     chosen = vectors.gather(-1, order.unsqueeze(-2).expand(*vectors.shape[:-1], kept))
     return LowRankScale(deviation, chosen, stretch)
+
+
+def _left(basis: Tensor, block: Tensor) -> Tensor:
+    """Removes from the columns of a block what orthonormal columns span; twice is enough."""
+    for _ in range(2):
+        block = block - basis @ (basis.mT @ block)
+    return block
 
 
 def _ascend(

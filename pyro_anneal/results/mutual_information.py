@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models.types import Figure
 from .base import Columns, Result
-from .controls import leave_one_out_control
+from .controls import control_of_sides
 from .findings import Diagnostic
 from .provenance import Provenance
 from .quantiles import student_quantile
@@ -321,7 +321,7 @@ def control_pairs(lower: Tensor | None, upper: Tensor | None, controls: Tensor) 
     if not sides:
         return unchanged
     middle = torch.stack(sides).mean(0)
-    control = leave_one_out_control(middle, controls.to(middle))
+    control = control_of_sides(sides[0], sides[-1], controls.to(middle))
     if not bool(control.any()):
         return unchanged
     return ControlledPairs(

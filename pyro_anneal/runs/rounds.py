@@ -14,6 +14,7 @@ from ..chains.path import StepStatistics
 from ..chains.rounds import Goal, Round, refine
 from ..chains.tuning import lay_path
 from ..diagnostics import checks as diagnostics
+from ..graphs.inductor import count_operations
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..results.run import AnnealedRun
@@ -31,6 +32,9 @@ _UNSOUND = frozenset(
 # Relative variance of a chain's weight below which more chains are as good as more steps, the least
 # power of T with which it must fall for more steps, and the numbers that positions may fill.
 _FEW_ENOUGH, _FALLS, _MOST_NUMBERS = 3.0, 0.7, 1_000_000
+# Operations on numbers that a round may take where rounds are to be spared, about half a minute;
+# terms of a product of matrices are an eighth of one.
+_MOST_WORK, _TERM = 3e10, 0.125
 # Rounds whose weights vary by less, relative to their mean, say something about each other.
 _COMPARABLE, _MOST_ERRORS = 1.0, 4.0
 
@@ -59,7 +63,8 @@ def in_rounds(
     plan = None if frozen.found is None else frozen.found.plan
     if plan is None or plan.target_gap is None:
         return frozen, anneal(frozen, "")
-    goal = Goal(plan.target_gap, plan.max_rounds, frozen.path.num_steps)
+    most = _affordable_steps(frozen) if plan.is_sparing else None
+    goal = Goal(plan.target_gap, plan.max_rounds, frozen.path.num_steps, most)
     now: Round | None = goal.first(_expected_error(frozen, both=task == "sandwich"))
     history: list[Done] = []
     last = now
@@ -74,6 +79,16 @@ def in_rounds(
             frozen = _refined(frozen, done, now, task)
     assert last is not None
     return frozen, _reported(history, goal, last)
+
+
+def _affordable_steps(frozen: Frozen) -> int | None:
+    """Counts the steps that a round of the first round's chains may take; None without a graph."""
+    density = frozen.problem.density
+    if density.mode == "eager":
+        return None
+    operations = count_operations(density.chain_graph_and_inputs()[0], term=_TERM)
+    per_step = operations * frozen.path.kernel.num_gradients * frozen.num_chains
+    return max(frozen.path.num_steps, int(_MOST_WORK / max(per_step, 1.0)))
 
 
 def run_forward(

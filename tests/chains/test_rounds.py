@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_gap_law import WEIGHTS
 
-from pyro_anneal import HMC, AnnealedImportance, AnnealedRun, Linear, bounds
+from pyro_anneal import HMC, AnnealedImportance, AnnealedRun, Linear, bounds, log_evidence
 from pyro_anneal.chains.rounds import Goal, first_steps
 from pyro_anneal.diagnostics import checks as diagnostics
 
@@ -57,6 +57,28 @@ def test_a_round_that_is_not_to_be_believed_is_never_the_last_but_one():
     assert steps == [16, 32, 64, 128, 256]
     assert count_steps(Goal(0.02, 5, 16), lambda count: math.nan) == [16, 64, 256]
     assert count_steps(Goal(0.02, 5, 16), lambda count: 0.001) == [16]
+
+
+def test_a_round_that_costs_too_much_is_not_begun():
+    far = lambda count: 1.0
+    assert count_steps(Goal(0.02, 8, 16, most_steps=16 * 128), far) == [16, 64, 256, 1024, 2048]
+    assert count_steps(Goal(0.02, 8, 16, most_steps=300), far) == [16, 64, 256]
+    assert count_steps(Goal(0.02, 8, 16, most_steps=700), far) == [16, 64, 256, 512]
+    assert count_steps(Goal(0.02, 8, 16, most_steps=16), far) == [16]
+    last = Goal(0.02, 8, 16, most_steps=31).first(1.0)
+    assert (last.is_last, last.look) == (True, 1)  # so it may be reported, at the first look
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+def test_the_default_spares_rounds_of_many_operations(monkeypatch):
+    monkeypatch.setattr("pyro_anneal.runs.rounds._MOST_WORK", 3000.0)
+    options = {"seed": 0, "guide": None, "num_chains": 2, "progress_bar": False}
+    run = log_evidence(far_from_the_prior, X, **options)
+    assert len(run.rounds) == 1  # two chains of 32 steps with tens of operations each
+    assert run.measured_gap > 0.02
+    assert "target" in [finding.name for finding in run.diagnostics]
+    asked = log_evidence(far_from_the_prior, X, target_gap=0.02, **options)
+    assert len(asked.rounds) > 1  # a target that was asked for is gone after
 
 
 def test_long_paths_begin_with_more_steps():

@@ -312,6 +312,40 @@ def test_another_number_of_chains_is_vectorized_when_met():
     assert density.num_evaluations == 2
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "shared", "expected"),
+    [
+        (1000, 3, 3, 70),  # small: all chains together
+        (60_000, 3, 3, 1),  # operations take longer than their calls
+        (30_000, 3, 40, 69),  # a large matrix is read once for several chains
+    ],
+)
+def test_many_data_are_evaluated_for_few_chains_at_a_time(rows, columns, shared, expected):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, shared, generator=generator, dtype=torch.float64)
+    y = torch.randn(rows, generator=generator, dtype=torch.float64)
+    rest = torch.zeros(shared - columns, dtype=torch.float64)
+
+    def function(u):
+        return standard(u), standard(u) + torch.log1p(
+            (y - x @ torch.cat([u, rest])).square()
+        ).sum()
+
+    example = torch.zeros(columns, dtype=torch.float64)
+    density = capture(function, example, num_chains=70)
+    assert density.chains_at_once(70) == expected
+    u = torch.randn(70, columns, generator=generator, dtype=torch.float64)
+    state = density(u)
+    own = x[:, :columns]
+    residual = y - u @ own.T
+    torch.testing.assert_close(
+        state.log_target, standard(u) + residual.square().log1p().sum(-1), rtol=1e-10, atol=0.0
+    )
+    slope = -2.0 * residual / (1.0 + residual.square())
+    torch.testing.assert_close(state.grad_target, slope @ own - u, rtol=1e-8, atol=1e-6)
+    assert density.mode == "graph"
+
+
 def test_dtype_is_kept():
     torch.set_default_dtype(torch.float32)  # else the model's own constants are float64
     y, sigma = SCHOOLS_Y.float(), SCHOOLS_SIGMA.float()

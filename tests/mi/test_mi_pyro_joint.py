@@ -8,6 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 
 from pyro_anneal import AnnealedImportance, mi
 
@@ -186,3 +188,36 @@ def test_a_simulator_of_rows_without_likelihood():
     for bound in (lambda: mi.IWAE(joint, half_normal), lambda: mi.AIS(joint)):
         with pytest.raises(ValueError, match="needs the full joint"):
             bound()
+
+
+def reparameterized(x):
+    config = {"z": LocScaleReparam(0.0)}
+    with poutine.reparam(config=config), pyro.plate("data", len(x)):
+        shift = pyro.sample("shift", dist.Delta(torch.full((len(x),), 0.7)))
+        z = pyro.sample("z", dist.Normal(shift, 1.5))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def test_what_other_latents_fix_is_neither_x_nor_z():
+    """A reparameterized site, and a Delta, were counted as data: then information is infinite."""
+    joint = mi.PyroJoint(reparameterized, example=torch.zeros(1))
+    x_layout, z_layout = joint.layouts(torch.zeros(1))
+    assert (x_layout.names, z_layout.names) == (["x"], ["z_decentered"])
+    x, z = joint.sample(500)
+    scale = 1.5**2 / (1.5**2 + 0.25)
+    posterior = lambda x: dist.Normal(scale * (x - 0.7) / 1.5, math.sqrt(1.0 - scale))
+    est = mi.IWAE(joint, posterior, 2).estimate(x, z)
+    torch.testing.assert_close(est.pair_lower, est.pair_upper, rtol=1e-4, atol=1e-4)
+    assert abs(est.lower - 0.5 * math.log(1.0 + 1.5**2 / 0.25)) < 5 * est.lower_std_error
+
+
+def test_a_mask_of_a_distribution_is_refused_like_one_of_poutine():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(x > 0), obs=x)
+
+    with pytest.raises(NotImplementedError, match=r'at site "x".*mask'):
+        mi.BarberAgakov(model, lambda x: dist.Normal(x, 1.0)).estimate(
+            torch.zeros(4), torch.zeros(4)
+        )

@@ -266,6 +266,7 @@ def test_graphs_of_finished_data_sets_are_freed():
         texts = len(torch.fx.graph_module._loader.eval_cache)
         counts.append((graphs, texts))
         patch.setattr(pyro_anneal.persistence.memory, "_next_collection", 0.0)
+        patch.setattr(pyro_anneal.persistence.memory, "_LEAST_MADE", 0)
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Named sites of a trace as one tensor per pair, and back."""
+"""The sites that mutual information speaks of, and the map of their supports to vectors."""
 
 from __future__ import annotations
 
@@ -9,78 +9,31 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..models.coordinates import bijection
 from ..models.density import Substitute
 from ..models.moving import supports_are_static
+from ..models.packing import Packing
+from ..models.sites import is_deterministic, is_factor, unmasked
 from ..models.types import Trace
 from ..models.validation import validation_disabled
 from .bijections import Bijection, FixedBijection, check_continuous
 
-__all__ = ["Packing", "sample_sites", "site_bijection"]
-
-
-class Packing:
-    """Turns the values of named sites into one tensor per pair, and back.
-
-    One site keeps its shape; several are flattened and concatenated in the order given.
-
-    Args:
-        tails: Shape of each site's value after the pair dimension.
-        num_inner: How many dimensions of a tail, from the left, belong to plates inside a pair.
-    """
-
-    def __init__(self, tails: dict[str, torch.Size], num_inner: int = 0) -> None:
-        self.tails = tails
-        if len(tails) == 1:
-            (tail,) = tails.values()
-            kept = [size for size in tail[:num_inner] if size != 1]
-            self.event = torch.Size(kept) + tail[num_inner:]
-        else:
-            self.event = torch.Size([sum(math.prod(tail) for tail in tails.values())])
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the sites, in order."""
-        return list(self.tails)
-
-    def pack(self, values: dict[str, Tensor], num_leading: int) -> Tensor:
-        """Packs values ``[*leading, *tail]`` of the sites into ``[*leading, *event]``."""
-        tensors = [values[name] for name in self.tails]
-        lead = tensors[0].shape[:num_leading]
-        if len(tensors) > 1:
-            tensors = [torch.cat([t.reshape((*lead, -1)) for t in tensors], dim=-1)]
-        return tensors[0].reshape(lead + self.event)
-
-    def num_leading(self, packed: Tensor) -> int:
-        """Counts the dimensions before the event: 1 for ``[N]``, 2 for ``[K, N]``."""
-        count = packed.dim() - len(self.event)
-        if count not in (1, 2) or packed.shape[count:] != self.event:
-            raise ValueError(
-                f"sites {self.names} hold {list(self.event)} per pair: expected shape [N, "
-                f"{', '.join(map(str, self.event))}], got {list(packed.shape)}"
-            )
-        return count
-
-    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """Unpacks ``[(K,) N, *event]`` into the values of the sites."""
-        lead = packed.shape[: self.num_leading(packed)]
-        sizes = [math.prod(tail) for tail in self.tails.values()]
-        parts = packed.reshape((*lead, -1)).split(sizes, dim=-1)
-        return {
-            name: part.reshape(lead + tail)
-            for (name, tail), part in zip(self.tails.items(), parts, strict=True)
-        }
+__all__ = ["sample_sites", "site_bijection"]
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:
     """Collects the sample sites of a trace that carry randomness, checking what would bias MI."""
     sites = {}
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or poutine.util.site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site):
             continue
-        if type(site["fn"]).__name__ == "Unit":
+        if is_deterministic(site):
+            sites[name] = site
+            continue
+        if is_factor(site):
             raise NotImplementedError(
                 f'at site "{name}": pyro.factor makes p(x, z) unnormalized, so mutual information '
                 "is not defined; use a distribution"
@@ -91,9 +44,10 @@ def sample_sites(trace: Trace) -> dict[str, Any]:
                 f'at site "{name}": the scale is {scale}, expected 1; mutual information does not '
                 "support poutine.scale or subsampled plates"
             )
-        if site["mask"] is not None and not site["infer"].get("_deterministic"):
+        if site["mask"] is not None or unmasked(site["fn"]) is not site["fn"]:
             raise NotImplementedError(
-                f'at site "{name}": mutual information does not support poutine.mask'
+                f'at site "{name}": mutual information does not support poutine.mask, nor a '
+                "distribution's own mask"
             )
         sites[name] = site
     return sites

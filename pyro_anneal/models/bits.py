@@ -53,9 +53,10 @@ def log_prob_of_bits(trace: Trace) -> None:
     Args:
         trace: A run of a model without log densities yet; its nodes are changed.
     """
-    for _, site in density_sites(trace):
-        if "log_prob" in site or not _is_event_of_bits(site):
+    for name, found in density_sites(trace):
+        if "log_prob" in found or not _is_event_of_bits(found):
             continue
+        site = trace.nodes[name]
         fn, bits = site["fn"], site["value"]
         count = fn.reinterpreted_batch_ndims
         logits = fn.base_dist.logits
@@ -80,6 +81,6 @@ def _is_event_of_bits(site: Node) -> bool:
         return False
     try:
         base._validate_sample(bits)
-        return torch.broadcast_shapes(bits.shape, logits.shape) == logits.shape
+        return bool(torch.broadcast_shapes(bits.shape, logits.shape) == logits.shape)
     except (RuntimeError, ValueError):  # which Pyro explains
         return False

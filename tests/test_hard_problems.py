@@ -60,16 +60,6 @@ def test_documented_starts_find_all_modes(name, options):
     assert abs(float(run.lower) - problem.truth()) < 5.0 * float(run.std_error)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
-def test_a_fit_to_the_many_well_is_flagged_and_the_prior_is_near():
-    problem = HARD_PROBLEMS["many-well, 2^16 modes"]()
-    run = engine(problem).run(*problem.args)
-    assert "modes" in {found.name for found in run.diagnostics}
-    run = engine(problem, None, num_chains=256, num_steps=2000, kernel=None).run(*problem.args)
-    assert abs(float(run.lower) - problem.truth()) < 0.5
-
-
 # --- Coordinates
 
 

@@ -52,7 +52,10 @@ _GROUPS: list[tuple[Rule, str]] = [
             "_to_copy clone detach alias lift_fresh lift_fresh_copy copy tril triu masked_fill where "
             "_prelu_kernel polygamma complex real imag conj _conj _neg_view resolve_conj resolve_neg "
             "addcmul addcdiv lerp nan_to_num clamp angle log_sigmoid_forward "
-            "hardswish polar special_ndtr floor_divide"
+            "hardswish polar special_ndtr floor_divide "
+            # without the tag in torch 2.4
+            "celu celu_ elu elu_ hardshrink hardsigmoid hardsigmoid_ hardtanh hardtanh_ leaky_relu "
+            "leaky_relu_ mish rad2deg rad2deg_ relu6 selu selu_ softplus softshrink threshold"
         ),
     ),
     (

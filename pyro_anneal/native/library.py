@@ -2,12 +2,16 @@
 
 A library is found by the digest of its source, of the compiler and its options, and of the
 processor. It lies in the folder that ``PYRO_ANNEAL_CACHE_DIR`` names, else beside what torch's
-compiler keeps; the folder must belong to the user, and nobody else may write to it.
+compiler keeps; the folder must belong to the user, and nobody else may write to it. Libraries that
+were not used for longest go where there are more than 4096, or more bytes than
+``PYRO_ANNEAL_CACHE_MB`` (256) allows.
 """
 
 from __future__ import annotations
 
 import _ctypes
+import atexit
+import contextlib
 import ctypes
 import functools
 import getpass
@@ -19,6 +23,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,6 +46,9 @@ _OPTIONS = (
     "-shared",
     "-fPIC",
 )
+# What is kept on disk; a library has 15 to 100 kB.
+_MOST_MEGABYTES, _MOST_FILES = 256, 4096
+_STALE_SECONDS = 24 * 3600
 # Operations on vectors that are worth a closer look of the compiler.
 _MUCH_WORK = 20_000
 # Operations on vectors that are worth a thread.
@@ -114,12 +122,20 @@ def _place() -> Path:
             return place
     except OSError:
         pass
-    return _own_folder()
+    return _own_folder(os.getpid())
 
 
 @functools.cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="pyro_anneal_"))
+def _own_folder(process: int) -> Path:
+    """Makes a folder that goes with this process, and not with one that it forks."""
+    place = Path(tempfile.mkdtemp(prefix="pyro_anneal_"))
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(place, ignore_errors=True)
+
+    atexit.register(remove)
+    return place
 
 
 class Library:
@@ -199,19 +215,28 @@ def load(source: str, *, work: int = 0) -> Library:
     level = "-O2" if work > _MUCH_WORK else "-O1"
     digest = hashlib.sha256(f"{identity}{level}\n{source}".encode()).hexdigest()[:40]
     if digest not in _LOADED:
-        _LOADED[digest] = Library(_compiled(source, [*command, level], digest))
+        _LOADED[digest] = _loaded(source, [*command, level], digest)
         if len(_LOADED) > _CAPACITY:
             _LOADED.popitem(last=False)
     _LOADED.move_to_end(digest)
     return _LOADED[digest]
 
 
+def _loaded(source: str, command: Sequence[str], digest: str) -> Library:
+    for _ in range(3):  # another process may remove a library before it is loaded
+        with contextlib.suppress(OSError):
+            return Library(_compiled(source, command, digest))
+    raise CannotGenerate("libraries on disk cannot be loaded")
+
+
 def _compiled(source: str, command: Sequence[str], digest: str) -> Path:
     """Returns the library of a digest, compiled if it is not there."""
     place = _place()
     kept = place / f"{digest}.so"
-    if kept.exists() and _owned(kept):
-        return kept
+    with contextlib.suppress(OSError):  # another process may remove it
+        if _owned(kept):
+            os.utime(kept)  # it is in use
+            return kept
     with tempfile.TemporaryDirectory(dir=place) as own:
         text, made = Path(own) / "source.cpp", Path(own) / "library.so"
         text.write_text(source)
@@ -226,4 +251,33 @@ def _compiled(source: str, command: Sequence[str], digest: str) -> Path:
             raise CannotGenerate(f"the C++ compiler failed ({(lines or ['no reason given'])[0]})")
         made.chmod(0o700)
         os.replace(made, kept)  # another process may have been as quick, with the same content
+    _remove_oldest(place, _most_bytes())
     return kept
+
+
+def _most_bytes() -> int:
+    """Reads how much may be kept, in bytes."""
+    try:
+        return int(float(os.environ.get("PYRO_ANNEAL_CACHE_MB", _MOST_MEGABYTES)) * 2**20)
+    except (ValueError, OverflowError):
+        return _MOST_MEGABYTES * 2**20
+
+
+def _remove_oldest(place: Path, most: int) -> None:
+    """Removes libraries that were not used for longest, but the last one, and what a crash left."""
+    found, total = [], 0
+    for entry in os.scandir(place):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            status = entry.stat(follow_symlinks=False)
+            if entry.name.endswith(".so"):
+                found.append((status.st_mtime, status.st_size, entry.path))
+                total += status.st_size
+            elif stat.S_ISDIR(status.st_mode) and status.st_mtime < time.time() - _STALE_SECONDS:
+                shutil.rmtree(entry.path, ignore_errors=True)
+    found.sort()
+    for number, (_, size, path) in enumerate(found[:-1]):
+        if total <= most and len(found) - number <= _MOST_FILES:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # a process that has loaded it keeps it
+        total -= size

@@ -67,6 +67,8 @@ _ONE = {
         ]
     },
 }
+# as torch does, from the nearer end
+_LERP = "sel(lt(size_of({2}), nil({2}) + 0.5f), {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1 - {2}))"
 _NAMES = {  # aten name and overload to a formula of operands in the result's type
     **{f"{name}.default": text for name, text in _ONE.items()},
     "sgn.default": _ONE["sign"],
@@ -96,8 +98,8 @@ _NAMES = {  # aten name and overload to a formula of operands in the result's ty
     "silu_backward.default": "{0} * v_sigmoid({1}) * (1 + {1} * (1 - v_sigmoid({1})))",
     "addcmul.default": "{0} + {1} * {2}",
     "addcdiv.default": "{0} + {1} / {2}",
-    "lerp.Tensor": "{0} + {2} * ({1} - {0})",
-    "lerp.Scalar": "{0} + {2} * ({1} - {0})",
+    "lerp.Tensor": _LERP,
+    "lerp.Scalar": _LERP,
     "xlogy.Tensor": "sel(is_nan({1}), {1}, sel(eq({0}, nil({0})), nil({0}), {0} * v_log({1})))",
     "special_xlog1py.default": (
         "sel(is_nan({1}), {1}, sel(eq({0}, nil({0})), nil({0}), {0} * v_log1p({1})))"
@@ -207,7 +209,7 @@ def _elu_backward(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     below = (
         f"{i} * ({code} + {a} * {s})" if is_result else f"{s} * {a} * {i} * v_exp({i} * {code})"
     )
-    return f"({g} * sel(gt({code}, nil({code})), {s}, {below}))"
+    return f"({g} * sel(le({code}, nil({code})), {below}, {s}))"
 
 
 def _softplus(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:

@@ -34,7 +34,7 @@ def evaluate_density(position: Any) -> Any:
 
 def shape_of(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
     """Finds the shape and the type of a node's tensor."""
-    meta: Any = node.meta.get("val", node.meta.get("tensor_meta"))
+    meta: Any = node.meta.get("tensor_meta", node.meta.get("val"))
     if not hasattr(meta, "dtype"):
         raise CannotGenerate(f"the shape of {node.target} is not known")
     return tuple(int(size) for size in meta.shape), meta.dtype

@@ -1,4 +1,4 @@
-r"""Densities that a fitted base is made of: Gaussians and Student-t, dense or of low rank.
+r"""Densities that a fitted base is made of: Gaussians and Student-t, dense, of low rank, in products.
 
 With white coordinates :math:`w = S^{-1} (u - m)` of a factor S,
 
@@ -15,6 +15,8 @@ for a Gaussian, and for a multivariate Student-t of :math:`\nu` degrees of freed
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,7 +24,13 @@ from torch import Tensor
 
 from .low_rank import LowRankScale
 
-__all__ = ["Component", "DenseComponent", "LowRankComponent"]
+__all__ = [
+    "Component",
+    "DenseComponent",
+    "LowRankComponent",
+    "MixtureOfPart",
+    "ProductComponent",
+]
 
 
 class Component(Protocol):
@@ -112,3 +120,85 @@ class LowRankComponent:
         along = (self.scale.vectors.mT @ scaled.unsqueeze(-1)).squeeze(-1)
         square = scaled.square().sum(-1) + (self.shrink * along.square()).sum(-1)
         return _radial(square, self.loc.shape[-1], self.dof) - self.log_scale
+
+
+class ProductComponent:
+    r"""A product over parts of the coordinates, of a mixture each.
+
+    .. math:: \log q(u) = \sum_b \log \sum_j \pi_{bj} \, q_{bj}(u_b)
+
+    Args:
+        parts: The mixtures; their parts divide all coordinates among them.
+    """
+
+    def __init__(self, parts: Sequence[MixtureOfPart]) -> None:
+        alike: dict[tuple[int, float], list[MixtureOfPart]] = {}
+        for each in parts:
+            alike.setdefault((len(each.part), each.dof), []).append(each)
+        self.groups = [_AlikeParts(group) for group in alike.values()]
+        order = [i for group in self.groups for i in group.part.flatten().tolist()]
+        self.inverse = sorted(range(len(order)), key=order.__getitem__)
+
+    def draw(self) -> Tensor:
+        """Draws ``u`` of shape ``[D]``, each part from a term of its own."""
+        return torch.cat([group.draw() for group in self.groups])[self.inverse]
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q at rows ``[P, D]``, shape ``[P]``."""
+        return torch.stack([group.log_density(position) for group in self.groups]).sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureOfPart:
+    """A mixture of Gaussians or Student-t over some of the coordinates."""
+
+    part: list[int]
+    log_weights: Tensor  # [J]
+    loc: Tensor  # [J, D_b]
+    scale_tril: Tensor  # [J, D_b, D_b]
+    dof: float
+
+
+class _AlikeParts:
+    """Parts of one size and of the same degrees of freedom, evaluated together."""
+
+    def __init__(self, mixtures: Sequence[MixtureOfPart]) -> None:
+        most = max(len(each.log_weights) for each in mixtures)
+
+        def stacked(values: list[Tensor], fill: float | None = None) -> Tensor:
+            """Stacks to ``[B, J, ...]``, the last term repeated at no weight."""
+            filled = []
+            for value in values:
+                more = value[-1:].expand(most - len(value), *value.shape[1:])
+                filled.append(torch.cat([value, more if fill is None else more * 0.0 + fill]))
+            return torch.stack(filled)
+
+        self.loc = stacked([each.loc for each in mixtures])
+        self.scale_tril = stacked([each.scale_tril for each in mixtures])
+        log_weights = [each.log_weights.to(self.loc).log_softmax(0) for each in mixtures]
+        self.log_weights = stacked(log_weights, -torch.inf)
+        self.dof = mixtures[0].dof
+        self.part = torch.tensor([each.part for each in mixtures], device=self.loc.device)
+        identity = torch.eye(self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
+        self.whiten = torch.linalg.solve_triangular(
+            self.scale_tril, identity.expand_as(self.scale_tril), upper=False
+        )
+        log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self.log_factor = self.log_weights - log_scale
+
+    def draw(self) -> Tensor:
+        """Draws all parts in their order, ``[B * D_b]``."""
+        noise = _noise(self.loc[:, 0], self.dof)
+        # Gumbel's largest: the index stays a tensor, so that all chains are drawn at once
+        uniform = torch.rand_like(self.log_weights).clamp(min=1e-30)
+        index = (self.log_weights - (-uniform.log()).log()).argmax(1)
+        rows = torch.arange(len(self.loc), device=self.loc.device)
+        loc, scale = self.loc[rows, index], self.scale_tril[rows, index]
+        return (loc + (scale @ noise.unsqueeze(-1)).squeeze(-1)).flatten()
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Computes the sum over parts at rows ``[P, D]``, shape ``[P]``."""
+        own = position[..., self.part].unsqueeze(-2)  # [P, B, 1, D_b]
+        white = (self.whiten @ (own - self.loc).unsqueeze(-1)).squeeze(-1)
+        terms = _radial(white.square().sum(-1), own.shape[-1], self.dof) + self.log_factor
+        return terms.logsumexp(-1).sum(-1)

@@ -24,7 +24,13 @@ from .bases import (
     PriorBase,
     StandardNormalBase,
 )
-from .components import Component, DenseComponent, LowRankComponent
+from .components import (
+    Component,
+    DenseComponent,
+    LowRankComponent,
+    MixtureOfPart,
+    ProductComponent,
+)
 from .content import Remembered, content_of
 from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
@@ -185,6 +191,13 @@ def _fit(
 
 def _component(kept: dict[str, Any], example: Tensor) -> Component:
     """Makes a component from the tensors of a fit."""
+    if "parts" in kept:
+        tables = ("log_weights", "loc", "scale_tril")
+        parts = [
+            MixtureOfPart(**(part | {name: part[name].to(example) for name in tables}))
+            for part in kept["parts"]
+        ]
+        return ProductComponent(parts)
     tensors = {n: value.to(example) for n, value in kept.items() if isinstance(value, Tensor)}
     if "scale_tril" in tensors:
         return DenseComponent(tensors["loc"], tensors["scale_tril"], kept.get("dof", math.inf))

@@ -35,8 +35,10 @@ __all__ = [
     "Candidates",
     "GaussianFit",
     "ascend",
+    "elbo_of",
     "fit_gaussian",
     "follow_newton",
+    "hessians",
     "quadratic_models",
 ]
 
@@ -152,7 +154,7 @@ def _keep(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     )
 
 
-def _hessian(rows: Rows, loc: Tensor) -> Tensor:
+def hessians(rows: Rows, loc: Tensor) -> Tensor:
     """Computes Hessians of the target at ``loc`` by central differences of the gradient."""
     dim = loc.shape[-1]
     unit = 1e-5 if loc.dtype == torch.float64 else 3e-3
@@ -161,6 +163,12 @@ def _hessian(rows: Rows, loc: Tensor) -> Tensor:
     _, grad = rows(torch.cat([loc + shifts, loc - shifts]))
     columns = (grad[:dim] - grad[dim:]).movedim(0, -2) / (2.0 * width.unsqueeze(-1))
     return 0.5 * (columns + columns.mT)
+
+
+def elbo_of(rows: Rows, loc: Tensor, scale: Tensor, generator: torch.Generator) -> Candidates:
+    """Measures the evidence lower bounds of Gaussians ``[S, *batch, D]``."""
+    noise = _balanced_noise(loc, _num_draws(loc.shape[-1], rows), generator)
+    return Candidates(loc, scale, _elbo(rows(_place(loc, scale, noise))[0], scale))
 
 
 def follow_newton(
@@ -195,7 +203,7 @@ def follow_newton(
     hessian, success = torch.zeros_like(scale), torch.ones_like(value, dtype=torch.bool)
     for _ in range(num_steps):
         if bool(success.any()):
-            hessian = _hessian(rows, point).nan_to_num()
+            hessian = hessians(rows, point).nan_to_num()
         curvature, vectors, candidate = _of_curvature(hessian)
         along = (vectors.mT @ grad.unsqueeze(-1)).squeeze(-1)
         median = curvature.median(-1, keepdim=True).values
@@ -247,12 +255,10 @@ def quadratic_models(rows: Rows, points: Tensor, generator: torch.Generator) -> 
     its flanks although something narrow stands at its centre.
     """
     _, grad = (part[0] for part in rows(points.unsqueeze(0)))
-    curvature, vectors, scale = _of_curvature(_hessian(rows, points).nan_to_num())
+    curvature, vectors, scale = _of_curvature(hessians(rows, points).nan_to_num())
     along = (vectors.mT @ grad.unsqueeze(-1)).squeeze(-1)
     loc = points + (vectors @ (along / curvature).unsqueeze(-1)).squeeze(-1)
-    noise = _balanced_noise(loc, _num_draws(loc.shape[-1], rows), generator)
-    elbo = _elbo(rows(_place(loc, scale, noise))[0], scale)
-    return Candidates(loc, scale, elbo)
+    return elbo_of(rows, loc, scale, generator)
 
 
 def _pick(trials: Tensor, choice: Tensor) -> Tensor:

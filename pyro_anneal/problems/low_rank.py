@@ -38,6 +38,8 @@ _LEAST_GAIN = 0.01
 # Vectors by which the Krylov space grows, length below which nothing is left outside it, and its
 # largest dimension.
 _BLOCK, _INVARIANT, _MOST_RANK = 32, 1e-6, 256
+# Rows that products of matrices repay.
+_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ def fit_low_rank(
         ValueError: If the target has no density at the origin.
     """
     dim = origin.shape[-1]
-    rows = Rows(density, rows_at_once(density, dim), origin.dim() - 1)
+    rows = Rows(density, _rows_together(density, dim), origin.dim() - 1)
     generator = seeded_generator(origin.device, seed, "gaussian fit")
     count = min(rows.size, 32)
     rank = min(rank, dim)
@@ -146,6 +148,13 @@ def fit_low_rank(
             "from the prior (guide=None) or pass a guide"
         )
     return LowRankFit(final.loc, final.scale, final.elbo, rows.count)
+
+
+def _rows_together(density: Density, dim: int) -> int:
+    """Chooses rows per evaluation: more where they share matrices that are read once for all."""
+    together = getattr(density, "chains_at_once", None)
+    size = rows_at_once(density, dim)
+    return size if together is None else max(size, together(_ROWS))
 
 
 def _better(new: LowRankFit, old: LowRankFit) -> LowRankFit:

@@ -155,7 +155,8 @@ def mixture_of_fits(
     num_draws: int,
     most: int = 8,
     draw_prior: Callable[[int], Tensor] | None = None,
-) -> Mixture:
+    settle: bool = True,
+) -> Mixture | None:
     """Fits from further origins, and makes the base of what they found.
 
     Args:
@@ -167,10 +168,13 @@ def mixture_of_fits(
         num_draws: Draws of one adaptation.
         most: Largest number of optima kept.
         draw_prior: Draws N positions ``[N, D]`` from the prior; None where it is improper.
+        settle: Whether a base is wanted even of several modes, or where few of its draws carry
+            weight.
 
     Returns:
         The base of largest effective sample size on fresh draws; where few of them carry weight,
-        that of least divergence from a population of particles.
+        that of least divergence from a population of particles. In either case None without ``settle``
+        if there are several modes, and in the second.
     """
     plain = Mixture(torch.zeros_like(fit.elbo), fit.loc, fit.scale_tril, math.inf, symmetry)
     found = follow_newton(rows, origins, generator, num_steps=30)
@@ -184,8 +188,8 @@ def mixture_of_fits(
     adapted = adapt(rows, start, generator, num_draws=num_draws)
     best = plain
     at_best, evidence = _judge(rows, plain, generator, num_draws)
+    apart = len(distinct(several, symmetry).loc) > 1
     if len(several.loc) > 1:  # a base of one mode, or of one phase, may look better than it is
-        apart = len(distinct(several, symmetry).loc) > 1
         more = _judge(rows, adapted, generator, num_draws)[1] - evidence
         if apart or more > _MISSED:
             at_best = 0.0
@@ -194,8 +198,10 @@ def mixture_of_fits(
         fraction, _ = _judge(rows, other, generator, num_draws)
         if fraction > at_best:
             best, at_best = other, fraction
-    if at_best >= _GOOD:
+    if at_best >= _GOOD and (settle or not apart):
         return best
+    if not settle:
+        return None
     population = draw_population(
         rows,
         draw_prior,

@@ -15,6 +15,7 @@ from .branches import branch_optima
 from .components import DenseComponent
 from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
+from .independent import independent_parts, marginal_fit, rows_of_part
 from .mixtures import Mixture, mixture_of_fits
 from .over_chains import draw_prior_chains
 from .phases import likelihood_optima
@@ -77,10 +78,13 @@ def several_fits(
         branches, spent = branch_optima(model, component["loc"], generator)
         rows.count += spent
         further = torch.cat([further, branches])
+        fit = Candidates(component["loc"].unsqueeze(0), scale, bound)
+        # further optima among the points: parts that meet in a spike do not meet in a slab
+        parts = independent_parts(rows, torch.cat([fit.loc, _finite(rows, further.flip(0))[:12]]))
         mixture = mixture_of_fits(
             rows,
             further,
-            Candidates(component["loc"].unsqueeze(0), scale, bound),
+            fit,
             symmetry,
             generator,
             num_draws=_NUM_DRAWS[size],
@@ -88,11 +92,54 @@ def several_fits(
             draw_prior=None
             if layout.improper
             else lambda count: _prior_draws(model, count, vouched=vouched),
+            settle=len(parts) == 1,
         )
+        if mixture is None:
+            kept["components"] = [_of_parts(rows, further, fit, parts, generator)]
+            return kept | {"spent": rows.count}
         kept |= _as_tensors(mixture)
     if symmetry is not None and _matters(kept, symmetry):
         kept["groups"] = symmetry.spread
     return kept | {"spent": rows.count}
+
+
+def _of_parts(
+    rows: Rows,
+    origins: Tensor,
+    fit: Candidates,
+    parts: list[list[int]],
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Fits a mixture to each of the parts that do not meet."""
+    mixtures = []
+    for part in parts:
+        own = rows_of_part(rows, fit.loc[0], part)
+        mixture = mixture_of_fits(
+            own,
+            origins[:, part],
+            marginal_fit(own, fit, part, generator),
+            None,
+            generator,
+            num_draws=_NUM_DRAWS[rows.size],
+            most=_MOST_FITS,
+        )
+        assert mixture is not None
+        rows.count += own.count
+        mixtures.append(
+            {
+                "part": part,
+                "log_weights": mixture.log_weights,
+                "loc": mixture.loc,
+                "scale_tril": mixture.scale_tril,
+                "dof": mixture.dof,
+            }
+        )
+    return {"parts": mixtures}
+
+
+def _finite(rows: Rows, points: Tensor) -> Tensor:
+    """Keeps the points ``[N, D]`` that have a density."""
+    return points[rows(points)[0].isfinite()] if len(points) else points
 
 
 def _as_tensors(mixture: Mixture) -> dict[str, Any]:

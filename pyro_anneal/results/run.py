@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..weights import (
     log_normalized_weights,
 )
 from .base import Columns, Result
+from .exported import Exported
 from .files import stored
 from .findings import Diagnostic
 from .provenance import Provenance
@@ -74,7 +75,7 @@ class PilotSummary:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AnnealedRun(Result):
+class AnnealedRun(Exported, Result):
     r"""Outcome of K annealed chains over T steps in one direction.
 
     Forward chains, which is what :meth:`AnnealedImportance.run` and :func:`log_evidence` return,
@@ -505,25 +506,6 @@ class AnnealedRun(Result):
 
     def _table(self) -> Table:
         return run_table(self)
-
-    def to_arviz(
-        self,
-        *,
-        resample: bool = False,
-        num_samples: int | None = None,
-        log_likelihood: bool = False,
-        seed: int | None = None,
-    ) -> Any:
-        """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
-        from .arviz import to_arviz
-
-        return to_arviz(
-            self,
-            resample=resample,
-            num_samples=num_samples,
-            log_likelihood=log_likelihood,
-            seed=seed,
-        )
 
     def plot(self) -> Figure:
         """Draws the run; see :func:`pyro_anneal.results.plotting.plot_run`."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from .. import bounds
 from ..models.types import Figure
 from .base import Columns, Result
+from .exported import Exported
 from .findings import Diagnostic
 from .provenance import Provenance
 from .run import AnnealedRun, Estimate, std_error_over_pairs
@@ -41,7 +41,7 @@ def check_names(names: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Sandwich(Result):
+class Sandwich(Exported, Result):
     r"""Lower and upper bounds on the log evidence of SIMULATED data.
 
     Each pair (z, x) is drawn from the model, so that z is an exact posterior sample given x: the
@@ -305,25 +305,6 @@ class Sandwich(Result):
             ValueError: As there; or if there are several simulated data sets.
         """
         return self.forward.posterior_samples(num_samples, thin=thin, seed=seed)
-
-    def to_arviz(
-        self,
-        *,
-        resample: bool = False,
-        num_samples: int | None = None,
-        log_likelihood: bool = False,
-        seed: int | None = None,
-    ) -> Any:
-        """Converts to ArviZ; see :func:`pyro_anneal.results.arviz.to_arviz`."""
-        from .arviz import to_arviz
-
-        return to_arviz(
-            self,
-            resample=resample,
-            num_samples=num_samples,
-            log_likelihood=log_likelihood,
-            seed=seed,
-        )
 
     def plot(self) -> Figure:
         """Draws the sandwich; see :func:`pyro_anneal.results.plotting.plot_sandwich`."""

@@ -111,8 +111,11 @@ def test_operations_are_those_of_torch(functions, dtype):
     position = numbers.unsqueeze(-1)
     run = native(lambda u: tuple(f(u) for f in functions.values()), position[0])
     for name, got in zip(functions, run(position), strict=True):
-        expected = functions[name](position.double() if dtype == torch.float32 else position)
+        exact = torch.expm1 if name == "elu" else functions[name]  # torch 2.4 cancels there
+        expected = exact(position.double() if dtype == torch.float32 else position)
         expected = expected.to(got.dtype)
+        if name == "elu":
+            expected = torch.where(position > 0, position, expected)
         eager = functions[name](position)
         assert got.dtype == eager.dtype, name
         # torch itself overflows or is undefined earlier in float32 than in float64
@@ -123,7 +126,9 @@ def test_operations_are_those_of_torch(functions, dtype):
         eps = torch.finfo(torch.float32).eps if name == "to the other type" else eps
         own = (eager.double() - expected.double()).abs()  # what torch is off by
         error = (got.double() - expected.double()).abs() - 4.0 * own
-        bound = 8.0 * eps * expected.double().abs() + 4.0 * tiny
+        # a factor that is too small for the type may count as zero: silu at -88
+        size = position.abs().clamp(min=1.0).nan_to_num(1.0)
+        bound = 8.0 * eps * expected.double().abs() + 4.0 * tiny * size
         if name in ("digamma", "lgamma"):  # relative to their roots
             bound = bound + 32.0 * eps
         assert bool((error <= bound)[usual].all()), name
@@ -478,6 +483,42 @@ def test_files_of_others_are_not_loaded(cache, monkeypatch):
     monkeypatch.setattr(library, "_LOADED", type(library._LOADED)())
     assert run("4.5") == 4.5
     assert len(list(cache.glob("*.so"))) == 1
+
+
+@needs_compiler
+def test_what_was_used_long_ago_is_removed(cache, monkeypatch):
+    names = {}
+    for age, number in enumerate(("5.25", "5.5", "5.75")):
+        assert run(number) == float(number)
+        (names[number],) = set(cache.iterdir()) - set(names.values())
+        os.utime(names[number], (1e9 - age, 1e9 - age))  # the first is the youngest
+    monkeypatch.setattr(library, "_LOADED", type(library._LOADED)())
+    assert run("5.75") == 5.75  # the oldest was used
+    size = names["5.5"].stat().st_size
+    (cache / "left by a crash").mkdir()
+    os.utime(cache / "left by a crash", (1e9, 1e9))
+    monkeypatch.setenv("PYRO_ANNEAL_CACHE_MB", str(3.5 * size / 2**20))
+    assert run("6.25") == 6.25
+    (last,) = set(cache.glob("*.so")) - set(names.values())
+    assert set(cache.iterdir()) == {names["5.25"], names["5.75"], last}
+    monkeypatch.setattr(library, "_MOST_FILES", 2)
+    assert run("6.75") == 6.75
+    assert len(list(cache.iterdir())) == 2
+    assert last in cache.iterdir()
+
+
+def test_a_folder_of_its_own_goes_with_the_process(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(library.atexit, "register", at_exit.append)
+    monkeypatch.setattr(library.os, "getpid", lambda: 1)
+    place = library._own_folder(-7)  # made by another process, which was forked
+    at_exit[0]()
+    assert place.parent == tmp_path
+    assert place.is_dir()
+    monkeypatch.setattr(library.os, "getpid", lambda: -7)
+    at_exit[0]()
+    assert not place.exists()
 
 
 @needs_compiler

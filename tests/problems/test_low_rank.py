@@ -50,6 +50,16 @@ def test_a_gaussian_of_low_rank_is_recovered():
     assert fit.scale.stretch.shape[-1] < 100
 
 
+def test_hundreds_of_directions_are_found():
+    generator = torch.Generator().manual_seed(0)
+    design = torch.randn(100, 180, generator=generator)  # data tell along 100 directions of 180
+    target = Precise(torch.ones(180), torch.eye(180) + design.T @ design / 30.0, 2.0)
+    fit = fit_low_rank(target, torch.zeros(180), seed=0)
+    assert abs(fit.elbo.item() - 2.0) < 0.5
+    few = fit_low_rank(target, torch.zeros(180), seed=0, rank=64, num_rounds=1)
+    assert few.elbo.item() < -5.0
+
+
 @pytest.mark.slow
 def test_batch_elements_of_low_rank_are_fitted_apart():
     target = lopsided(140, 3, batch=(2,))

@@ -280,9 +280,8 @@ class Bound(nn.Module, ABC):
             control_variates: Whether log densities of simulated pairs whose entropies are known
                 serve as control variates, from 50 pairs on, with coefficients that leave bounds
                 what they are. ``"simulated"`` adds log p(x|z) and a Gaussian log q(x), centred by 32
-                fresh pairs for each pair, where the full joint is known
-                (:mod:`pyro_anneal.mi.surrogates`). Given pairs are taken as they come: they need
-                not follow the model.
+                fresh pairs for each pair, where the full joint is known. Given pairs are taken as
+                they come: they need not follow the model.
             progress_bar: Whether to show one, over batches.
 
         Returns:

@@ -8,8 +8,8 @@ the price of a bound, so each pair i gets m fresh ones of its own:
 .. math:: c_i = s(x_i, z_i) - \frac{1}{m} \sum_{j=1}^m s(x_{ij}, z_{ij}), \qquad E[c_i] = 0 .
 
 They are independent over pairs, so errors over pairs hold what the centring adds, and at most a share
-of :math:`1 / (m + 1)` of the surrogate's variance is left. Here s is log p(x|z), and a Gaussian log q(x) that is
-fitted to other simulated pairs; their coefficients are fitted like those of all control variates.
+of :math:`1 / (m + 1)` of the surrogate's variance is left. Here s is log p(x|z), and a Gaussian log q(x), of x
+with its tails drawn in, that is fitted to other simulated pairs; their coefficients are fitted like those of all control variates.
 
 Source: Owen (2013), *Monte Carlo theory, methods and examples*, section 8.9; Peherstorfer, Willcox
 and Gunzburger (2016), *Optimal model management for multifidelity Monte Carlo estimation*.
@@ -37,12 +37,15 @@ class Surrogate:
     Attributes:
         joint: The full joint density.
         loc: Mean of x, flattened, ``[D]``.
-        factor: Cholesky factor of its covariance, shrunk to the diagonal, ``[D, D]``.
+        scale: Its standard deviations.
+        factor: Cholesky factor of the covariance of what is left, with long tails drawn in, shrunk
+            to the diagonal, ``[D, D]``.
         seed: Seed of the fresh pairs.
     """
 
     joint: Joint
     loc: Tensor
+    scale: Tensor
     factor: Tensor
     seed: int
 
@@ -52,16 +55,18 @@ class Surrogate:
         with own_randomness(seed), torch.no_grad():
             x, _ = joint.sample(_NUM_FITTED)
         rows = x.reshape(len(x), -1).double()
-        centred = rows - rows.mean(0)
-        covariance = centred.mT @ centred / len(rows)
+        loc, scale = rows.mean(0), rows.std(0)
+        scale = torch.where(scale > 0.0, scale, 1.0)
+        white = _drawn_in((rows - loc) / scale)
+        covariance = white.mT @ white / len(rows)
         share = min(0.5, rows.shape[1] / len(rows))  # few pairs know little of many covariances
         diagonal = covariance.diagonal().clamp(min=1e-12)
         covariance = (1.0 - share) * covariance + torch.diag(share * diagonal + 1e-9 * diagonal)
-        return Surrogate(joint, rows.mean(0), torch.linalg.cholesky(covariance), seed)
+        return Surrogate(joint, loc, scale, torch.linalg.cholesky(covariance), seed)
 
     def values(self, x: Tensor, z: Tensor) -> Tensor:
         """Computes log p(x|z) and log q(x), up to a constant, in nats, ``[2, N]``."""
-        rows = x.reshape(len(x), -1).double() - self.loc
+        rows = _drawn_in((x.reshape(len(x), -1).double() - self.loc) / self.scale)
         white = torch.linalg.solve_triangular(self.factor, rows.mT, upper=False)
         return torch.stack(
             [self.joint.log_likelihood(x, z).double(), -0.5 * white.square().sum(0)]
@@ -84,3 +89,8 @@ class Surrogate:
                 fresh = self.values(*self.joint.sample(repeats * len(x)))
                 total += fresh.reshape(2, repeats, len(x)).sum(1)
         return found - total / _NUM_FRESH
+
+
+def _drawn_in(white: Tensor) -> Tensor:
+    """Keeps values of up to about three standard deviations, and takes logarithms beyond."""
+    return 3.0 * (white / 3.0).asinh()

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..chains.path import StepTable
 from ..graphs.folding import simplify
-from ..graphs.recording import flat_graph
+from ..graphs.recorder import flat_graph
 from ..graphs.rewriting import lift_constants
 from ..kernels import Kernel, State, Tuning
 from ..native.evaluation import DensitySource, ready, shared_value

@@ -34,7 +34,7 @@ from .bases import (
 from .content import Remembered, content_of
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
-from .fitted import FittedStart, Once, fit_start
+from .fitted import FittedStart, Once, Rebind, fit_start
 from .precision import why_float64
 
 __all__ = ["Guide", "MakeStart", "Problem", "assemble", "finish", "prepare", "reason_for_float64"]
@@ -211,6 +211,7 @@ def finish(
     gradients: bool = True,
     make_start: MakeStart | None = None,
     native: bool = False,
+    rebind: Rebind = lambda sites, function: None,
     made: Callable[[PathDensity], Any] | None = None,
 ) -> Problem:
     """Fits the base, where that is asked for, and captures the densities.
@@ -229,6 +230,7 @@ def finish(
         gradients: Likewise.
         make_start: Likewise.
         native: Likewise.
+        rebind: As of :func:`~.fitted.fit_start`.
         made: Makes the density of both ends for one chain into that for all; None to capture it.
     """
     with _hidden_sites_named(problem.model, problem.base):
@@ -244,6 +246,7 @@ def finish(
                     once=once,
                     native=native,
                     vouched=problem.vouched,
+                    rebind=rebind,
                 )
             else:
                 start = make_start(problem.model, example)
@@ -334,4 +337,5 @@ def _started(problem: Problem, start: FittedStart) -> Problem:
         function=PathDensity(start.model, start.base),
         fit_gradients=start.num_gradients,
         from_prior=start.from_prior,
+        captured=start.captured,
     )

@@ -35,6 +35,7 @@ from .components import (
     DenseComponent,
     LowRankComponent,
     MixtureOfPart,
+    NestedComponent,
     ProductComponent,
 )
 from .content import Remembered, content_of
@@ -215,6 +216,9 @@ def _component(kept: dict[str, Any], example: Tensor) -> Component:
             for part in kept["parts"]
         ]
         return ProductComponent(parts)
+    if "order" in kept:
+        tables = ("log_weights", "loc", "scale_tril")
+        return NestedComponent(**(kept | {name: kept[name].to(example) for name in tables}))
     tensors = {n: value.to(example) for n, value in kept.items() if isinstance(value, Tensor)}
     if "scale_tril" in tensors:
         return DenseComponent(tensors["loc"], tensors["scale_tril"], kept.get("dof", math.inf))

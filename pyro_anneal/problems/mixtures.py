@@ -110,7 +110,8 @@ def distinct(
         most: Largest number kept.
         widths: Whether Gaussians at one place count as two where one is much wider.
     """
-    order = found.elbo.argsort(descending=True)
+    # NaN would come first, and hide all others
+    order = found.elbo.nan_to_num(nan=-torch.inf).argsort(descending=True)
     kept: list[int] = []
     best = float(found.elbo[order[0]])
     for candidate in order.tolist():

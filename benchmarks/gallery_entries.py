@@ -414,6 +414,15 @@ def _(s):
     return Entry("examples/contrib/oed/ab_test.py", conditioned, None, (design,))
 
 
+@entry("forecast/bart")
+def _(s):
+    m = s.module("contrib/forecast/bart.py")
+    torch.manual_seed(3)
+    data = torch.randn(24 * 7 + 5, 2)
+    covariates = torch.zeros(len(data), 0)
+    return Entry("examples/contrib/forecast/bart.py", m.Model(), None, (data, covariates))
+
+
 @entry("gp/sparse")
 def _(s):
     from pyro.contrib import gp
@@ -570,3 +579,13 @@ def _(s):
     m = s.cells("stable", 14, 16, **names)
     guide = autoguide.AutoDiagonalNormal(m.reparam_model)
     return Entry("tutorial/source/stable.ipynb", m.reparam_model, guide, (0.01 * torch.randn(5),))
+
+
+@entry("tutorial/stable/log_prob")
+def _(s):
+    from pyro.infer import reparam
+
+    m = s.cells("stable", 14)
+    model = pyro.poutine.reparam(m.model, {"v": reparam.DiscreteCosineReparam()})
+    guide = autoguide.AutoDiagonalNormal(model)
+    return Entry("tutorial/source/stable.ipynb", model, guide, (0.01 * torch.randn(5),))

@@ -11,7 +11,7 @@ guide that goes the other way; minibatches of 24, Adam. A test image is judged b
 ``--eval-particles`` and by the gap of the ELBO to it, an estimate of KL(q || p). The paper trains for
 4,000,000 steps; ``--steps`` says how many here.
 
-Methods: TVO with fixed betas (``beta_1``), with ``Moments`` and with ``Tightest``; VIMCO; reweighted
+Methods: TVO with two partitions at ``beta_1``, with 30 equal ones (the default), with ``Moments`` and with ``Tightest``; VIMCO; reweighted
 wake-sleep (wake theta, wake phi) and wake-sleep (wake theta, sleep phi); Pyro's ``Trace_ELBO`` and
 ``TraceGraph_ELBO`` by the score.
 
@@ -52,11 +52,14 @@ from torch import Tensor, nn
 from pyro_anneal.losses import EUBO, IWAE, TVO, Moments, Tightest
 from pyro_anneal.losses.base import finite_or_zero
 from pyro_anneal.losses.tvo import thermodynamic
-from pyro_anneal.schedules import LogUniform
+from pyro_anneal.schedules import Linear, LogUniform
 
 METHODS = (
     "TVO tightest",
     "TVO tightest, 5",
+    "TVO tightest, 10",
+    "TVO tightest, 30",
+    "TVO linear, 30",
     "TVO moments",
     "TVO .05",
     "TVO .4",
@@ -74,6 +77,9 @@ def method(name: str, particles: int) -> Loss:
     schedules: dict[str, Any] = {
         "TVO tightest": Tightest(2),
         "TVO tightest, 5": Tightest(5),
+        "TVO tightest, 10": Tightest(10),
+        "TVO tightest, 30": Tightest(30),
+        "TVO linear, 30": Linear(30),
         "TVO moments": Moments(2),
         "TVO .05": LogUniform(0.05, partitions=2),
         "TVO .4": LogUniform(0.4, partitions=2),
@@ -215,7 +221,7 @@ def gradients(args: argparse.Namespace, images: Images, record: Record) -> None:
         for steps in sorted({args.steps // 10, args.steps}):
             part = argparse.Namespace(**(vars(args) | {"steps": steps - done}))
             trainer = Trainer(part.steps, args.batch, args.rate, seed)
-            trainer.run(*pair, method("TVO tightest", 10), images.train)
+            trainer.run(*pair, method("TVO linear, 30", 10), images.train)
             done = steps
             x = images.test[: args.batch]
             for count in args.particles:
@@ -243,9 +249,10 @@ def continuous(args: argparse.Namespace, images: Images, record: Record) -> None
     for seed in args.seeds:
         for particles in args.particles:
             losses: dict[str, Any] = {
-                "TVO tightest": TVO(particles, Tightest(5), **OPTIONS),
+                "TVO tightest": TVO(particles, Tightest(2), **OPTIONS),
+                "TVO linear, 30": TVO(particles, Linear(30), **OPTIONS),
                 "TVO .02": TVO(particles, LogUniform(0.02, partitions=5), **OPTIONS),
-                "TVO dreg": TVO(particles, Tightest(5), gradient="dreg", **OPTIONS),
+                "TVO dreg": TVO(particles, Linear(30), gradient="dreg", **OPTIONS),
                 "IWAE": IWAE(particles, **OPTIONS),
                 "VAE": Trace_ELBO(num_particles=particles, **OPTIONS),
             }

@@ -78,9 +78,9 @@ class TVOForTrace(TVO):
 
 
 class TVOTwoForTrace(TVOForTrace):
-    """TVO with its default schedule of two partitions."""
+    """TVO with two partitions."""
 
-    schedule_of_test = None
+    schedule_of_test = torch.tensor([0.0, 0.025, 1.0])
 
 
 class CovarianceForTrace(TVOForTrace):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from ..chains.path import StepTable
 from ..graphs.folding import simplify
-from ..graphs.recording import flat_graph
+from ..graphs.recorder import flat_graph
 from ..graphs.rewriting import lift_constants
 from ..kernels import Kernel, State, Tuning
 from ..native.evaluation import DensitySource, ready, shared_value
@@ -68,8 +69,71 @@ def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _each(pattern: str, size: int) -> str:
-    return f"for (i64 e = 0; e < {size}; e++) for (i64 w = 0; w < W; w++) {pattern}"
+@dataclass(frozen=True)
+class _Array:
+    """An array of vectors of chains, and where the chains' numbers lie in memory.
+
+    Attributes:
+        name: In C++.
+        dtype: Of its numbers.
+        size: Numbers of one chain.
+        pointer: Index of the tensor that it is read from, of the function's pointers.
+    """
+
+    name: str
+    dtype: torch.dtype
+    size: int
+    pointer: int
+
+    @property
+    def declared(self) -> str:
+        """Its declaration."""
+        aligned = "__attribute__((aligned(128)))"
+        return f"v{SUFFIX[self.dtype]} {self.name}[{max(self.size, 1)}] {aligned};"
+
+    def _each(self, number: str) -> str:
+        return (
+            f"for (i64 e = 0; e < {self.size}; e++) for (i64 w = 0; w < W; w++) "
+            f"{self.name}[e][w] = (({SCALARS[self.dtype]} *)p[{self.pointer}])[{number}];"
+        )
+
+    @property
+    def loaded(self) -> str:
+        """Reads it from ``[K, size]``."""
+        return self._each(f"row[w] * {self.size} + e")
+
+    @property
+    def drawn(self) -> str:
+        """Reads it for step ``s`` from ``[n, size, K]``, at once where chains fill the vector."""
+        scalar, place = SCALARS[self.dtype], f"(s * {self.size} + e) * count"
+        whole = (
+            f"for (i64 e = 0; e < {self.size}; e++) __builtin_memcpy(&{self.name}[e], "
+            f"({scalar} *)p[{self.pointer}] + {place} + first, W * sizeof({scalar}));"
+        )
+        return f"if (filled == W) {whole} else {self._each(f'{place} + row[w]')}"
+
+    def kept(self, new: _Array) -> str:
+        """Takes the numbers of another array."""
+        kind = SUFFIX[self.dtype]
+        return f"for (i64 e = 0; e < {new.size}; e++) {self.name}[e] = to_{kind}({new.name}[e]);"
+
+    def stored(self, shift: int) -> str:
+        """Writes it to ``[K, size]``, at the pointer ``shift`` further on."""
+        return (
+            f"for (i64 w = 0; w < filled; w++) for (i64 e = 0; e < {self.size}; e++) "
+            f"(({SCALARS[self.dtype]} *)p[{self.pointer + shift}])[(first + w) * {self.size} + e] = "
+            f"{self.name}[e][w];"
+        )
+
+
+def _carried(state: State) -> list[_Array]:
+    """Names what a chunk carries: the state, the log-weights and their integral."""
+    arrays = [
+        _Array(f"state{k}", x.dtype, _numel(x.shape[1:]), 1 + k) for k, x in enumerate(state)
+    ]
+    for name in ("log_weights", "integral"):
+        arrays.append(_Array(name, torch.float64, arrays[1].size, 1 + len(arrays)))
+    return arrays
 
 
 class NativeLoop:
@@ -125,11 +189,9 @@ class NativeLoop:
         outputs: Sequence[Value],
         step_scratch: int,
     ) -> str:
-        aligned = "__attribute__((aligned(128)))"
-        states = [(SUFFIX[x.dtype], SCALARS[x.dtype], _numel(x.shape[1:])) for x in state]
-        states += [("d", "double", states[1][2])] * 2
-        names = [*(f"state{k}" for k in range(5)), "log_weights", "integral"]
-        batch = states[1][2]
+        """Writes the function that runs all steps of one vector of chains, then the next."""
+        carried = _carried(state)
+        batch = carried[1].size
         # pointers: steps, 7 carried, noise, 3 columns of tuning, 2 of weights, own constants,
         # what the density reads, 7 carried, 3 seen
         at_noise, at_row = 8, 8 + len(noise)
@@ -137,62 +199,36 @@ class NativeLoop:
         own = width + 2
         first = own + len(self.constants)
         out = first + self.source.num_shared
-        lines = [
-            f"v{t} {n}[{max(size, 1)}] {aligned};"
-            for n, (t, _, size) in zip(names, states, strict=True)
+        drawn = [
+            _Array(f"noise{k}", x.dtype, _numel(x.shape[1:]), at_noise + k)
+            for k, x in enumerate(noise)
         ]
-        loads = [
-            _each(f"{n}[e][w] = (({kind} *)p[{1 + k}])[row[w] * {size} + e];", size)
-            for k, (n, (_, kind, size)) in enumerate(zip(names, states, strict=True))
+        names = [*(f"new{k}" for k in range(5)), "accepted", "diverged"]
+        results = [
+            _Array(name, value.dtype, value.size, 0)
+            for name, value in zip(names, outputs, strict=True)
         ]
-        stores = [
-            f"for (i64 w = 0; w < filled; w++) for (i64 e = 0; e < {size}; e++) "
-            f"(({kind} *)p[{out + k}])[(first + w) * {size} + e] = {n}[e][w];"
-            for k, (n, (_, kind, size)) in enumerate(zip(names, states, strict=True))
-        ]
-        draws, pointers = [], [f"state{k}" for k in range(5)]
-        for k, part in enumerate(noise):
-            kind, size = SCALARS[part.dtype], _numel(part.shape[1:])
-            lines.append(f"v{SUFFIX[part.dtype]} noise{k}[{max(size, 1)}] {aligned};")
-            draws.append(
-                f"if (filled == W) for (i64 e = 0; e < {size}; e++) __builtin_memcpy(&noise{k}[e], "
-                f"({kind} *)p[{at_noise + k}] + (s * {size} + e) * count + first, "
-                f"W * sizeof({kind})); else "
-                + _each(
-                    f"noise{k}[e][w] = (({kind} *)p[{at_noise + k}])[(s * {size} + e) * count + row[w]];",
-                    size,
-                )
-            )
-            pointers.append(f"noise{k}")
+        inputs = [*(array.name for array in carried[:5]), *(array.name for array in drawn)]
         for k, part in enumerate(row):
-            pointers.append(f"({SCALARS[part.dtype]} *)p[{at_row + k}] + s * {part.numel()}")
-        pointers += [f"p[{own + k}]" for k in range(len(self.constants))]
-        news, keeps = [], []
-        for k, value in enumerate(outputs[:5]):
-            news.append(f"new{k}")
-            lines.append(f"v{SUFFIX[value.dtype]} new{k}[{max(value.size, 1)}] {aligned};")
-            keeps.append(
-                f"for (i64 e = 0; e < {value.size}; e++) state{k}[e] = to_{states[k][0]}(new{k}[e]);"
-            )
-        for name, value in zip(("accepted", "diverged"), outputs[5:], strict=True):
-            news.append(name)
-            lines.append(f"v{SUFFIX[value.dtype]} {name}[{max(value.size, 1)}] {aligned};")
+            inputs.append(f"({SCALARS[part.dtype]} *)p[{at_row + k}] + s * {part.numel()}")
+        inputs += [f"p[{own + k}]" for k in range(len(self.constants))]
         self._accepted = outputs[5].dtype
+        pairs = zip(carried[:5], results, strict=False)
         return _RUN.format(
-            declarations="\n  ".join(lines),
+            declarations="\n  ".join(x.declared for x in (*carried, *drawn, *results)),
             num_density=1 + self.source.num_shared,
             first_density=first - 1,
-            loads="\n    ".join(loads),
-            noise="\n      ".join(draws),
-            inputs=", ".join(f"(void *)({pointer})" for pointer in pointers),
-            outputs=", ".join(news),
+            loads="\n    ".join(array.loaded for array in carried),
+            noise="\n      ".join(array.drawn for array in drawn),
+            inputs=", ".join(f"(void *)({pointer})" for pointer in inputs),
+            outputs=", ".join(names),
             step_scratch=step_scratch,
-            keeps=" ".join(keeps),
+            keeps=" ".join(old.kept(new) for old, new in pairs),
             width=width,
             batch=batch,
             seen=out + 7,
             real=SCALARS[outputs[5].dtype],
-            stores="\n    ".join(stores),
+            stores="\n    ".join(array.stored(out - 1) for array in carried),
         )
 
     def __call__(

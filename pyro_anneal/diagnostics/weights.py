@@ -16,7 +16,12 @@ __all__ = ["check_dominance", "check_lag", "check_lineages", "check_weights", "c
 
 
 def check_weights(
-    run: AnnealedRun, *, min_fraction: float = 0.1, few: float = 1 / 3, max_share: float = 0.1
+    run: AnnealedRun,
+    *,
+    min_fraction: float = 0.1,
+    few: float = 1 / 3,
+    max_share: float = 0.1,
+    max_error: float = 0.5,
 ) -> Diagnostic | None:
     r"""Looks for effective sample sizes of few chains, and for their collapse.
 
@@ -24,13 +29,15 @@ def check_weights(
     third of 64 is enough. In a batch, some elements may fall below by chance, but none below a
     tenth. Fewer than 8 chains say little by their effective sample size, so for them the variance
     of the log-weights counts as well: of log-normal weights
-    :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`.
+    :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`. Resampling evens the weights out, after which the
+    standard error still tells: beyond half a nat no error bar of a skewed estimate can be trusted.
 
     Args:
         run: A run of either direction.
         min_fraction: Least effective sample size over K of any batch element.
         few: Least effective sample size over K, or over 64 where K is larger, of most.
         max_share: Share of the batch elements that may have fewer.
+        max_error: Largest standard error, in nats, of most, where chains were resampled.
 
     Returns:
         A finding whose value is the share of batch elements concerned, or ``None``.
@@ -39,6 +46,10 @@ def check_weights(
     if 1 < run.num_chains < 8:
         collapsed |= run.log_weights.var(dim=0) > -math.log(min_fraction)
     rests_on_few = run.ess < few * min(run.num_chains, 64)
+    error = ""
+    if run.num_lineages is not None:
+        rests_on_few |= run.std_error > max_error
+        error = f", standard error up to {run.std_error.max().item():.2g} nats"
     if share_of(rests_on_few) > max_share:
         collapsed |= rests_on_few
     share = share_of(collapsed)
@@ -49,7 +60,7 @@ def check_weights(
         severity="warning",
         message=(
             f"the weights differ too much{_of_batch(collapsed)}: effective sample size down to "
-            f"{run.ess.min().item():.1f} of {run.num_chains}, so that few chains decide and the "
+            f"{run.ess.min().item():.1f} of {run.num_chains}{error}, so that few chains decide and the "
             "bound may be nats off; raise num_steps or num_chains, or start closer to the "
             "posterior (another guide)"
         ),

@@ -1,10 +1,11 @@
-"""Branches that a recording need not take: assertions, and shortcuts inside Pyro.
+"""Branches that a recording need not take: assertions, warnings, and shortcuts inside Pyro.
 
 ``assert (z >= 0).all()`` reads a value of a latent in Python, which no graph allows. What it says
-holds wherever the model is right, and ``python -O`` drops it: so does a recording.
+holds wherever the model is right, and ``python -O`` drops it: so does a recording. Pyro's
+``warn_if_nan`` and ``warn_if_inf`` change no value, either.
 
-Pyro's stable distributions test whether any parameter lies near a hole of their formulas, only to
-save work where none does. While a density is recorded they take the way that is right for all, and
+Pyro's stable distributions test whether any parameter or value lies near a hole of their formulas,
+only to save work where none does. While a density is recorded they take the way that is right for all, and
 that has no branch.
 """
 
@@ -13,35 +14,55 @@ from __future__ import annotations
 import dis
 import functools
 import math
+import os
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pyro.distributions.stable as pyro_stable
 import pyro.infer.reparam.stable as pyro_reparam
+import pyro.util
 import torch
 from torch import Tensor
 
 __all__ = ["asserted_value", "without_shortcuts"]
 
 
+# Modules of Pyro that hold the log density of stable distributions, in versions that have it.
+_DENSITIES = [
+    module
+    for name in ("pyro.distributions.stable", "pyro.distributions.stable_log_prob")
+    if (module := sys.modules.get(name)) is not None and hasattr(module, "_stable_log_prob")
+]
+_WARNINGS = frozenset(
+    function.__code__ for function in (pyro.util.warn_if_nan, pyro.util.warn_if_inf)
+)
+# What lies between a number and who asks for it.
+_BETWEEN = tuple(
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
+
+
 def asserted_value() -> bool | None:
-    """Finds out whether the truth value asked for now is that of an assertion.
+    """Finds out whether the truth value asked for now is that of an assertion or a warning.
 
     Returns:
-        The value with which it holds; None for any other branch.
+        The value with which it holds, or with which nothing is said; None for any other branch.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and _is_between(frame):
         frame = frame.f_back
+    if frame is not None and frame.f_code in _WARNINGS:
+        return False
     return None if frame is None else _assertion_at(frame.f_code, frame.f_lasti)
 
 
 def _is_between(frame: types.FrameType) -> bool:
-    return frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename == __file__
+    return frame.f_code.co_filename.startswith(_BETWEEN)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,6 +93,8 @@ def without_shortcuts() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "_standard_stable", _stable))
         if hasattr(pyro_reparam, "_safe_shift"):
             stack.enter_context(mock.patch.object(pyro_reparam, "_safe_shift", _shift))
+        for module in _DENSITIES:
+            stack.enter_context(mock.patch.object(module, "_stable_log_prob", _log_density))
         yield
 
 
@@ -110,3 +133,40 @@ def _points(alpha: Tensor, radius: float) -> Iterator[tuple[Tensor, Tensor]]:
         point = torch.where(near, 1.0 + side * radius, middle)
         weight = torch.where(near, 1.0 - (point - middle).abs() / (2.0 * radius), 0.5)
         yield alpha + (point - middle), weight
+
+
+def _log_density(alpha: Tensor, beta: Tensor, value: Tensor, coords: str) -> Tensor:
+    """Computes what Pyro's ``_stable_log_prob`` does, for alpha near 1 and elsewhere alike."""
+    formulas: Any = sys.modules["pyro.distributions.stable_log_prob"]
+    if coords == "S":
+        value = torch.where(alpha == 1, value, value - beta * (math.pi / 2 * alpha)).tan()
+    elif coords != "S0":
+        raise ValueError(f"Unknown coords: {coords}")
+    radius = formulas.alpha_near_one_tolerance
+    near = (alpha - 1.0).abs() < radius
+    above = _log_density_off_one(torch.where(near, 1.0 + radius, alpha), beta, value)
+    below = _log_density_off_one(torch.full_like(alpha, 1.0 - radius), beta, value)
+    return _between(near, alpha - 1.0, radius, above, below)
+
+
+def _log_density_off_one(alpha: Tensor, beta: Tensor, value: Tensor) -> Tensor:
+    """Computes the log density where alpha is not near 1, for values near 0 and elsewhere alike."""
+    formulas: Any = sys.modules["pyro.distributions.stable_log_prob"]
+    value = value + beta * (math.pi / 2 * alpha).tan()
+    density_at_zero = formulas._unsafe_alpha_stable_log_prob_at_zero(alpha, 0).exp()
+    radius = (formulas.value_near_zero_tolerance_alpha * alpha / (1.0 - alpha).abs()).clamp(
+        max=formulas.value_near_zero_tolerance_density * density_at_zero.reciprocal()
+    )
+    near = value.abs() < radius
+    above = formulas._unsafe_stable_log_prob(alpha, beta, torch.where(near, radius, value))
+    below = formulas._unsafe_stable_log_prob(alpha, beta, -radius)
+    return _between(near, value, radius, above, below)
+
+
+def _between(
+    near: Tensor, offset: Tensor, radius: Tensor | float, above: Tensor, below: Tensor
+) -> Tensor:
+    """Interpolates between densities at either side of a hole, where it is near."""
+    weight = torch.where(near, offset, 0.0) / (2.0 * radius) + 0.5
+    mixed = torch.logaddexp(above + weight.log(), below + (1.0 - weight).log())
+    return torch.where(near, mixed, above)

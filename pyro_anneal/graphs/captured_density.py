@@ -209,11 +209,10 @@ class CapturedDensity:
 
     def without_data(self) -> CapturedDensity:
         """Returns the graphs alone, for :meth:`on_recording` to put data in."""
-        assert self._trace is not None
-        other = copy.copy(self)
+        other, traced = copy.copy(self), self._required
         exits = tuple(replace(exit, sources=()) for exit in self.exits)
-        made = self._trace.constants[self._trace.num_read :]
-        other._trace = replace(self._trace, constants=made, exits=exits)
+        made = traced.constants[traced.num_read :]
+        other._trace = replace(traced, constants=made, exits=exits)
         other.exits, other.function = exits, None
         other._constants, other._evaluators = [], {}
         return other
@@ -237,13 +236,12 @@ class CapturedDensity:
         Returns:
             The density of the function; None if a number that left the recording is another.
         """
-        assert self._trace is not None
-        other = copy.copy(self)
+        other, traced = copy.copy(self), self._required
         other.function, other.example, other.num_chains = function, example, num_chains
         other.num_evaluations = 0
         other.exits = tuple(recording.influence.exits)
-        other._constants = [*recording.constants, *self._trace.constants]
-        other._trace = replace(self._trace, constants=other._constants, exits=other.exits)
+        other._constants = [*recording.constants, *traced.constants]
+        other._trace = replace(traced, constants=other._constants, exits=other.exits)
         other._evaluators = {}
         if not other.serves():
             return None
@@ -291,8 +289,6 @@ class CapturedDensity:
         Raises:
             ValueError: If there is no graph.
         """
-        if self._trace is None:
-            raise ValueError(f"no graph of one chain: {self.reason}")
         evaluator = self._evaluator(None)
         return evaluator.body, list(evaluator.values)
 
@@ -362,6 +358,13 @@ class CapturedDensity:
                 "out of batch_plates to treat it jointly"
             )
 
+    @property
+    def _required(self) -> Trace:
+        """The recording, where what is asked needs one."""
+        if self._trace is None:
+            raise ValueError(f"no graph of one chain: {self.reason}")
+        return self._trace
+
     def _prepare(self) -> None:
         """Makes what evaluates the chains, where there is a graph."""
         if self._trace is not None and self._native() is None:
@@ -382,11 +385,10 @@ class CapturedDensity:
 
     def _evaluator(self, num_chains: int | None) -> Evaluator:
         """Finds or makes the graph of K chains; of one chain for None, or if vmap fails."""
-        assert self._trace is not None
         key = None if self._looped else num_chains
         if key in self._evaluators:
             return self._evaluators[key]
-        traced, program = self._trace, self._programs.get(key)
+        traced, program = self._required, self._programs.get(key)
         constants = [constant.detach() for constant in self._constants]
         if program is None:
             if key is not None:

@@ -16,18 +16,19 @@ Without an exit of the first two kinds the graph is proven to serve all data of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..models.places import Place, current_place, described
 from .assertions import asserted_value
+from .branches import Branches
+from .recorder import current_recorder
 from .rewriting import Unsupported
 
 __all__ = ["Exit", "ExitsByFunction", "Guard", "Influence", "PositionLeft"]
@@ -122,6 +123,8 @@ class Influence:
         self.exits: list[Exit] = []
         self.guards: list[Guard] = []
         self._is_noted = False
+        self.branches = Branches()
+        self._recorder = current_recorder()
         self.mark(position, frozenset({_POSITION}))
 
     @contextmanager
@@ -191,9 +194,13 @@ class Influence:
         """Runs one operation, follows its results, and notes what leaves by it."""
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if torch.Tag.data_dependent_output in func.tags:
+            if _POSITION in self.of(*inputs):  # in a hook, where no function is seen
+                holds = asserted_value()
+                if holds is not None:
+                    return holds
             if not self._is_noted:
                 self.leave(_python_name(func), inputs)
-            with disable_proxy_modes_tracing():
+            with nullcontext() if self._recorder is None else self._recorder.paused():
                 return func(*args, **kwargs)
         shaping, counted = _shaping(func, args, inputs)
         if _POSITION in self.of(*shaping):
@@ -269,6 +276,10 @@ class ExitsByFunction(TorchFunctionMode):
                 holds = asserted_value()
                 if holds is not None:
                     return holds
+                if self.influence.branches.is_open:
+                    with self.influence.noted():
+                        value = func(*args, **kwargs)
+                    return self.influence.branches.take(args[0], value)
             self.influence.leave(_WORDS.get(name, f".{name}()"), args[:1])
             with self.influence.noted():
                 return func(*args, **kwargs)

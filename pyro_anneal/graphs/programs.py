@@ -13,7 +13,6 @@ from ..native.evaluation import DensitySource, NativeDensity, density_source, re
 from ..native.values import CannotGenerate
 from .evaluation import Outputs
 from .recording import Trace
-from .repetition import ComputeOnce, WrittenTo, repeated_dims
 from .rewriting import dependent_nodes
 
 __all__ = ["Evaluator", "Native", "Program", "replaced", "split", "stacked"]
@@ -112,11 +111,7 @@ class Evaluator:
         prologue = self.program.prologue
         with torch.no_grad():
             tensors = [_dense(constant.detach()) for constant in (*constants, *self.program.own)]
-            try:
-                with ComputeOnce():  # type: ignore[no-untyped-call]
-                    values = list(prologue(*tensors))
-            except WrittenTo:
-                values = list(prologue(*tensors))
+            values = list(prologue(*tensors))
         if self.program.layouts is None:
             self.program.layouts = [(value.shape, value.stride()) for value in values]
         for at, (shape, strides) in enumerate(self.program.layouts):
@@ -144,7 +139,9 @@ class Evaluator:
 
 def _dense(tensor: Tensor) -> Tensor:
     """Leaves only repetitions that follow from the graph, the same for any data."""
-    return tensor.contiguous() if repeated_dims(tensor) else tensor
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    repeats = any(size > 1 and stride == 0 for size, stride in sizes)
+    return tensor.contiguous() if repeats else tensor
 
 
 def _with_strides(strides: tuple[int, ...], value: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from .rewriting import Impure, is_random
 
 __all__ = ["check_pure", "evaluate_rows", "rows_meet_at", "undisturbed", "worst_difference"]
 
+_DRAWS = 10  # where numbers are drawn outside of torch: a coin shows itself but once in 1000
 _NAMES = ("log_base", "log_target", "grad_base", "grad_target")
 
 
@@ -62,9 +65,10 @@ def check_pure(function: LogDensities, position: Tensor, *, gradients: bool = Tr
         # The first call may initialize parameters, at random.
         with _without_gradients_explained():
             first = evaluate_or_nan(function, position, strict=True, gradients=gradients)
-        before = _random_state(position.device)
+        before, outside = _random_state(position.device), _state_outside_torch()
         result = evaluate_or_nan(function, position, strict=True, gradients=gradients)
         after = _random_state(position.device)
+        drawn_outside = _state_outside_torch() != outside
     changed = buffers.restore()
     if changed is not None:
         raise Impure(
@@ -78,6 +82,13 @@ def check_pure(function: LogDensities, position: Tensor, *, gradients: bool = Tr
             f"the density draws random numbers{_random_culprit(function, position)}: annealing "
             "needs a deterministic density; call .eval() on modules with dropout, and give every "
             "latent a value"
+        )
+    if drawn_outside and not all(  # perhaps of two numbers, so that two draws may well agree
+        _same_under_other_draws(function, position, result, gradients) for _ in range(_DRAWS)
+    ):
+        raise Impure(
+            "the density draws numbers from Python's random or numpy.random: annealing needs a "
+            "deterministic density; draw them once, before the model is called"
         )
     for name, one, two in zip(("log_base", "log_target"), first, result, strict=False):
         # Some GPU kernels add in any order: rounding may differ, values may not.
@@ -185,6 +196,12 @@ def _random_state(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+def _state_outside_torch() -> tuple[bytes, object, object]:
+    """Reads the states of the generators of numpy and of Python."""
+    _, keys, place, *_ = np.random.get_state(legacy=True)
+    return np.asarray(keys).tobytes(), place, random.getstate()
 
 
 class _Buffers:

@@ -11,30 +11,23 @@ the position is split off, to run once per annealing run instead of once per eva
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.proxy_tensor import (
-    get_innermost_proxy_mode,
-    make_fx,
-)
-from torch.fx.passes.shape_prop import ShapeProp
 
-from ..models.places import current_place
+from ..models.places import current_place, described
 from .assertions import without_shortcuts
+from .branches import Untaken, along_branches
 from .evaluation import FailuresAsNaN, LogDensities, as_written, evaluate, values_of
 from .exits import Exit, ExitsByFunction, Influence, PositionLeft
 from .folding import fold_uniform, shapes_to_literals, simplify
 from .guards import Guards, split_guards
+from .recorder import current_recorder, flat_graph
 from .rewriting import (
     drop_dead,
     is_mutable,
@@ -48,7 +41,6 @@ __all__ = [
     "Recording",
     "Trace",
     "batch",
-    "flat_graph",
     "record",
     "record_densities",
     "trace",
@@ -85,13 +77,13 @@ class _Recording(FailuresAsNaN):
     """Follows what position and data reach, and lets numbers leave that data alone reach.
 
     A branch on the data, a loop over ``range(len(x))`` or over a sequential plate are the same in
-    every evaluation. ``make_fx`` refuses them all, since it does not know which operations lie
-    between the position and a number. The numbers are recorded as constants, with a guard.
+    every evaluation. The numbers are recorded as constants, with a guard.
     """
 
     def __init__(self, influence: Influence) -> None:
         super().__init__()
         self.influence = influence
+        self.recorder = current_recorder()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -101,21 +93,9 @@ class _Recording(FailuresAsNaN):
         result = self.influence.follow(
             func, args, kwargs or {}, lambda func, args, kwargs: run(func, types, args, kwargs)
         )
-        _note_place()
+        if self.recorder is not None:
+            self.recorder.note_place(current_place)
         return result
-
-
-def _note_place() -> None:
-    """Tells the nodes recorded last which line of the model they come from."""
-    mode = get_innermost_proxy_mode()
-    if mode is None:
-        return
-    place = None
-    for node in reversed(mode.tracer.graph.nodes):
-        if node.op != "call_function" or "place" in node.meta:
-            return
-        place = place or current_place()
-        node.meta["place"] = place
 
 
 @contextmanager
@@ -127,66 +107,6 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
-
-
-def _sources_when_called() -> AbstractContextManager[Any]:
-    """Makes the source of recorded graphs when they are first called, where torch can."""
-    try:
-        from torch.fx._lazy_graph_module import _use_lazy_graph_module
-    except ImportError:
-        return nullcontext()
-    return _use_lazy_graph_module(True)
-
-
-@contextmanager
-def _without_fake_values() -> Iterator[None]:
-    """Leaves out the fake tensor by which make_fx describes every value, beside its metadata.
-
-    Nothing here reads it, and it is near half the time of a recording. Values that are fake already
-    are described as always, and so is what another thread records meanwhile.
-    """
-    extract: Any = getattr(proxy_tensor, "extract_val", None)
-    if extract is None:
-        yield
-        return
-    own = threading.get_ident()
-
-    def described(value: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(value) in (Tensor, torch.nn.Parameter) and threading.get_ident() == own:
-            return None
-        return extract(value, *args, **kwargs)
-
-    module: Any = proxy_tensor
-    module.extract_val = described
-    try:
-        yield
-    finally:
-        module.extract_val = extract
-
-
-def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """Records aten operations with make_fx, under one fake mode.
-
-    make_fx describes values by fake tensors and, where it finds no fake mode, makes a new one
-    for each: most of the time of a recording. The graph's source is made when it is first called,
-    not after each pass. What recorded refers to itself; emptied, it does not hold the tensors that
-    the function read until garbage is collected.
-    """
-    tracers: list[Any] = []
-
-    def noted(*inputs: Tensor) -> Any:
-        mode = get_innermost_proxy_mode()
-        if mode is not None:
-            tracers.append(mode.tracer)
-        return function(*inputs)
-
-    try:
-        fakes = FakeTensorMode(allow_fallback_kernels=True)
-        with tracing(TracingContext(fakes)), _sources_when_called(), _without_fake_values():
-            return make_fx(noted)(*inputs)
-    finally:
-        for tracer in tracers:
-            vars(tracer).clear()
 
 
 def trace(
@@ -214,8 +134,7 @@ def trace(
     Raises:
         Unsupported: If operations' shapes depend on the position.
         Impure: If the function writes into a tensor that it did not create, or draws randomly.
-        Exception: Whatever :func:`~torch.fx.experimental.proxy_tensor.make_fx` or the function
-            raise, for example at a branch that depends on the position.
+        Exception: Whatever the function raises while it is recorded.
     """
     if recording is None:
         recording = record_densities(
@@ -227,7 +146,6 @@ def trace(
     guards = split_guards(graph, position, constants, noted)
     drop_dead(graph)
     refuse_randomness(graph)
-    ShapeProp(graph).propagate(position, *(constant.detach() for constant in constants))
     shapes_to_literals(graph, position.device)
     constants = constants + make_batchable(graph, position.device)
     fold_uniform(simplify(graph), position.device)
@@ -248,7 +166,7 @@ def record_densities(
             return values_of(function, leaf)
         return evaluate(function, leaf, gradients=gradients)
 
-    return _record(outputs, position)
+    return _record(outputs, position, branching=not only_values)
 
 
 def record(
@@ -269,14 +187,19 @@ def record(
     return graph, constants, recording.influence
 
 
-def _record(function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor) -> Recording:
+def _record(
+    function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor, *, branching: bool = True
+) -> Recording:
     noted: list[Influence] = []
 
     def recorded(leaf: Tensor) -> tuple[Tensor, ...]:
         influence = Influence(leaf)
         noted.append(influence)
         with _Recording(influence), ExitsByFunction(influence):
-            outputs = function(leaf)
+            if branching:
+                outputs = _along_branches(lambda: function(leaf), influence)
+            else:  # to be differentiated: what one way gives would reach the others
+                outputs = function(leaf)
         for exit in influence.exits:
             if exit.reached_by == "position":  # the model caught the exception
                 raise PositionLeft(exit)
@@ -286,6 +209,16 @@ def _record(function: Callable[[Tensor], tuple[Tensor, ...]], position: Tensor) 
         graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
     return Recording(graph, constants, noted[-1], str(graph.code))
+
+
+def _along_branches(
+    function: Callable[[], tuple[Tensor, ...]], influence: Influence
+) -> tuple[Tensor, ...]:
+    try:
+        return along_branches(function, influence.branches)
+    except Untaken as error:
+        place = described(influence.branches.place)
+        raise PositionLeft(Exit("a branch", place, "position")) from error
 
 
 def _functional(recording: Recording, position: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -306,11 +239,9 @@ class _WithPlaces(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         """Runs one node."""
         result = super().run_node(node)
-        mode = get_innermost_proxy_mode()
-        for new in reversed(mode.tracer.graph.nodes) if mode is not None else ():
-            if new.op != "call_function" or "place" in new.meta:
-                break
-            new.meta["place"] = node.meta.get("place")
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.note_place(lambda: node.meta.get("place"))
         return result
 
 
@@ -339,5 +270,4 @@ def batch(graph: fx.GraphModule, position: Tensor, constants: Sequence[Tensor]) 
         warnings.simplefilter("ignore")
         batched = flat_graph(chains, position, *constants)
         constants = [*constants, *lift_constants(batched)]
-        ShapeProp(batched).propagate(position, *constants)
     return Trace(simplify(batched), constants)

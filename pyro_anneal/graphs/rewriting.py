@@ -64,12 +64,17 @@ def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
     placeholders: dict[int, fx.Node] = {}
     constants: list[Tensor] = []
     captured: set[str] = set()
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":
             continue
         tensor = operator.attrgetter(node.target)(graph)
         if id(tensor) not in placeholders:
-            placeholders[id(tensor)] = _new_input(graph.graph)
+            with graph.graph.inserting_after(inputs[-1]):
+                new = graph.graph.placeholder(f"constant_{len(inputs) - 1}")
+            new.meta = dict(node.meta)
+            inputs.append(new)
+            placeholders[id(tensor)] = new
             constants.append(tensor)
         node.replace_all_uses_with(placeholders[id(tensor)])
         graph.graph.erase_node(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..arguments import as_count, as_real
@@ -42,11 +43,12 @@ def leapfrog(
         The end state and the momentum there.
     """
     move = tuning.step_size.unsqueeze(-1) * tuning.scale
-    half_kick = 0.5 * move
-    for _ in range(num_steps):
-        momentum = momentum + half_kick * state.grad(beta)
-        state = density(state.position + move * momentum)
-        momentum = momentum + half_kick * state.grad(beta)
+    half = 0.5 * move
+    momentum = torch.addcmul(momentum, half, state.grad(beta))
+    for left in reversed(range(num_steps)):
+        state = density(torch.addcmul(state.position, move, momentum))
+        # between two leapfrogs, two half steps of the momentum are one
+        momentum = torch.addcmul(momentum, move if left else half, state.grad(beta))
     return state, momentum
 
 

@@ -13,7 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.elbo import ELBO
-from pyro.util import warn_if_nan
+from pyro.util import get_rng_state, set_rng_state, warn_if_nan
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -91,6 +91,8 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             options["max_plate_nesting"] = as_count("max_plate_nesting", nesting, least=0)
         super().__init__(num_particles=num_particles, **options)
         self._warned: set[str] = set()
+        # Whether a model was seen that has sites to sum out; None before the first.
+        self._enumerates: bool | None = None
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self._fields().items())
@@ -225,7 +227,8 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
             self._guess(model, guide, model_arguments, guide_arguments)
         runs: list[Run] = []
         while len(runs) < (1 if vectorized else count):
-            finite = self.max_plate_nesting < math.inf
+            enumerates = self._enumerates and self.max_plate_nesting < math.inf
+            state = get_rng_state() if self._enumerates is None else None
             try:
                 run = run_guide(
                     self._in_particle_plate(model, count) if vectorized else model,
@@ -234,15 +237,20 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
                     guide_arguments,
                     gates=gates,
                     shared=shared,
-                    first_enumeration_dim=-1 - int(self.max_plate_nesting) if finite else None,
+                    first_enumeration_dim=-1 - int(self.max_plate_nesting) if enumerates else None,
                     max_plate_nesting=self.max_plate_nesting,
                     model_context=model_context,
                 )
             except EnumerationNeeded:
                 if gates is not None:
                     gates.clear()
-                self._guess(model, guide, model_arguments, guide_arguments)
+                self._enumerates = True
+                if state is not None:
+                    set_rng_state(state)  # the same draws, again
+                if self.max_plate_nesting == math.inf:
+                    self._guess(model, guide, model_arguments, guide_arguments)
                 continue
+            self._enumerates = self._enumerates or False
             runs.append(run)
             shared = run.subsamples
         return runs

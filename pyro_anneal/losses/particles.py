@@ -16,6 +16,7 @@ beyond that is settled here:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,13 +31,10 @@ from ..models.enumeration import sum_out
 from ..models.scales import same_scale
 from ..models.sites import (
     base_distribution,
-    density_sites,
-    latent_sites,
     plate_frames,
     plate_size,
     sum_to_batch,
 )
-from ..models.types import Trace
 from .scales import Scales
 from .traces import Gates, Run, Site
 
@@ -125,7 +123,7 @@ def collect(
         altered_sites=tuple(
             name
             for run in runs
-            for name, site in density_sites(run.guide)
+            for name, site in run.guide_sites.items()
             if site["mask"] is not None or not same_scale(scales.inside(site), 1.0)
         ),
         scale=scales.outside(dims, shape),
@@ -144,19 +142,24 @@ def _batch_plates(runs: Sequence[Run]) -> dict[str, Any]:
     """Finds the plates that enclose every site of all runs, by name, leftmost first."""
     common: dict[str, Any] | None = None
     for run in runs:
-        for trace in (run.model, run.guide):
-            for _, site in density_sites(trace):
-                frames = plate_frames(site)
-                if common is None:
-                    common = frames
-                common = {n: f for n, f in common.items() if n in frames and frames[n] == f}
+        for _, site in run.sites:
+            frames = plate_frames(site)
+            if common is None:
+                common = frames
+            common = {n: f for n, f in common.items() if n in frames and _same(f, frames[n])}
     return dict(sorted((common or {}).items(), key=lambda item: item[1].dim))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Tells whether two frames are of one plate; Pyro's own comparison is slow."""
+    return a is b or tuple.__eq__(a, b) is True or bool(a == b)
 
 
 def _size(frame: Any, runs: Sequence[Run]) -> int:
     """Returns the size of a plate in these runs."""
-    traces = [trace for run in runs for trace in (run.model, run.guide)]
-    return plate_size(frame, [site for trace in traces for _, site in density_sites(trace)])
+    if frame.size >= 0:
+        return int(frame.size)
+    return plate_size(frame, [site for run in runs for _, site in run.sites])
 
 
 class _Reducer(NamedTuple):
@@ -187,18 +190,18 @@ class _Reduced(NamedTuple):
 def _reduce_run(run: Run, reducer: _Reducer, sampling: Sampling) -> _Reduced:
     enumerated = [
         name
-        for name, site in latent_sites(run.model).items()
-        if site["infer"].get("_enumerate_dim") is not None
+        for name, site in run.model_sites.items()
+        if not site["is_observed"] and site["infer"].get("_enumerate_dim") is not None
     ]
     if enumerated:
-        log_joint = _sum_out(run.model, enumerated, reducer)
+        log_joint = _sum_out(run, enumerated, reducer)
     else:
-        terms = [reducer.log_prob(site) for _, site in density_sites(run.model)]
+        terms = [reducer.log_prob(site) for site in run.model_sites.values()]
         log_joint = _sum(terms, torch.zeros(reducer.shape))
-    terms = [reducer.log_prob(site) for _, site in density_sites(run.guide)]
+    terms = [reducer.log_prob(site) for site in run.guide_sites.values()]
     log_guide = _sum(terms, log_joint)
     scores, names = [], []
-    for name, site in density_sites(run.guide):
+    for name, site in run.guide_sites.items():
         score = _score(name, site, sampling)
         if score is not None and score.requires_grad:
             scores.append(reducer(score))
@@ -208,7 +211,7 @@ def _reduce_run(run: Run, reducer: _Reducer, sampling: Sampling) -> _Reduced:
 
 
 def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(list(terms)).sum(0) if terms else torch.zeros_like(like)
+    return functools.reduce(torch.add, terms) if terms else torch.zeros_like(like)
 
 
 def _score(name: str, site: Site, sampling: Sampling) -> Tensor | None:
@@ -227,11 +230,11 @@ def _score(name: str, site: Site, sampling: Sampling) -> Tensor | None:
     return site["unscaled_log_prob"]  # type: ignore[no-any-return]
 
 
-def _sum_out(trace: Trace, enumerated: Sequence[str], reducer: _Reducer) -> Tensor:
+def _sum_out(run: Run, enumerated: Sequence[str], reducer: _Reducer) -> Tensor:
     """Sums enumerated sites out of the joint density, by message passing within plates."""
-    sites = dict(density_sites(trace))
+    sites = run.model_sites
     found = sum_out(
-        trace,
+        run.model,
         sites.items(),
         enumerated,
         lambda site: scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]),

@@ -21,8 +21,9 @@ def _curve(betas: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _flattened(log_weights: Tensor) -> Tensor:
-    """Returns finite log-weights in float64, shape ``[S, N]``."""
-    values = finite_or_zero(log_weights.detach().double())
+    """Returns finite log-weights in single precision at least, shape ``[S, N]``."""
+    values = log_weights.detach()
+    values = finite_or_zero(values.to(torch.promote_types(values.dtype, torch.float32)))
     return values.reshape(values.shape[0], -1)
 
 

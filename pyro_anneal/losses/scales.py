@@ -10,7 +10,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from ..models.scales import own_scale, same_scale, site_subsampling, subsampling
-from ..models.sites import density_sites, sum_to_batch
+from ..models.sites import sum_to_batch
 from .traces import Run, Site
 
 __all__ = ["Scales"]
@@ -26,12 +26,7 @@ class Scales:
         self._inside: dict[int, float] = {}  # subsampling of plates that are no batch
         self._ratio = 1.0
         self._common: Tensor | float = 1.0
-        sites = [
-            (name, site)
-            for run in runs
-            for trace in (run.model, run.guide)
-            for name, site in density_sites(trace)
-        ]
+        sites = [(name, site) for run in runs for name, site in run.sites]
         ratios = {name: self._common_ratio(name, sites) for name in batch}
         self._ratio = math.prod(ratios.values())
         for name, site in sites:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -16,6 +18,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from ..arguments import check_function
+from ..models.bits import log_prob_of_bits
 from ..models.checks import explained
 from ..models.masked import check_filled, fill_masked
 from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
@@ -60,13 +63,30 @@ class Gates(Messenger):  # type: ignore[misc]
         msg["value"] = gated
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """One run of a guide and of the model replayed against it."""
 
     model: Any  # traces without subsampling sites
     guide: Any  # without the sites that it observes, too: nothing is drawn there
     subsamples: Trace  # trace of the subsampling sites alone
     marked: tuple[str, ...] = ()  # guide sites that are marked for enumeration, and were sampled
+
+    @cached_property
+    def model_sites(self) -> dict[str, Site]:
+        """The model's sites that carry a density, in program order."""
+        return dict(density_sites(self.model))
+
+    @cached_property
+    def guide_sites(self) -> dict[str, Site]:
+        """The guide's sites that carry a density, in program order."""
+        return dict(density_sites(self.guide))
+
+    @property
+    def sites(self) -> Iterator[tuple[str, Site]]:
+        """Iterates over both."""
+        yield from self.model_sites.items()
+        yield from self.guide_sites.items()
 
 
 class EnumerationNeeded(Exception):  # a request, caught by the caller
@@ -94,7 +114,8 @@ def run_guide(
         guide_arguments: ``(args, kwargs)`` of the guide.
         gates: What stands behind the guide's samples.
         shared: Trace of subsampling sites to reuse, from the first particle.
-        first_enumeration_dim: Where enumeration of the model's sites may allocate dimensions.
+        first_enumeration_dim: Where enumeration of the model's sites may allocate dimensions; None
+            if no site of the model is to be summed out, as far as is known.
         max_plate_nesting: As for Pyro's losses, for validation.
         model_context: Context in which the model runs.
 
@@ -125,8 +146,9 @@ def run_guide(
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             # The handler of enumeration must see sites before replay fills them: it keeps count of
             # the markov contexts that they are in.
-            replayed = _sample_those(model, guide_trace)
+            replayed = model
             if first_enumeration_dim is not None:
+                replayed = _sample_those(model, guide_trace)
                 replayed = poutine.enum(replayed, first_available_dim=first_enumeration_dim)
             replayed = poutine.replay(replayed, trace=guide_trace)
             args, kwargs = model_arguments
@@ -144,6 +166,7 @@ def run_guide(
     marked = tuple(n for n, s in guide_trace.nodes.items() if s.get("infer", {}).get("enumerate"))
     fill_masked(model_trace)
     with model_context():
+        log_prob_of_bits(model_trace)
         model_trace.compute_log_prob()
     check_filled(model_trace)
     _compute_score_parts(guide_trace, gated=gates is not None)

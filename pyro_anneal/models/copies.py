@@ -27,12 +27,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .places import Place, current_place, described
+from .resemblance import how_alike, moments
 from .sites import density_sites, mark_points
 from .substitutes import find_by_substitution, fractions
 from .types import Arguments, Array, Fn
 from .validation import validation_disabled
 
-__all__ = ["Copy", "explain_copies", "find_copies", "share_values"]
+__all__ = ["Copy", "explain_copies", "explain_likeness", "find_copies", "share_values"]
 
 
 _MAX_NUMBERS = 20_000_000  # numbers that are compared in one run
@@ -71,11 +72,12 @@ _ARITHMETIC = {
 
 
 class Copy(NamedTuple):
-    """A copy of an observed site's data on which the densities depend."""
+    """A copy of an observed site's data on which the densities depend, or what is like one."""
 
     site: str
     place: Place | None  # where it is first read
     what: str  # "a tensor of shape [3]" or "5 numbers"
+    like: str = ""  # "a monotone function", if it may be like the data by chance
 
 
 def _single(values: Tensor) -> Array:
@@ -149,6 +151,7 @@ class _Search(TorchFunctionMode):
         self.seen: dict[int, tuple[Tensor, Tensor]] = {
             id(value): (value, value) for value in known
         }
+        self.moments = {name: moments(value) for name, value in self.data.items()}
         self.found: list[tuple[Copy, Tensor]] = []
         self.scalars: list[tuple[str, float, Place | None, Tensor]] = []
         self.budget = _MAX_NUMBERS
@@ -176,11 +179,21 @@ class _Search(TorchFunctionMode):
         rounded = float(np.float32(value))
         for name, numbers in self.numbers.items():
             if rounded in numbers:
-                with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
-                    variable = torch.as_tensor(leaf).detach().clone().requires_grad_()
+                variable = self._made_variable(leaf)
                 self.scalars.append((name, rounded, current_place(), variable))
                 return variable
+        for name, known in self.moments.items():
+            for kind, moment in known.items():
+                if abs(value - moment) <= 2e-6 * abs(moment):
+                    variable = self._made_variable(leaf)
+                    what = f"the number {value:.6g} (their {kind})"
+                    self.found.append((Copy(name, current_place(), what), variable))
+                    return variable
         return leaf
+
+    def _made_variable(self, leaf: Any) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+            return torch.as_tensor(leaf).detach().clone().requires_grad_()
 
     def _variable(self, leaf: Tensor) -> Tensor:
         if leaf.dtype == torch.bool or leaf.is_complex() or leaf.numel() > self.budget:
@@ -193,9 +206,12 @@ class _Search(TorchFunctionMode):
                 made = self._number(float(leaf), leaf)
                 return made if isinstance(made, Tensor) else leaf
             for name, value in self.data.items():
-                if not share_values(leaf, value):
+                same = share_values(leaf, value)
+                like = "" if same else how_alike(leaf, value)
+                if like is None:
                     continue
-                copy = Copy(name, current_place(), f"a tensor of shape {list(leaf.shape)}")
+                what = f"a tensor of shape {list(leaf.shape)}"
+                copy = Copy(name, current_place(), what, like)
                 variable = leaf.detach().clone()
                 if not leaf.is_floating_point():  # whole numbers may be indices, and stay them
                     return leaf
@@ -221,16 +237,17 @@ def find_copies(
         original: The user's data, by site.
 
     Returns:
-        The copies. Empty also where the model cannot be followed, as it computes with closures outside
-        of torch, or fails where values are variables and where they are others.
+        The copies, and what is like one (``like``). Empty also where the model cannot be followed,
+        as it computes with closures outside of torch, or fails where values are variables and where
+        they are others.
     """
     data = _pooled(
         {n: v for n, v in original.items() if not torch.equal(v, observed[n].to(v.dtype))}
     )
     found = _find_by_gradient(model, arguments, latents, observed, data)
-    if not found:
+    if all(copy.like for copy in found):
         other = find_by_substitution(model, arguments, latents, observed, data)
-        found = [] if other is None else [Copy(*other)]
+        found += [] if other is None else [Copy(*other)]
     return found
 
 
@@ -301,9 +318,19 @@ def _that_matter(search: _Search, felt: list[bool]) -> list[Copy]:
 def explain_copies(copies: list[Copy]) -> str:
     """Says which data are read where."""
     first = copies[0]
+    how = "was computed from" if first.what.startswith("the number") else "holds values of"
     return (
         f'the model reads the data of site "{first.site}" elsewhere than at that site: '
-        f"{first.what}{described(first.place)} holds values of them, and its densities depend on "
+        f"{first.what}{described(first.place)} {how} them, and its densities depend on "
         "it, so that pairs simulated from it are not exact; let the model use the value that "
         "pyro.sample returns, or use run() for a lower bound"
+    )
+
+
+def explain_likeness(copy: Copy) -> str:
+    """Says what would follow if numbers that are like the data were computed from them."""
+    return (
+        f'{copy.what}{described(copy.place)} is {copy.like} of the data of site "{copy.site}": if it '
+        "was computed from them, pairs simulated from this model are not exact, and neither are "
+        "bounds on them; if it is a covariate, all is well"
     )

@@ -25,7 +25,7 @@ from .layouts import (
     widest_dtype,
 )
 from .masked import check_masked
-from .mass import check_normalized
+from .mass import check_domains, check_normalized
 from .moving import check_observed, has_bounds, moving_supports, supports_are_static
 from .relevance import unread_sites
 from .sites import (
@@ -169,6 +169,7 @@ def _check_priors(trace: Trace, sites: Sequence[Site]) -> tuple[list[str], list[
     improper = [name for name, node in nodes.items() if is_flat(node) or is_improper(node["fn"])]
     for name, node in nodes.items():
         if name not in improper:
+            check_domains(f'latent site "{name}"', node["fn"])
             check_normalized(f'latent site "{name}"', node["fn"])
     return improper, [name for name, node in nodes.items() if not can_be_sampled(node["fn"])]
 

@@ -27,7 +27,7 @@ from .supports import bijection_onto, can_be_sampled, normalized_support
 from .types import Distribution, Support
 from .validation import validation_disabled
 
-__all__ = ["check_normalized", "is_of_user", "saturates"]
+__all__ = ["check_domains", "check_normalized", "is_of_user", "saturates"]
 
 _KNOWN = ("torch", "pyro")
 # Of the families of torch, one whose constant is wrong at extreme parameters (logits beyond 30).
@@ -108,6 +108,55 @@ def check_normalized(where: str, fn: Distribution) -> None:
         problem = _problem(fn, support)
     if problem is not None:
         raise ValueError(f"at {where}: {problem}")
+
+
+def check_domains(where: str, fn: Distribution) -> None:
+    """Checks that draws of a base lie where the transforms of a distribution are defined.
+
+    A power of a normal variable, say, has a density for positive numbers alone, and its formula
+    gives a part of the mass away.
+
+    Args:
+        where: Names the site in messages, as in ``latent site "z"``.
+        fn: Its distribution; others than transformed ones pass.
+
+    Raises:
+        ValueError: If some draws lie outside, by more than rounding.
+    """
+    fn = base_distribution(fn)
+    if not isinstance(fn, TransformedDistribution) or not can_be_sampled(fn.base_dist):
+        return
+    check_domains(where, fn.base_dist)
+    with torch.no_grad(), validation_disabled(), _generator_of_its_own():
+        try:
+            value = fn.base_dist.sample((_DRAWS,))
+            for transform in fn.transforms:
+                outside = ~_near(transform.domain, value)
+                if bool(outside.any()):
+                    break
+                value = transform(value)
+            else:
+                return
+        except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+            return  # no sample_shape, or a domain that cannot be asked
+    raise ValueError(
+        f"at {where}: {_share(outside):.2g} of the draws of {type(fn.base_dist).__name__} lie "
+        f"outside of {transform.domain}, on which {type(transform).__name__} is one to one, so that "
+        f"{type(fn).__name__} has no normalized density: use a base or a transform that fits"
+    )
+
+
+def _near(domain: Support, value: Tensor) -> Tensor:
+    """Tells which values lie in a set, or at its edge by rounding."""
+    inside: Tensor = domain.check(value)
+    step = 1e-5 * (1.0 + value.abs())
+    for moved in (value + step, value - step):
+        inside |= domain.check(moved)
+    return inside
+
+
+def _share(condition: Tensor) -> float:
+    return float(condition.double().mean())
 
 
 def _problem(fn: Distribution, support: Support) -> str | None:

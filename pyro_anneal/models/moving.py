@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -20,9 +20,12 @@ from .sites import (
     observed_sites,
 )
 from .tracing import trace_of
-from .types import Arguments, Fn, Trace
+from .types import Arguments, Distribution, Fn, Trace
 
 __all__ = ["check_observed", "has_bounds", "moving_supports", "supports_are_static"]
+
+
+_MOST_STATES = 20  # of a discrete site, at each of which the model is run once
 
 
 def _support_images(trace: Trace, names: Sequence[str]) -> list[Tensor]:
@@ -47,7 +50,8 @@ def supports_are_static(
     """Tells whether no site's support depends on another latent.
 
     Two draws of the latents must give the same supports, and autograd must find no path from a
-    latent to a support: ``Uniform(0, top.clamp(min=4))`` has the same support at most draws.
+    latent to a support: ``Uniform(0, top.clamp(min=4))`` has the same support at most draws. An
+    integer has no gradient, so that its other values are put in its place.
 
     Args:
         model: What samples the sites.
@@ -60,6 +64,8 @@ def supports_are_static(
     if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
         return False
     latents = {name: first.nodes[name]["value"].detach().clone() for name in names}
+    if _move_with_integers(model, arguments, first, latents):
+        return False
     with torch.enable_grad():
         continuous = [value for value in latents.values() if value.is_floating_point()]
         for value in continuous:
@@ -76,6 +82,38 @@ def supports_are_static(
         total = torch.stack([image.sum() for image in images]).sum()
         grads = torch.autograd.grad(total, continuous, allow_unused=True)
     return all(grad is None for grad in grads)
+
+
+def _move_with_integers(
+    model: Fn, arguments: Arguments, first: Trace, latents: Mapping[str, Tensor]
+) -> bool:
+    """Tells whether a support is another one at other values of some discrete latent."""
+    names = list(latents)
+    known = _support_images(first, names)
+    for name, value in latents.items():
+        for other in _other_values(first.nodes[name]["fn"], value):
+            conditioned = poutine.condition(model, data={**latents, name: other})
+            try:
+                images = _support_images(trace_of(conditioned, arguments), names)
+            except (ArithmeticError, KeyError, RuntimeError, ValueError):
+                return True  # a value that changes more, or fails: nothing is proven
+            pairs = zip(known, images, strict=True)
+            if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+                return True
+    return False
+
+
+def _other_values(fn: Distribution, value: Tensor) -> Iterator[Tensor]:
+    """Moves every element of a discrete site on, through all of its states or to neighbours."""
+    if not is_discrete(fn) or fn.event_shape:
+        return
+    if not fn.has_enumerate_support:
+        yield from (torch.zeros_like(value), value + 1, value + 20)
+        return
+    states = fn.enumerate_support(expand=False).reshape(-1).to(value.dtype)
+    index = (value.unsqueeze(-1) == states).to(torch.uint8).argmax(-1)
+    for step in range(1, min(len(states), _MOST_STATES)):
+        yield states[(index + step) % len(states)]
 
 
 def check_observed(model: Fn, arguments: Arguments, trace: Trace, guarded: Sequence[str]) -> None:

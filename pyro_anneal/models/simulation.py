@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import explained
 from .coordinates import bijection
-from .copies import explain_copies, find_copies
+from .copies import explain_copies, explain_likeness, find_copies
 from .edges import draw_unconstrained
 from .sites import (
     base_distribution,
@@ -224,11 +224,14 @@ def simulate(model: Fn, arguments: Arguments) -> Simulation:
     return Simulation(latents, observed, original, joint.log_prob, exact)
 
 
-def check_copies(model: Fn, arguments: Arguments, simulation: Simulation) -> None:
+def check_copies(model: Fn, arguments: Arguments, simulation: Simulation) -> tuple[str, ...]:
     """Checks that the densities of a simulated pair do not depend on a copy of the user's data.
 
     One run of the model and one of its gradient: a property of the model, so that one of several
     simulations is enough.
+
+    Returns:
+        Remarks on numbers that may have been computed from the data, and may be covariates.
 
     Raises:
         ValueError: If they do; it names the site and the line that reads the copy.
@@ -236,8 +239,10 @@ def check_copies(model: Fn, arguments: Arguments, simulation: Simulation) -> Non
     copies = find_copies(
         model, arguments, simulation.latents, simulation.observed, simulation.original
     )
-    if copies:
-        raise ValueError(explain_copies(copies))
+    proven = [copy for copy in copies if not copy.like]
+    if proven:
+        raise ValueError(explain_copies(proven))
+    return tuple(dict.fromkeys(explain_likeness(copy) for copy in copies))
 
 
 def _check_agreement(

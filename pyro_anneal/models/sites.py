@@ -283,6 +283,8 @@ def sum_to_batch(value: Tensor, dims: Sequence[int], shape: torch.Size) -> Tenso
     """
     if not dims:
         return value.sum()
+    if value.shape == shape and all(dim == i - len(dims) for i, dim in enumerate(dims)):
+        return value
     rank = max(value.dim(), -min(dims))
     target = list(value.shape)
     target = [1] * (rank - len(target)) + target

@@ -39,6 +39,7 @@ __all__ = [
 _CIRCULAR = (families.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 # Families whose own ``support`` is right, or that a chain through their base describes better.
 _PUSHED = (dist.AffineBeta,)
+_ONE_TO_ONE = (dist.transforms.SimplexToOrderedTransform,)  # which its class does not declare
 _POSITIVE = (type(constraints.positive), type(constraints.nonnegative))
 
 
@@ -193,11 +194,14 @@ def _is_pushed(fn: Distribution) -> bool:
 
 
 def _pushed(fn: Distribution) -> Support:
-    bent = [type(t).__name__ for t in fn.transforms if not t.bijective]
+    bent = [
+        type(t).__name__ for t in fn.transforms if not (t.bijective or isinstance(t, _ONE_TO_ONE))
+    ]
     if bent:
         raise ValueError(
-            f"{bent[0]} is not one to one, so TransformedDistribution has no density; use "
-            "FoldedDistribution, HalfNormal or HalfCauchy, or a transform that has an inverse"
+            f"{bent[0]} is not one to one, or does not say so, and without that "
+            "TransformedDistribution has no density; use FoldedDistribution, HalfNormal or HalfCauchy, "
+            "or a transform that has an inverse (of your own: with bijective = True in its class)"
         )
     support, declared = normalized_support(fn.base_dist), fn.support
     if _fills(support, fn.transforms, len(fn.base_dist.event_shape)):

@@ -10,6 +10,7 @@ from .checks import (
     check_value_shapes,
     explained,
 )
+from .consumed import Consumed
 from .coordinates import bijection
 from .sites import (
     mark_points,
@@ -92,7 +93,12 @@ def draw_two(
     guide_args: Arguments,
     num_tries: int,
 ) -> tuple[TracePair, TracePair]:
-    """Traces model and guide twice; where some draws have no density, looks for two that have."""
+    """Traces model and guide twice; where some draws have no density, looks for two that have.
+
+    Raises:
+        ValueError: If the first run used up an argument.
+    """
+    consumed = Consumed(model_args)
     traces: list[TracePair] = []
     for attempt in range(num_tries):
         try:
@@ -100,6 +106,12 @@ def draw_two(
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if attempt == num_tries - 1:
                 raise
+        what = consumed.what()
+        if what is not None:
+            raise ValueError(
+                f"the model uses up its {what}, while annealing runs it many times: let it read "
+                "without taking out, or take a copy inside"
+            )
         if len(traces) == 2:
             break
     return traces[0], traces[-1]

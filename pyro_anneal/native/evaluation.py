@@ -18,8 +18,9 @@ __all__ = ["DensitySource", "NativeDensity", "density_source", "ready"]
 
 # Operations on vectors by one evaluation, beyond which libraries of matrix products are better.
 _MOST_WORK = 2_000_000
-# Nodes of a graph; each is a few lines of C++.
-_MOST_NODES = 3000
+# Nodes of a graph; each is a few lines of C++. Compilers take two seconds for 4000, and a minute
+# for 13000.
+_MOST_NODES = 6000
 
 
 @dataclass(frozen=True, eq=False)

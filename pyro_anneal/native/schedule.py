@@ -20,7 +20,7 @@ from .stages import Cholesky, DensityCall, Loop, Member, Product, Read, Scan, Sc
 from .structured import RULES as _STRUCTURED
 from .structured import SEVERAL as _SEVERAL
 from .values import CannotGenerate, Expression, Value
-from .views import SPLITS, view_of
+from .views import SPLITS, expanded, view_of
 
 __all__ = ["Schedule", "evaluate_density", "shape_of", "squeezed"]
 
@@ -129,8 +129,8 @@ class Schedule:
         if target in SPLITS:
             return view_of(target, args, (), self._copied)
         shape, dtype = shape_of(node)
-        if 0 in shape:
-            raise CannotGenerate("an array without elements")
+        if 0 in shape:  # nobody reads an element
+            return Value.filled(0.0, dtype, shape)
         if target in _FILLED:
             return Value.filled(_FILLED[target](args), dtype, shape)
         found = view_of(target, args, shape, self._copied)
@@ -189,17 +189,13 @@ class Schedule:
             first = max(first, self._after(value, own))
         for value in member.elsewhere:
             first = max(first, self._after(value, None))
-        for index in range(first, len(self.stages)):
-            stage = self.stages[index]
+        for index, stage in enumerate(self.stages[first:], first):
             if isinstance(stage, Loop) and squeezed(stage.shape) == own:
-                break
-        else:
-            index = len(self.stages)
-            self.stages.append(Loop(shape))
-            stage = self.stages[index]
-        assert isinstance(stage, Loop)
-        stage.members.append(member)
-        self._made_by[member.result.name] = index
+                stage.members.append(member)
+                self._made_by[member.result.name] = index
+                return
+        self._made_by[member.result.name] = len(self.stages)
+        self.stages.append(Loop(shape, [member]))
 
     def _after(self, value: Value, own: tuple[int, ...] | None) -> int:
         """Finds the first stage that may read a value, as the element of a loop over ``own``."""
@@ -242,6 +238,8 @@ class Schedule:
         dims = tuple(sorted(d % rank for d in given)) if given else tuple(range(rank))
         average = target in (aten.mean.default, aten.mean.dim)
         count = _size([source.shape[dim] for dim in dims])
+        if not count:
+            return Value.filled(torch.nan if average else _SUMS[target][0], dtype, shape)
 
         def emit(read: Read, at: Sequence[str]) -> Expression:
             return elementwise(aten._to_copy.default, [read(source, at)], {}, dtype)
@@ -250,7 +248,8 @@ class Schedule:
         result = self._new(kept, dtype, is_vector=source.is_vector)
         self._place(Member(result, (source,), (), emit, _SUMS[target], dims), source.shape)
         whole = result.reshaped(shape)
-        assert whole is not None
+        if whole is None:
+            raise CannotGenerate("a sum of unknown shape")
         if not average:
             return whole
         return self.map(aten.div.Scalar, (whole, count), {}, shape, dtype)
@@ -269,6 +268,9 @@ class Schedule:
         is_vector = left.is_vector or right.is_vector or (added is not None and added.is_vector)
         if not {left.dtype, right.dtype} == {dtype} or not dtype.is_floating_point:
             raise CannotGenerate("a product of other types")
+        if not left.size:  # a sum of no terms
+            zero = Value.filled(0.0, dtype, shape)
+            return zero if added is None else expanded(added, shape)
         result = self._new(shape, dtype, is_vector=is_vector)
         self.work += _size(shape) * left.shape[2]
         return self._alone(Product(result, left, right, added), result)[0]  # type: ignore[no-any-return]

@@ -61,12 +61,19 @@ def _stack(
 
 
 def _placed(
-    schedule: Schedule, source: Value, dim: int, chosen: range, shape: Shape, dtype: torch.dtype
+    schedule: Schedule,
+    source: Value,
+    dim: int,
+    chosen: range,
+    shape: Shape,
+    dtype: torch.dtype,
+    into: Value | None = None,
 ) -> Value:
-    """Puts a slice into zeros."""
+    """Puts a slice into zeros, or into another array."""
 
     def emit(read: Read, at: Sequence[str]) -> Expression:
-        index, zero = at[dim], literal(0.0, dtype)
+        index = at[dim]
+        zero = literal(0.0, dtype) if into is None else read(into, at)
         if not chosen:
             return zero
         inside = f"{index} >= {chosen.start} && {index} <= {chosen[-1]}"
@@ -74,9 +81,37 @@ def _placed(
         if chosen.step != 1:
             inside += f" && {place} % {chosen.step} == 0"
             place = f"({place} / {chosen.step})"
-        return alternatives([(inside, read(source, moved(at, dim, place)))], zero)
+        element = converted(read(source, moved(at, dim, place)), dtype)
+        return alternatives([(inside, element)], zero)
 
-    return schedule.member((), (source,), emit, shape, dtype)
+    return schedule.member(() if into is None else (into,), (source,), emit, shape, dtype)
+
+
+def _slice_scatter(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
+    into, source, dim, *bounds = [*args, 0][:3] if len(args) < 3 else args
+    dim %= len(shape)
+    chosen = range(shape[dim])[slice(*bounds) if bounds else slice(None)]
+    return _placed(schedule, source, dim, chosen, shape, dtype, into)
+
+
+def _select_scatter(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
+    into, source, dim, index = args
+    dim %= len(shape)
+    index %= shape[dim]
+    return _placed(
+        schedule, _with_dim(source, dim), dim, range(index, index + 1), shape, dtype, into
+    )
+
+
+def _with_dim(source: Value, dim: int) -> Value:
+    size, strides = list(source.shape), list(source.strides)
+    size.insert(dim, 1)
+    strides.insert(dim, 0)
+    return source.viewed(size, strides)
 
 
 def _slice_backward(
@@ -93,11 +128,8 @@ def _select_backward(
     source, _, dim, index = args
     dim %= len(shape)
     index %= shape[dim]
-    size, strides = list(source.shape), list(source.strides)
-    size.insert(dim, 1)
-    strides.insert(dim, 0)
-    source = source.viewed(size, strides)
-    return _placed(schedule, source, dim, range(index, index + 1), shape, dtype)
+    chosen = range(index, index + 1)
+    return _placed(schedule, _with_dim(source, dim), dim, chosen, shape, dtype)
 
 
 def _pad(
@@ -124,7 +156,22 @@ def _diagonal_backward(
     schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
 ) -> Value:
     source, _, shift, first, second = args
-    first, second = first % len(shape), second % len(shape)
+    return _on_diagonal(schedule, source, shift, (first, second), shape)
+
+
+def _diag_embed(
+    schedule: Schedule, args: Args, kwargs: Kwargs, shape: Shape, dtype: torch.dtype
+) -> Value:
+    shift, first, second = list(args[1:]) + [0, -2, -1][len(args) - 1 :]
+    return _on_diagonal(schedule, args[0], shift, (first, second), shape)
+
+
+def _on_diagonal(
+    schedule: Schedule, source: Value, shift: int, dims: tuple[int, int], shape: Shape
+) -> Value:
+    """Puts elements on a diagonal of zeros."""
+    first, second = (dim % len(shape) for dim in dims)
+    dtype = source.dtype
 
     def emit(read: Read, at: Sequence[str]) -> Expression:
         rest = [index for dim, index in enumerate(at) if dim not in (first, second)]
@@ -289,6 +336,9 @@ RULES: dict[OpOverload, Rule] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.slice_backward.default: _slice_backward,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.diag_embed.default: _diag_embed,
     aten.select_backward.default: _select_backward,
     aten.constant_pad_nd.default: _pad,
     aten.diagonal_backward.default: _diagonal_backward,

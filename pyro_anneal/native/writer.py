@@ -98,7 +98,7 @@ class _Writer:
             if member.result.is_vector:
                 element = element.widened()
             if member.reduced is not None:
-                self._sum(member, element, own, before, inside, after)
+                self._sum(member, member.reduced, element, own, before, inside, after)
                 continue
             name = f"x{member.result.name}"
             inside.append(f"const auto {name} = {element.code};")
@@ -111,14 +111,14 @@ class _Writer:
     def _sum(
         self,
         member: Member,
+        reduced: tuple[float, str],
         element: Expression,
         at: Sequence[str],
         before: list[str],
         inside: list[str],
         after: list[str],
     ) -> None:
-        assert member.reduced is not None
-        start, join = member.reduced
+        start, join = reduced
         if not member.result.dtype.is_floating_point and abs(start) == torch.inf:
             start = _extreme(member.result.dtype, start > 0)
         result, whole = member.result, member.result.size == 1

@@ -63,7 +63,9 @@ def digest(*parts: bytes) -> str:
 
 def _tensor_bytes(value: Tensor) -> bytes:
     dense = value.detach().cpu().to_dense() if value.layout != torch.strided else value.detach()
-    raw = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    plain = dense.cpu().resolve_conj().resolve_neg()
+    # contiguous() leaves an expanded number its stride of zero, which has no view in bytes
+    raw = plain.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
     return raw.numpy().tobytes()
 
 

@@ -31,7 +31,7 @@ def released() -> Iterator[None]:
 
     They refer to themselves, so they live until garbage is collected, and Python waits long for
     that: it counts objects, not bytes. The tensors that they read are free before
-    (:func:`~pyro_anneal.graphs.recording.flat_graph`). Their source text would stay for ever.
+    (:func:`~pyro_anneal.graphs.recorder.flat_graph`). Their source text would stay for ever.
     """
     global _num_made
     before = set(_sources())

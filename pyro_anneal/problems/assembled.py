@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..graphs.captured_density import CapturedDensity
 from ..graphs.evaluation import LINALG_ERROR, FailuresAsNaN
 from ..graphs.recorded import RecordedDensity
 from ..kernels import State
@@ -51,6 +52,8 @@ class Problem:
     fit_gradients: int  # spent on guide="auto", per batch element
     inspected: Layout  # before a fit chose coordinates
     from_prior: Callable[[], Any] | None = None  # density of the path from the prior, after a fit
+    # After a fit, what it captured, by the sites whose coordinate is not centred.
+    captured: Mapping[frozenset[str], CapturedDensity] = field(default_factory=dict)
     # kinds of bases whose noise is torch's own
     vouched: set[str] = field(default_factory=lambda: {FittedBase.__name__})
 

@@ -21,6 +21,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from ..graphs.captured_density import CapturedDensity
+from ..graphs.recorded import RecordedDensity
 from ..models.inspection import inspect_again
 from ..models.simulation import Conditioned
 from ..models.transport import Transport
@@ -42,9 +44,11 @@ class Kept:
     tensors: dict[str, Tensor]  # what the graph reads that may be replaced, by place
     owners: tuple[Any, ...]  # kept alive, since their ids are keys
 
-    def replacements(self, tensors: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
-        """Pairs the tensors that the graph reads with the present ones."""
-        known = {id(constant) for constant in self.problem.density.constants}
+    def replacements(
+        self, tensors: Mapping[str, Tensor], density: RecordedDensity | None = None
+    ) -> dict[Tensor, Tensor]:
+        """Pairs the tensors that a graph, the problem's by default, reads with the present ones."""
+        known = {id(constant) for constant in (density or self.problem.density).constants}
         return {old: tensors[at] for at, old in self.tensors.items() if id(old) in known}
 
     def serves(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -206,11 +210,22 @@ def _renewed(
         density.check(density.example.unsqueeze(0))
         return density
 
+    def rebound_for_fit(sites: frozenset[str], function: PathDensity) -> CapturedDensity | None:
+        density = found.problem.captured.get(sites)
+        if density is None or density.mode == "eager":
+            return None
+        replacements = found.replacements(tensors, density)
+        if not density.serves(replacements):
+            return None
+        density = density.rebind(replacements, function)
+        density.check(density.example.unsqueeze(0))
+        return density
+
     problem = assemble(model, guide, model_args, guide_args, layout)
     problem = replace(problem, vouched=found.problem.vouched)
-    made = None if guide == "auto" else rebound
+    made, example = None if guide == "auto" else rebound, found.problem.density.example
     try:
-        problem = finish(problem, guide, found.problem.density.example, **options, made=made)
+        problem = finish(problem, guide, example, **options, rebind=rebound_for_fit, made=made)
     except ValueError:  # to be explained by a full preparation, or a number of Python is another
         return None
     is_wide = reason_for_float64(problem, gradients=options.get("gradients", True)) is not None

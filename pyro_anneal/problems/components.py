@@ -29,6 +29,7 @@ __all__ = [
     "DenseComponent",
     "LowRankComponent",
     "MixtureOfPart",
+    "NestedComponent",
     "ProductComponent",
 ]
 
@@ -122,6 +123,89 @@ class LowRankComponent:
         return _radial(square, self.loc.shape[-1], self.dof) - self.log_scale
 
 
+class _White:
+    """White coordinates of many terms by one product, which is what native code knows best.
+
+    Args:
+        whiten: Inverse factors by term, ``[*terms, d, D]``.
+        loc: Locations, ``[*terms, D]``.
+        centre: What is taken off first, ``[D]``: places far from zero have few digits.
+    """
+
+    def __init__(self, whiten: Tensor, loc: Tensor, centre: Tensor) -> None:
+        self.shape = whiten.shape[:-1]
+        self.centre = centre
+        self.matrix = whiten.flatten(0, -2)  # [terms * d, D]
+        offset = whiten @ (loc - self.centre).unsqueeze(-1)
+        self.offset = offset.flatten()
+
+    def __call__(self, position: Tensor) -> Tensor:
+        """Computes them at rows ``[P, D]``, ``[P, *terms, d]``."""
+        white = (self.matrix @ (position - self.centre).unsqueeze(-1)).squeeze(-1) - self.offset
+        return white.reshape(*position.shape[:-1], *self.shape)
+
+
+class NestedComponent:
+    r"""A mixture whose leading coordinates are Student-t, and all others Gaussian given them.
+
+    .. math:: \log q(h, x) = \log \sum_j \pi_j \, t_\nu(h; \mu_j, \Sigma_j) \,
+        N(x; m_j + M_j (h - \mu_j), S_j)
+
+    In white coordinates of the joint factor, the leading ones are Student-t.
+
+    Args:
+        order: Coordinates in the order of the factors, the leading ones first.
+        num_leading: Number of them.
+        log_weights: Log weights ``[J]``.
+        loc: Locations in that order, ``[J, D]``.
+        scale_tril: Lower triangular factors in that order, ``[J, D, D]``.
+        dof: Degrees of freedom of the leading ones.
+    """
+
+    def __init__(
+        self,
+        order: Sequence[int],
+        num_leading: int,
+        log_weights: Tensor,
+        loc: Tensor,
+        scale_tril: Tensor,
+        dof: float,
+    ) -> None:
+        self.order = list(order)
+        self.inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        self.num_leading = num_leading
+        self.log_weights = log_weights.to(loc).log_softmax(0)
+        self.loc = loc
+        self.scale_tril = scale_tril
+        self.dof = dof
+        identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
+        whiten = torch.linalg.solve_triangular(
+            scale_tril, identity.expand_as(scale_tril), upper=False
+        )
+        self.white = _White(
+            whiten[..., self.inverse], loc[..., self.inverse], loc.mean(0)[self.inverse]
+        )
+        log_scale = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self.log_factor = self.log_weights - log_scale
+
+    def draw(self) -> Tensor:
+        """Draws ``u`` of shape ``[D]``."""
+        noise = torch.randn_like(self.loc[0])
+        lead = _noise(self.loc[0, : self.num_leading], self.dof)
+        noise = torch.cat([lead, noise[self.num_leading :]])
+        uniform = torch.rand_like(self.log_weights).clamp(min=1e-30)
+        index = (self.log_weights - (-uniform.log()).log()).argmax().reshape(1)
+        loc, scale = self.loc[index][0], self.scale_tril[index][0]
+        return (loc + scale @ noise)[self.inverse]
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Computes log q at rows ``[P, D]``, shape ``[P]``."""
+        square, lead = self.white(position).square(), self.num_leading  # [P, J, D]
+        terms = _radial(square[..., :lead].sum(-1), lead, self.dof) + self.log_factor
+        terms = terms + _radial(square[..., lead:].sum(-1), len(self.order) - lead, math.inf)
+        return terms.logsumexp(-1)
+
+
 class ProductComponent:
     r"""A product over parts of the coordinates, of a mixture each.
 
@@ -135,7 +219,8 @@ class ProductComponent:
         alike: dict[tuple[int, float], list[MixtureOfPart]] = {}
         for each in parts:
             alike.setdefault((len(each.part), each.dof), []).append(each)
-        self.groups = [_AlikeParts(group) for group in alike.values()]
+        dim = sum(len(each.part) for each in parts)
+        self.groups = [_AlikeParts(group, dim) for group in alike.values()]
         order = [i for group in self.groups for i in group.part.flatten().tolist()]
         self.inverse = sorted(range(len(order)), key=order.__getitem__)
 
@@ -162,7 +247,7 @@ class MixtureOfPart:
 class _AlikeParts:
     """Parts of one size and of the same degrees of freedom, evaluated together."""
 
-    def __init__(self, mixtures: Sequence[MixtureOfPart]) -> None:
+    def __init__(self, mixtures: Sequence[MixtureOfPart], dim: int) -> None:
         most = max(len(each.log_weights) for each in mixtures)
 
         def stacked(values: list[Tensor], fill: float | None = None) -> Tensor:
@@ -180,9 +265,15 @@ class _AlikeParts:
         self.dof = mixtures[0].dof
         self.part = torch.tensor([each.part for each in mixtures], device=self.loc.device)
         identity = torch.eye(self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
-        self.whiten = torch.linalg.solve_triangular(
+        whiten = torch.linalg.solve_triangular(
             self.scale_tril, identity.expand_as(self.scale_tril), upper=False
         )
+        whole = whiten.new_zeros(*whiten.shape[:-1], dim)  # [B, J, D_b, D]
+        loc = whiten.new_zeros(*whiten.shape[:2], dim)
+        for number, each in enumerate(mixtures):
+            whole[number][..., each.part] = whiten[number]
+            loc[number][..., each.part] = self.loc[number]
+        self.white = _White(whole, loc, loc.sum(0).mean(0))  # parts have no coordinate in common
         log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         self.log_factor = self.log_weights - log_scale
 
@@ -198,7 +289,6 @@ class _AlikeParts:
 
     def log_density(self, position: Tensor) -> Tensor:
         """Computes the sum over parts at rows ``[P, D]``, shape ``[P]``."""
-        own = position[..., self.part].unsqueeze(-2)  # [P, B, 1, D_b]
-        white = (self.whiten @ (own - self.loc).unsqueeze(-1)).squeeze(-1)
-        terms = _radial(white.square().sum(-1), own.shape[-1], self.dof) + self.log_factor
+        square = self.white(position).square().sum(-1)  # [P, B, J]
+        terms = _radial(square, self.loc.shape[-1], self.dof) + self.log_factor
         return terms.logsumexp(-1).sum(-1)

@@ -1,17 +1,23 @@
-"""``guide="auto"``: chooses coordinates, fits a Gaussian in them, and makes it the base."""
+"""``guide="auto"``: chooses coordinates, fits a Gaussian in them, and makes it the base.
+
+A fit of other data starts from scratch. From the last one it would save a tenth of a second at most
+(eight schools: 0.09 s of a call of 0.45 s, processor time), make numbers depend on what ran
+before, and could stay in a mode that the new data have left. What it evaluates is shared: the
+densities that the first data recorded.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chains.blockwise import Blockwise
-from ..graphs.captured import capture
+from ..graphs.captured import CapturedDensity, capture
 from ..models.coordinates import hierarchical_sites, noncentred
 from ..models.precision import in_float64
 from ..models.sites import Layout
@@ -29,6 +35,7 @@ from .components import (
     DenseComponent,
     LowRankComponent,
     MixtureOfPart,
+    NestedComponent,
     ProductComponent,
 )
 from .content import Remembered, content_of
@@ -38,9 +45,14 @@ from .low_rank import LowRankScale, fit_low_rank
 from .several import several_fits
 from .tails import prior_weight_for
 
-__all__ = ["FittedStart", "Once", "fit_start"]
+__all__ = ["Captured", "FittedStart", "Once", "Rebind", "fit_start"]
 
 Once = Callable[..., dict[str, Any]]  # once(compute), or once(compute, name=...)
+
+# Densities of the path from the prior, by the sites whose coordinate is not centred.
+Captured = Mapping[frozenset[str], CapturedDensity]
+# Finds the density of those sites that other data have left, put on the present data.
+Rebind = Callable[[frozenset[str], PathDensity], CapturedDensity | None]
 
 # Starting points of the fit of one evidence; a batch of many gets the origin alone, since each
 # point costs Newton steps of all its elements.
@@ -69,6 +81,7 @@ class FittedStart:
     from_prior: Callable[[], Any] | None  # captures the path from the prior, if that is proper
     num_gradients: int  # single-chain gradients spent, per batch element
     prior_weight: float = 0.0  # at which the prior is to be mixed in, since it reaches further
+    captured: Captured = field(default_factory=dict)
 
 
 def fit_start(
@@ -82,6 +95,7 @@ def fit_start(
     once: Once = lambda compute: compute(),
     native: bool = False,
     vouched: set[str] | None = None,
+    rebind: Rebind = lambda sites, function: None,
 ) -> FittedStart:
     """Fits a Gaussian in centred and, where there is a hierarchy, in non-centred coordinates.
 
@@ -98,6 +112,7 @@ def fit_start(
         once: Calls the fit, or returns what it gave before.
         native: Whether small graphs become native code.
         vouched: Kinds of draws whose noise is known to be torch's own, to be added to.
+        rebind: Finds a density that other data of the same shapes have left.
 
     Returns:
         The base, and the model in its coordinates.
@@ -105,12 +120,15 @@ def fit_start(
     Raises:
         ValueError: If no density is found around the unconstrained origin.
     """
-    captured: dict[frozenset[str], Any] = {}
+    captured: dict[frozenset[str], CapturedDensity] = {}
 
     def evaluator(candidate: ModelDensity) -> Any:
         sites = candidate.layout.noncentred
         if sites not in captured:
-            captured[sites] = _capture(candidate, example, num_chains, native)
+            function = _from_prior(candidate)
+            captured[sites] = rebind(sites, function) or capture(
+                function, example, num_chains=num_chains, native=native
+            )
         return captured[sites]
 
     def compute() -> dict[str, Any]:
@@ -156,7 +174,7 @@ def fit_start(
     if weight > 0.0:
         layout = replace(layout, notes=(*layout.notes, _TAILS.format(weight)))
         chosen = ModelDensity(model.model, layout, model.arguments)
-    return FittedStart(chosen, base, from_prior, found["num_gradients"], weight)
+    return FittedStart(chosen, base, from_prior, found["num_gradients"], weight, captured)
 
 
 def _base_of(found: Mapping[str, Any], layout: Layout, example: Tensor) -> FittedBase:
@@ -198,6 +216,9 @@ def _component(kept: dict[str, Any], example: Tensor) -> Component:
             for part in kept["parts"]
         ]
         return ProductComponent(parts)
+    if "order" in kept:
+        tables = ("log_weights", "loc", "scale_tril")
+        return NestedComponent(**(kept | {name: kept[name].to(example) for name in tables}))
     tensors = {n: value.to(example) for n, value in kept.items() if isinstance(value, Tensor)}
     if "scale_tril" in tensors:
         return DenseComponent(tensors["loc"], tensors["scale_tril"], kept.get("dof", math.inf))
@@ -214,11 +235,11 @@ def _layouts(model: ModelDensity, example: Tensor) -> list[Layout]:
     return [layout, noncentred(layout, sites)] if sites else [layout]
 
 
-def _capture(model: ModelDensity, example: Tensor, num_chains: int, native: bool) -> Any:
-    """Captures the target, beside the prior where there is one: the scout starts from it."""
+def _from_prior(model: ModelDensity) -> PathDensity:
+    """Takes the target beside the prior, where there is one: the scout starts from it."""
     improper = bool(model.layout.improper)
     base: Base = StandardNormalBase(model.layout) if improper else PriorBase(model)
-    return capture(PathDensity(model, base), example, num_chains=num_chains, native=native)
+    return PathDensity(model, base)
 
 
 def _origins(layout: Layout, example: Tensor, seed: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .components import DenseComponent
 from .exchangeable import Symmetry
 from .gaussian import Candidates, ascend, follow_newton, quadratic_models
+from .nested import Nested, leading_coordinates, nested_gaussians
 from .populations import Population, draw_population
 from .rows import Rows
 
@@ -109,7 +110,8 @@ def distinct(
         most: Largest number kept.
         widths: Whether Gaussians at one place count as two where one is much wider.
     """
-    order = found.elbo.argsort(descending=True)
+    # NaN would come first, and hide all others
+    order = found.elbo.nan_to_num(nan=-torch.inf).argsort(descending=True)
     kept: list[int] = []
     best = float(found.elbo[order[0]])
     for candidate in order.tolist():
@@ -156,7 +158,8 @@ def mixture_of_fits(
     most: int = 8,
     draw_prior: Callable[[int], Tensor] | None = None,
     settle: bool = True,
-) -> Mixture | None:
+    nest: bool = True,
+) -> Mixture | Nested | None:
     """Fits from further origins, and makes the base of what they found.
 
     Args:
@@ -170,6 +173,7 @@ def mixture_of_fits(
         draw_prior: Draws N positions ``[N, D]`` from the prior; None where it is improper.
         settle: Whether a base is wanted even of several modes, or where few of its draws carry
             weight.
+        nest: Whether to look for leading coordinates, given which the others are next to a Gaussian.
 
     Returns:
         The base of largest effective sample size on fresh draws; where few of them carry weight,
@@ -202,6 +206,12 @@ def mixture_of_fits(
         return best
     if not settle:
         return None
+    nested = None
+    if nest and symmetry is None and not apart and len(fit.loc[0]) > 2:
+        lead = leading_coordinates(rows, fit)
+        nested = nested_gaussians(rows, fit, lead, generator) if lead else None
+        if nested is not None and _judge(rows, nested, generator, num_draws)[0] >= _GOOD:
+            return nested
     population = draw_population(
         rows,
         draw_prior,
@@ -213,9 +223,11 @@ def mixture_of_fits(
         return best
     learnt, held = population.halves()
     grown = _grown(adapted, learnt, generator)
-    bases = [plain, adapted, light, grown]
+    bases: list[Mixture | Nested] = [plain, adapted, light, grown]
     for begin in (grown, _split(rows, adapted, generator, num_draws)):
         bases.append(adapt(rows, begin, generator, num_draws=num_draws, num_steps=12))
+    if nested is not None:
+        bases.append(nested)
     return _nearest(rows, bases, held, generator, num_draws=num_draws // 2)
 
 
@@ -272,12 +284,12 @@ def _extended(
 
 def _nearest(
     rows: Rows,
-    mixtures: list[Mixture],
+    mixtures: list[Mixture | Nested],
     population: Population,
     generator: torch.Generator,
     *,
     num_draws: int,
-) -> Mixture:
+) -> Mixture | Nested:
     """Chooses the mixture of least divergence from the posterior.
 
     The posterior is seen by draws of all mixtures together, weighted by importance, and by the
@@ -294,7 +306,7 @@ def _nearest(
 
 
 def _judge(
-    rows: Rows, mixture: Mixture, generator: torch.Generator, count: int
+    rows: Rows, mixture: Mixture | Nested, generator: torch.Generator, count: int
 ) -> tuple[float, float]:
     """Estimates the effective fraction of fresh draws, and the log evidence."""
     draws = mixture.draw(count, generator)

@@ -24,7 +24,6 @@ from ..models.types import Fn
 from .assembled import Guide, Problem, assemble
 from .bases import (
     Arguments,
-    Base,
     GuideBase,
     MixtureBase,
     ModelDensity,
@@ -34,10 +33,19 @@ from .bases import (
 from .content import Remembered, content_of
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
-from .fitted import FittedStart, Once, fit_start
+from .fitted import FittedStart, Once, Rebind, fit_start
 from .precision import why_float64
 
-__all__ = ["Guide", "MakeStart", "Problem", "assemble", "finish", "prepare", "reason_for_float64"]
+__all__ = [
+    "Guide",
+    "MakeStart",
+    "Problem",
+    "assemble",
+    "finish",
+    "hidden_sites_named",
+    "prepare",
+    "reason_for_float64",
+]
 
 MakeStart = Callable[[ModelDensity, Tensor], FittedStart]  # from the model and a finite position
 
@@ -211,6 +219,7 @@ def finish(
     gradients: bool = True,
     make_start: MakeStart | None = None,
     native: bool = False,
+    rebind: Rebind = lambda sites, function: None,
     made: Callable[[PathDensity], Any] | None = None,
 ) -> Problem:
     """Fits the base, where that is asked for, and captures the densities.
@@ -229,9 +238,13 @@ def finish(
         gradients: Likewise.
         make_start: Likewise.
         native: Likewise.
+        rebind: As of :func:`~.fitted.fit_start`.
         made: Makes the density of both ends for one chain into that for all; None to capture it.
     """
-    with _hidden_sites_named(problem.model, problem.base):
+    functions = [(problem.model.model, problem.model.arguments)]
+    if isinstance(problem.base, GuideBase):
+        functions.append((problem.base.guide, problem.base.arguments))
+    with hidden_sites_named(*functions):
         if guide == "auto":
             if make_start is None:
                 start = fit_start(
@@ -244,6 +257,7 @@ def finish(
                     once=once,
                     native=native,
                     vouched=problem.vouched,
+                    rebind=rebind,
                 )
             else:
                 start = make_start(problem.model, example)
@@ -306,21 +320,23 @@ def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def _hidden_sites_named(model: ModelDensity, base: Base) -> Iterator[None]:
-    """Names the sites under ``poutine.block`` where a density turns out to be random."""
+def hidden_sites_named(*functions: tuple[Fn, Arguments]) -> Iterator[None]:
+    """Names the sites that handlers do not see where a density turns out to be random.
+
+    Args:
+        *functions: Model and guide, each with its ``(args, kwargs)``.
+    """
     try:
         yield
     except Impure as error:
-        functions = [(model.model, model.arguments)]
-        if isinstance(base, GuideBase):
-            functions.append((base.guide, base.arguments))
         hidden = [name for function in functions for name in hidden_sites(*function)]
         if not hidden:
             raise
         raise ValueError(
-            f"site(s) {hidden} are hidden by poutine.block and sampled anew at each evaluation, so "
-            "that the density is random: condition them on a value inside the block, or let them "
-            f"be seen ({error})"
+            f"site(s) {hidden} are hidden by poutine.block, or by a reparameterizer such as "
+            "ConjugateReparam, and sampled anew at each evaluation, so that the density is random: "
+            "condition them on a value inside the block, or let them be seen (leave the "
+            f"reparameterizer out) ({error})"
         ) from error
 
 
@@ -334,4 +350,5 @@ def _started(problem: Problem, start: FittedStart) -> Problem:
         function=PathDensity(start.model, start.base),
         fit_gradients=start.num_gradients,
         from_prior=start.from_prior,
+        captured=start.captured,
     )

@@ -17,6 +17,7 @@ from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
 from .independent import independent_parts, marginal_fit, rows_of_part
 from .mixtures import Mixture, mixture_of_fits
+from .nested import Nested
 from .over_chains import draw_prior_chains
 from .phases import likelihood_optima
 from .rows import Rows, rows_at_once
@@ -122,8 +123,9 @@ def _of_parts(
             generator,
             num_draws=_NUM_DRAWS[rows.size],
             most=_MOST_FITS,
+            nest=False,
         )
-        assert mixture is not None
+        assert isinstance(mixture, Mixture)  # no leading coordinates are looked for
         rows.count += own.count
         mixtures.append(
             {
@@ -142,7 +144,17 @@ def _finite(rows: Rows, points: Tensor) -> Tensor:
     return points[rows(points)[0].isfinite()] if len(points) else points
 
 
-def _as_tensors(mixture: Mixture) -> dict[str, Any]:
+def _as_tensors(mixture: Mixture | Nested) -> dict[str, Any]:
+    if isinstance(mixture, Nested):
+        nested = {
+            "order": [*mixture.lead, *mixture.rest],
+            "num_leading": len(mixture.lead),
+            "log_weights": mixture.log_weights,
+            "loc": mixture.loc,
+            "scale_tril": mixture.scale_tril,
+            "dof": mixture.dof,
+        }
+        return {"components": [nested], "log_weights": torch.zeros(1, device="cpu")}
     components = [
         {"loc": loc, "scale_tril": scale, "dof": mixture.dof}
         for loc, scale in zip(mixture.loc, mixture.scale_tril, strict=True)

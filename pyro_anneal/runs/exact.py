@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
+from ..graphs.purity import check_pure
 from ..models.density import Arguments, ModelDensity
 from ..models.sites import Layout
 from ..models.types import Fn
 from ..models.validation import validation_disabled
+from ..problems.problem import hidden_sites_named
 from ..results.digest import digest_of_data
 from ..results.run import AnnealedRun
 
@@ -29,11 +32,20 @@ def exact_run(model: Fn, arguments: Arguments, layout: Layout, *, num_chains: in
 
     Returns:
         A run of one step, all of whose weights are equal, so that its standard error is 0.
+
+    Raises:
+        ValueError: If the log density is random after all, by hidden sites or draws.
     """
     began = time.perf_counter()
     position = torch.zeros(*layout.batch_shape, 0, dtype=layout.dtype, device=layout.device)
-    with torch.no_grad(), validation_disabled():
-        value = ModelDensity(model, layout, arguments).evaluate(position).log_joint.double()
+    density = ModelDensity(model, layout, arguments)
+
+    def both(position: Tensor) -> tuple[Tensor, Tensor]:
+        value = density.evaluate(position).log_joint
+        return value, value
+
+    with torch.no_grad(), validation_disabled(), hidden_sites_named((model, arguments)):
+        value = check_pure(both, position, gradients=False)[1].double()
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     per_datum = value.mean().cpu().reshape(1)
     weights = value.expand(max(num_chains, 2), *value.shape)

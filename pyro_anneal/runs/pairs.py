@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def simulate_pair(
     Returns:
         The runs, and what the next data set shares with them.
     """
-    conditioned, guide_args, simulation = _simulated(
+    conditioned, guide_args, simulation, remarks = _simulated(
         settings, arguments, seed, check=prefix in ("", "0/")
     )
     frozen = freeze(
@@ -114,6 +115,7 @@ def simulate_pair(
 
     frozen, done = in_rounds(frozen, anneal, task="sandwich")
     (run, back), ends = done.runs, done.ends
+    run = replace(run, notes=(*run.notes, *remarks))
     assert ends is not None
     count, size = frozen.num_chains, frozen.grouping.population_size
     extra = None
@@ -138,17 +140,16 @@ def simulate_pair(
 
 def _simulated(
     settings: Settings, arguments: Arguments, seed: int, *, check: bool
-) -> tuple[Any, Arguments, Simulation]:
-    """Simulates a data set: the model conditioned on it, and the guide's arguments."""
+) -> tuple[Any, Arguments, Simulation, tuple[str, ...]]:
+    """Simulates a data set: the model conditioned on it, the guide's arguments, and remarks."""
     torch.manual_seed(seed)
     simulation = simulate(settings.model, arguments)
-    if check:
-        check_copies(settings.model, arguments, simulation)
+    remarks = check_copies(settings.model, arguments, simulation) if check else ()
     conditioned = Conditioned(settings.model, simulation.observed)
     guide_args = arguments
     if sees_arguments(settings.guide) or settings.make_args is not None:
         guide_args = guide_arguments(arguments, simulation, settings.make_args)
-    return conditioned, guide_args, simulation
+    return conditioned, guide_args, simulation, remarks
 
 
 def simulate_pairs(
@@ -180,7 +181,7 @@ def simulate_pairs(
     total, shared = PairSum(), Shared()
     problems: KeptProblems[Kept] = KeptProblems()
     if stored is not None:  # by a model that must be what it was: the first data set shows it
-        model, guide_args, _ = _simulated(settings, arguments, seed, check=False)
+        model, guide_args, *_ = _simulated(settings, arguments, seed, check=False)
         problem = make_problem(settings, model, arguments, guide_args, journal, "0/", seed=seed)
         total = PairSum.from_dict(stored["sum"], problem.layout.device)
         shared = Shared.from_dict(stored["shared"])

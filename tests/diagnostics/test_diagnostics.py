@@ -80,6 +80,18 @@ def test_few_lineages(run):
     assert check_lineages(apart).message == found.message
 
 
+def test_resampled_chains_of_few_lineages_have_a_large_error(run):
+    """Weights are even after resampling; the standard error over lineages is not."""
+    own = torch.arange(16).unsqueeze(1).expand(16, 40).clone()
+    populations = {"population_size": 8, "num_resamplings": torch.zeros(2, 40, dtype=torch.long)}
+    even = _replaced(run, ancestors=own, **populations)
+    assert check_weights(even) is None
+    own[:, :10] = torch.arange(16).unsqueeze(1) // 8 * 8  # one ancestor per population
+    found = check_weights(_replaced(even, ancestors=own))
+    assert found.value == pytest.approx(10 / 40)
+    assert "standard error up to" in found.message
+
+
 @pytest.mark.parametrize(("spread", "least", "most"), [(0.0, 0.0, 0.35), (20.0, 0.9, 1.0)])
 def test_memory_tells_lineages_that_stayed_apart(spread, least, most):
     """Ends of 64 chains of 6 lineages, of one mode or of a mode each; one coordinate tells."""

@@ -6,7 +6,7 @@ import pyro.distributions.stable as pyro_stable
 import pyro.infer.reparam.stable as pyro_reparam
 import pytest
 import torch
-from asserting_models import asserting, branching
+from asserting_models import asserting, counting
 from pyro.infer.reparam import StableReparam, SymmetricStableReparam
 
 from pyro_anneal.graphs.assertions import without_shortcuts
@@ -27,8 +27,8 @@ def test_assertions_about_latents_are_recorded():
     prior = dist.Normal(0.0, 1.0).log_prob(u[:, 0])
     likelihood = dist.Normal(u[:, 0].exp(), 0.5).log_prob(torch.tensor(1.0))
     assert torch.allclose(state.log_target, prior + likelihood)
-    with pytest.warns(UserWarning, match="a branch needs the value of a latent"):
-        assert problem(branching).density.mode == "eager"
+    with pytest.warns(UserWarning, match="needs the value of a latent"):
+        assert problem(counting).density.mode == "eager"
 
 
 def symmetric():
@@ -44,13 +44,35 @@ def observed():
         pyro.sample("y", dist.Stable(stability, 0.3, 1.0, 0.0), obs=y)
 
 
+def at_the_holes():
+    stability = pyro.sample("stability", dist.Uniform(0.96, 1.04))
+    with pyro.plate("rows", 3):
+        y = torch.tensor([-0.001, 0.0, 0.001]) - 0.3 * (0.525 * torch.pi * torch.ones(3)).tan()
+        pyro.sample("y", dist.Stable(stability, 0.3, 1.0, 0.0), obs=y)
+
+
+def warned():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    z = pyro.util.warn_if_nan(z, "z")
+    pyro.factor("y", pyro.util.warn_if_inf(-z.square(), "y"))
+
+
+def test_checks_that_only_warn_are_not_branches():
+    found = problem(warned)
+    assert found.density.mode == "graph"
+    torch.manual_seed(1)
+    found.density.check(found.draw(4))
+
+
 @pytest.mark.parametrize(
     "model",
     [
         pyro.poutine.reparam(symmetric, {"z": SymmetricStableReparam()}),
         pyro.poutine.reparam(observed, {"y": StableReparam()}),
+        observed,
+        at_the_holes,
     ],
-    ids=["symmetric", "observed"],
+    ids=["symmetric", "observed", "own density", "own density at its holes"],
 )
 def test_stable_models_are_recorded_and_agree_with_pyro(model):
     found = problem(model)

@@ -1,6 +1,7 @@
 """Models that records choked on: simulators, recurrent and compiled decoders, unused draws."""
 
 import math
+import random
 import warnings
 
 import numpy as np
@@ -8,6 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.reparam import ConjugateReparam
 from torch import nn
 
 from pyro_anneal import AnnealedImportance, RandomWalk
@@ -156,6 +159,52 @@ def test_draws_that_reach_the_density_are_refused(where):
 
     with pytest.raises(ValueError, match="draws random numbers"):
         run(model)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: random.choice([1.0, 2.0]), lambda: np.random.randint(1, 3)]
+)
+def test_coins_outside_of_torch_are_seen(draw):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, float(draw())), obs=X)
+
+    for seed in range(3):
+        random.seed(seed)
+        np.random.seed(seed)
+        with pytest.raises(ValueError, match=r"numbers from Python's random or numpy\.random"):
+            run(model, "auto", steps=2, seed=seed)
+
+
+def test_shuffled_rows_do_no_harm():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        order = list(range(len(x)))
+        random.shuffle(order)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[order])
+
+    x = torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)
+    covariance = torch.eye(3, dtype=torch.float64) + 1.0
+    truth = dist.MultivariateNormal(torch.zeros(3, dtype=torch.float64), covariance).log_prob(x)
+    assert float(run(model, "auto", x).lower) == pytest.approx(float(truth), abs=1e-3)
+
+
+def conjugated(guide):
+    def model(x):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    return poutine.reparam(model, config={"rate": ConjugateReparam(guide)})
+
+
+def test_sites_that_a_reparameterizer_hides_are_named():
+    x = torch.tensor([3.0, 1.0])
+    with pytest.raises(ValueError, match=r"\['rate_updated'\] are hidden.*ConjugateReparam"):
+        run(conjugated(dist.Gamma(4.0, 2.0)), None, x)
+    exact = run(conjugated(dist.Gamma(5.0, 2.0)), None, x)  # whose normalizer is off by a constant
+    assert float(exact.lower.std() if exact.lower.dim() else 0.0) == 0.0
 
 
 def test_a_number_written_by_a_mask_of_latents_is_a_choice():

@@ -8,7 +8,7 @@ import torch
 from pyro_anneal.graphs import matrix_products
 from pyro_anneal.graphs.inductor import compile_graph, compiler_problem
 from pyro_anneal.graphs.matrix_products import prefers_onednn
-from pyro_anneal.graphs.recording import flat_graph
+from pyro_anneal.graphs.recorder import flat_graph
 
 needs_compiler = pytest.mark.skipif(
     compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler"

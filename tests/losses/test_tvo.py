@@ -335,6 +335,28 @@ def test_the_tightest_betas_are_the_best_of_all_choices(side):
         Tightest(5, grid_size=2)
 
 
+def test_many_partitions_lead_the_guide_as_a_wake_phase_over_all_temperatures():
+    """At fixed draws the coefficients of log q tend to a closed form (integration by parts)."""
+    log_w = 3.0 * torch.randn(7, 4) ** 2 - 2.0
+    count = len(log_w)
+    parts = thermodynamic(log_w, torch.linspace(0.0, 1.0, 20_001), correction="particles")
+    betas = torch.linspace(0.0, 1.0, 20_001)[:, None, None]
+    mean_weight = torch.trapezoid(torch.softmax(betas * log_w, 1), betas[:, 0, 0], dim=0)
+    of_log_q = parts.score_weights - parts.weights  # log w has minus log q
+    assert torch.allclose(of_log_q, (mean_weight - 1.0 / count) / (count - 1), atol=1e-3)
+    assert of_log_q.abs().max() > 0.02  # and is not zero, unlike the derivative of the bound
+
+
+def test_the_default_has_thirty_equal_partitions():
+    assert TVO(10).schedule == Linear(30)
+    log_w = torch.tensor([[0.0], [9.0], [1.0]])
+    default, early = (
+        thermodynamic(log_w, loss.betas(log_w)).value
+        for loss in (TVO(10), TVO(10, LogUniform(0.025, partitions=2)))
+    )
+    assert early < default < torch.logsumexp(log_w, 0) - math.log(3)
+
+
 def test_the_tightest_upper_sum_lies_below_other_right_sums_and_above_iwae():
     problem = PROBLEMS["gaussian"]
     model, guide = problem.pair(problem.leaves((200,)), 200)

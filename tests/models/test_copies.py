@@ -244,3 +244,65 @@ def test_values_that_agree_by_chance_do_no_harm(name):
 )
 def test_what_counts_as_a_copy(values, data, same):
     assert share_values(torch.tensor(values), torch.tensor(data)) is same
+
+
+def with_constant(constant, prior=(0.0, 1.0)):
+    def model(x):
+        a = pyro.sample("a", dist.Normal(*prior))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a * constant, 1.0), obs=x)
+
+    return model
+
+
+FUNCTIONS = {  # of the data, computed before the model is called
+    "affine": (lambda x: 2.0 * x + 1.0, "an affine function"),
+    "standardized": (lambda x: (x - x.mean()) / x.std(), "an affine function"),
+    "exponential": (torch.exp, "a monotone function"),
+    "ranks": (lambda x: x.argsort().argsort().to(x.dtype), "a monotone function"),
+    "squares": (torch.square, "a monotone function"),  # of the sizes
+    "lagged logs": (lambda x: x[:-1].abs().log(), "a monotone function"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # few chains, two steps
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_may_be_computed_from_the_data_is_noted(name):
+    function, words = FUNCTIONS[name]
+    x = torch.tensor([0.51, -1.32, 2.07, 0.34, 1.71, -0.23, 0.92, -0.84, 1.13, 0.67, -0.12, 2.2])
+    constant = function(x)
+    result = annealed(with_constant(constant[: len(x)])).sandwich(x[-len(constant) :])
+    found = [note for note in result.forward.notes if words in note]
+    assert len(found) == 1
+    assert "test_copies.py" in found[0]
+    assert "if it is a covariate, all is well" in found[0]
+
+
+@pytest.mark.parametrize("moment", [torch.std, torch.mean, lambda x: x.log().mean().abs()])
+def test_moments_computed_before_are_refused(moment):
+    x = torch.tensor([0.5137, 1.3229, 2.0791, 4.3417])
+    prior = (torch.zeros(()), torch.tensor(float(moment(x))))
+    with pytest.raises(ValueError, match=r"the number .* \(their .*\).* was computed from them"):
+        annealed(with_constant(1.0, prior)).sandwich(x)
+
+
+def test_numbers_near_a_moment_are_not_it():
+    x = torch.tensor([0.5137, 1.3229, 2.0791, 4.3417])
+    prior = (torch.zeros(()), x.std() * 1.0001)
+    assert annealed(with_constant(1.0, prior)).sandwich(x).forward.notes == ()
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+@pytest.mark.parametrize(
+    "constant",
+    [
+        torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]),
+        torch.linspace(-1.0, 1.0, 9),
+        torch.randn(9, generator=torch.Generator().manual_seed(3)),
+        torch.ones(9),
+    ],
+)
+def test_covariates_are_no_functions_of_the_data(constant):
+    x = torch.tensor([0.51, -1.32, 2.07, 0.34, 1.71, -0.23, 0.92, -0.84, 1.13])
+    for data in (x, x.sort().values):
+        assert annealed(with_constant(constant)).sandwich(data).forward.notes == ()

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 
 from pyro_anneal import AnnealedImportance
-from pyro_anneal.models.mass import check_normalized, saturates
+from pyro_anneal.models.mass import check_domains, check_normalized, saturates
 
 
 class Own(TorchDistribution):
@@ -240,3 +240,41 @@ def test_a_family_of_torch_whose_constant_is_wrong_is_refused():
         ValueError, match=r'"z": the density of ContinuousBernoulli integrates to 0'
     ):
         AnnealedImportance(model, num_chains=4, num_steps=2, progress_bar=False).run()
+
+
+OUTSIDE = {
+    "power of a normal": lambda: dist.TransformedDistribution(
+        dist.Normal(1.0, 1.0), [dist.transforms.PowerTransform(torch.tensor(3.0))]
+    ),
+    "log of a normal": lambda: dist.TransformedDistribution(
+        dist.Normal(2.0, 1.0), [dist.transforms.ExpTransform().inv]
+    ),
+    "logit of a shifted uniform": lambda: dist.TransformedDistribution(
+        dist.TransformedDistribution(
+            dist.Uniform(0.0, 1.0), [dist.transforms.AffineTransform(0.5, 1.0)]
+        ),
+        [dist.transforms.SigmoidTransform().inv],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_transforms_are_used_where_they_are_defined(name):
+    def model():
+        z = pyro.sample("z", OUTSIDE[name]())
+        pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(0.7))
+
+    with pytest.raises(ValueError, match=r'"z": 0\.\d+ of the draws of \w+ lie outside of'):
+        AnnealedImportance(model, num_chains=4, num_steps=2, progress_bar=False).run()
+
+
+def test_transforms_at_the_edge_of_their_domain_are_no_fault():
+    edge = dist.TransformedDistribution(  # draws round to 0 and 1
+        dist.Beta(0.01, 0.01), [dist.transforms.SigmoidTransform().inv]
+    )
+    check_domains("z", edge)
+    check_domains("z", dist.LogNormal(0.0, 100.0))  # rounds to zero and to infinity
+    half = dist.TransformedDistribution(
+        dist.LogNormal(0.0, 60.0), [dist.transforms.ExpTransform().inv]
+    )
+    check_domains("z", half)

@@ -36,6 +36,32 @@ def test_support_that_rarely_moves_is_dynamic():
     torch.testing.assert_close(density.pack(values), torch.tensor([math.log(10.0), 0.0]))
 
 
+@pytest.mark.parametrize(
+    ("family", "high"),
+    [
+        (lambda: dist.Categorical(torch.ones(3)), lambda k: 1.0 + (k > 1).float()),
+        (lambda: dist.Bernoulli(0.5), lambda k: 1.0 + k.long()),
+        (lambda: dist.Poisson(0.1), lambda k: 1.0 + (k > 10).float()),
+        (lambda: dist.Categorical(torch.tensor([0.98, 0.01, 0.01])), lambda k: 1.0 + k),
+    ],
+)
+def test_supports_that_move_with_integers_do_so_at_every_seed(family, high):
+    def model(x):
+        k = pyro.sample("k", family())
+        z = pyro.sample("z", dist.Uniform(torch.zeros(()), high(k)))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def still(x):
+        k = pyro.sample("k", family())
+        z = pyro.sample("z", dist.Uniform(torch.zeros(()), torch.tensor(4.0)))
+        pyro.sample("x", dist.Normal(z + high(k), 0.5), obs=x)
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        assert not layout_of(model, torch.tensor(0.8)).is_static
+        assert layout_of(still, torch.tensor(0.8)).is_static
+
+
 def test_fixed_tensor_bounds_are_static():
     def model(x):
         z = pyro.sample("z", dist.Uniform(torch.zeros(()), torch.tensor(4.0)))

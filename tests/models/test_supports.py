@@ -124,6 +124,11 @@ CASES = {
     "Wishart": (
         lambda: dist.Wishart(torch.tensor(4.0), torch.eye(2)), lambda z: dist.Normal(z[0, 0], 1.0), 3.0,
         quadrature(lambda z: stats.chi2.pdf(z, 4) * normal(3.0, z, 1.0), (0, np.inf))),
+    "ordered by a simplex": (
+        lambda: dist.TransformedDistribution(
+            dist.Dirichlet(torch.tensor([2.0, 1.0])), [T.SimplexToOrderedTransform()]
+        ), lambda z: dist.Normal(z[0], 1.0), -0.5,
+        quadrature(lambda b: 2 * b * normal(-0.5, math.log(b / (1 - b)), 1.0), (0, 1))),
     "LKJ": (
         lambda: dist.LKJ(2, torch.tensor(1.5)), lambda z: dist.Normal(z[0, 1], 0.3), 0.9,
         quadrature(lambda r: stats.beta.pdf((1 + r) / 2, 1.5, 1.5) / 2 * normal(0.9, r, 0.3), (-1, 1))),
@@ -217,6 +222,27 @@ def test_transforms_that_are_not_one_to_one_are_refused():
     prior = lambda: dist.TransformedDistribution(dist.Normal(0.0, 1.0), [T.AbsTransform()])
     with pytest.raises(ValueError, match=r'"z": AbsTransform is not one to one.*HalfNormal'):
         run(one_latent(prior, around, 1.0))
+
+
+def test_transforms_that_do_not_say_that_they_are_one_to_one_are_told_how():
+    class Doubling(T.Transform):
+        domain = codomain = dist.constraints.real
+
+        def _call(self, x):
+            return 2.0 * x
+
+        def _inverse(self, y):
+            return 0.5 * y
+
+        def log_abs_det_jacobian(self, x, y):
+            return torch.full_like(x, math.log(2.0))
+
+    prior = lambda: dist.TransformedDistribution(dist.Exponential(1.0), [Doubling()])
+    with pytest.raises(ValueError, match="bijective = True"):
+        run(one_latent(prior, around, 1.0))
+    Doubling.bijective, Doubling.sign = True, 1
+    result = run(one_latent(prior, around, 1.0))
+    assert near(result, quadrature(lambda z: math.exp(-z / 2) / 2 * normal(1, z, 1), (0, np.inf)))
 
 
 def test_transforms_without_an_inverse_are_refused():

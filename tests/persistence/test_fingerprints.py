@@ -88,6 +88,13 @@ def test_other_content_has_another_description(name):
     assert describe(first) != describe(second)
 
 
+def test_expanded_tensors_are_described():
+    for shape in ([1], [1, 1], [2, 3]):  # of one number too, whose strides are zero
+        expanded = torch.tensor(2.0).expand(shape)
+        assert describe(expanded) == describe(torch.full(shape, 2.0))
+        assert describe(expanded) != describe(torch.full(shape, 3.0))
+
+
 def test_globals_that_a_function_reads_are_part_of_it(monkeypatch):
     before = describe(reads_global)
     monkeypatch.setitem(globals(), "LEVEL", [1.0])  # another list of the same content

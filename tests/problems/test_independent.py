@@ -179,7 +179,8 @@ def test_both_identities_hold_from_a_product():
         assert abs(float(values.mean()) - 1.0) < 4.5 * error
 
 
-@pytest.mark.parametrize("pairs", [4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [4, 16])
 def test_modes_multiply(pairs):
     """2^pairs modes by the default, where a list of fits would hold eight."""
     with warnings.catch_warnings():

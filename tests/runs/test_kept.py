@@ -266,6 +266,26 @@ def test_a_run_reads_the_model_a_few_times_however_many_chains(monkeypatch):
             assert len(calls) <= most
 
 
+def test_fits_of_further_data_share_what_the_first_recorded(monkeypatch):
+    recorded, original = [], kept.record_densities
+    monkeypatch.setattr(
+        kept,
+        "record_densities",
+        lambda *args, **options: (recorded.append(1), original(*args, **options))[1],
+    )
+    batches = [torch.tensor([1.0, -2.0]) + i for i in range(4)]
+    annealed(_rows, num_steps=3).run_batches(batches[:1])  # makes graphs of their kind
+    counts = []
+    for count in (2, 4):
+        recorded.clear()
+        found = annealed(_rows, num_steps=3).run_batches(batches[:count])
+        counts.append(len(recorded))
+    assert counts[1] - counts[0] <= 2  # of the fitted base, one for each
+    for index, batch in enumerate(batches):
+        alone = annealed(_rows, num_steps=3, seed=index).run(batch)
+        assert torch.equal(alone.lower, found.lower[2 * index : 2 * index + 2])
+
+
 def test_a_batch_outside_the_support_is_refused_among_others():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -144,18 +145,36 @@ def _is_mask(index: Any) -> bool:
     return getattr(meta, "dtype", None) in (torch.bool, torch.uint8)
 
 
+def _is_number(call: Call, value: Any) -> bool:
+    shape = call.shape(value)
+    return call.rows(value) is None and shape is not None and math.prod(shape) == 1
+
+
 def _masked(call: Call, source: Any, indices: list[Any]) -> Result:
-    """Handles one constant mask over axes that hold no rows."""
+    """Handles one constant mask over axes that hold no rows, and a number written by any mask."""
     rows = call.rows(source)
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) == 1 and "values" in call.given and _is_number(call, call["values"]):
+        mask = given[0][1]
+        if call.known_shape(mask) == call.known_shape(source):  # element by element
+            return aligned(call, [source, mask])
     if len(given) != 1 or call.rows(given[0][1]) is not None:
         raise Meet("it chooses by a mask")
     axis, mask = given[0]
     width = call.rank(mask)
     if "values" in call.given:
-        if call.rows(call["values"]) is not None or rows is None:
+        written = call.rows(call["values"])
+        if written is None:
+            return rows
+        # What the mask picks is one axis in its place: [*before, count, *after].
+        written = located(written)
+        place = written.axis + call.rank(source) - width + 1 - call.rank(call["values"])
+        if place == axis:
             raise Meet("it puts rows by a mask")
-        return rows
+        found = Rows(place + (width - 1) * (place > axis), written.inner)
+        if rows is not None and located(rows) != found:
+            raise Meet("it combines different rows")
+        return found
     rows = located(rows)
     if axis <= rows.axis < axis + width:
         raise Meet("a mask chooses among rows")

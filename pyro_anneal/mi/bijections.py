@@ -76,6 +76,7 @@ class FixedBijection(Bijection):
 
     def unconstrain(self, z: Tensor) -> Tensor:
         """Maps z ``[K, N, *event]`` to u ``[K, N, D]``."""
+        z = z if z.is_floating_point() else z.to(torch.get_default_dtype())  # whole numbers
         lead = z.shape[:2]
         sizes = [math.prod(tail) for tail in self.tails]
         parts = z.reshape(*lead, -1).split(sizes, dim=-1)

@@ -136,7 +136,16 @@ class DistributionJoint(Joint):
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:  # noqa: D102
         if self.likelihood is None:
             raise ValueError("log p(x|z) is not known: the joint was given no likelihood")
-        value = self.likelihood(z).log_prob(x)
+        fn = self.likelihood(z)
+        if not x.is_floating_point():  # labels and counts, which some families subtract from
+            x = x.to(z.dtype if z.is_floating_point() else torch.get_default_dtype())
+        if x.shape[1:] != fn.event_shape:
+            raise ValueError(
+                f"x has shape {list(x.shape)}, but the likelihood is over values of shape "
+                f"{list(fn.event_shape)}: expected [N, *x_event]; use .to_event() for the dimensions "
+                "of x, or drop an axis of one element"
+            )
+        value = fn.log_prob(x)
         expected = z.shape[: z.dim() - len(self.prior.event_shape)]
         if value.shape != expected:
             raise ValueError(

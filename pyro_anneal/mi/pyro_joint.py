@@ -258,8 +258,9 @@ class PyroJoint(Joint):
                 self._check_plate(name, sites[name], num_pairs)
         inner = self._nesting - 1 if self.takes_data else self._nesting
         tails = {n: s["value"].shape[1:] for n, s in sites.items()}
-        x_layout = Packing({n: tails[n] for n in sites if n in self.observed}, inner)
-        return x_layout, Packing({n: tails[n] for n in latent}, inner)
+        dtypes = {n: s["value"].dtype for n, s in sites.items()}
+        x_layout = Packing({n: tails[n] for n in sites if n in self.observed}, inner, dtypes)
+        return x_layout, Packing({n: tails[n] for n in latent}, inner, dtypes)
 
     def _check_plate(self, name: str, site: Any, num_pairs: int) -> None:
         outer = [f for f in site["cond_indep_stack"] if f.vectorized and f.dim == -self._nesting]

@@ -19,10 +19,18 @@ class Packing:
     Args:
         tails: Shape of each site's value after the pair dimension.
         num_inner: How many dimensions of a tail, from the left, belong to plates inside a pair.
+        dtypes: Of the values that sites draw: labels stay integers beside numbers, and what a
+            Bernoulli sees is a float whatever the user's array holds.
     """
 
-    def __init__(self, tails: dict[str, torch.Size], num_inner: int = 0) -> None:
+    def __init__(
+        self,
+        tails: dict[str, torch.Size],
+        num_inner: int = 0,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         self.tails = tails
+        self.dtypes = dict(dtypes or {})
         if len(tails) == 1:
             (tail,) = tails.values()
             kept = [size for size in tail[:num_inner] if size != 1]
@@ -53,12 +61,17 @@ class Packing:
             )
         return count
 
+    def _own(self, name: str, value: Tensor) -> Tensor:
+        dtype = self.dtypes.get(name, value.dtype)
+        kept = value.is_floating_point() and dtype.is_floating_point  # float64 data stay so
+        return value if kept else value.to(dtype)
+
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Unpacks ``[(K,) N, *event]`` into the values of the sites."""
         lead = packed.shape[: self.num_leading(packed)]
         sizes = [math.prod(tail) for tail in self.tails.values()]
         parts = packed.reshape((*lead, -1)).split(sizes, dim=-1)
         return {
-            name: part.reshape(lead + tail)
+            name: self._own(name, part.reshape(lead + tail))
             for (name, tail), part in zip(self.tails.items(), parts, strict=True)
         }

@@ -120,9 +120,9 @@ def test_markov_contexts_in_annealed_losses(loss):
     value = loss.loss_and_grads(markov_beside_enumerated, guide)
     reference = sum(
         TraceEnum_ELBO(max_plate_nesting=0).loss(markov_beside_enumerated, guide)
-        for _ in range(200)
+        for _ in range(50)
     )
-    assert value < reference / 200 + 2.0  # an annealed bound is no worse than the ELBO, by much
+    assert value < reference / 50 + 2.0  # an annealed bound is no worse than the ELBO, by much
 
 
 def mixture(x):
@@ -157,10 +157,10 @@ def test_one_particle_takes_the_expectation_over_enumerated_guide_sites():
         # the reference skips the run that shows which sites are marked
         if name == "theirs":
             pyro.set_rng_seed(7)
-        total = torch.tensor([loss.loss(model, guide, X) for _ in range(400)])
+        total = torch.tensor([loss.loss(model, guide, X) for _ in range(150)])
         pyro.set_rng_seed(3)
         grads = []
-        for _ in range(400):
+        for _ in range(150):
             for p in pyro.get_param_store().values():
                 p.grad = None
             loss.loss_and_grads(model, guide, X)

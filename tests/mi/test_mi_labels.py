@@ -51,3 +51,49 @@ def test_labels_train_critics(critic, dtype):
         optimizer.step()
     value = float(bound.estimate(z, y).lower)
     assert 0.1 < value < math.log(2.0)  # at most the entropy of a bit
+
+
+def answers():
+    """A yes or no, whose densities take floats, beside a class that indexes a table."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.2, 0.8])))
+    slope = torch.tensor([1.0, 4.0])[kind]
+    pyro.sample("y", dist.Bernoulli(logits=slope * z))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_whole_numbers_as_observations(dtype):
+    """Arrays of labels give what floats give, from distributions and from a Pyro model."""
+    torch.manual_seed(0)
+    joint = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Bernoulli(logits=3.0 * z))
+    x, z = joint.sample(50)
+    given = x.to(dtype).numpy()
+    bound = mi.AIS(joint, num_chains=4, num_steps=5)
+    expected, found = bound.estimate(x, z, seed=1), bound.estimate(given, z.numpy(), seed=1)
+    assert torch.allclose(found.pair_lower, expected.pair_lower)
+    assert torch.allclose(found.pair_upper, expected.pair_upper)
+    model = mi.PyroJoint(answers, observed=["kind", "y"])
+    x, z = model.sample(50)
+    exact = torch.log(torch.tensor([0.2, 0.8]))[x[:, 0].long()]
+    slope = torch.tensor([1.0, 4.0])[x[:, 0].long()]
+    exact = exact + dist.Bernoulli(logits=slope * z).log_prob(x[:, 1])
+    rows = x if dtype is torch.float32 else x.to(torch.int64)
+    assert torch.allclose(model.log_likelihood(rows, z), exact)
+
+
+def test_an_axis_too_many_is_named():
+    joint = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.5))
+    x, z = joint.sample(20)
+    with pytest.raises(ValueError, match=r"x has shape \[20, 1\].*values of shape \[\]"):
+        mi.AIS(joint, num_chains=4, num_steps=5).estimate(x.unsqueeze(1), z)
+    with pytest.raises(ValueError, match=r"z has shape \[20, 1\]"):
+        mi.IWAE(joint, None, 4).estimate(x, z.unsqueeze(1))
+
+
+def test_whole_numbers_as_latents():
+    prior, guide = dist.Normal(0.0, 1.0), lambda x: dist.Normal(x, 1.0)
+    bound = mi.MINEAIS(prior, guide, lambda x, z: 0.0 * (x * z).sum(-1), num_steps=3)
+    labels = torch.tensor([0, 1, 1, 0] * 5)
+    x = torch.randn(20)
+    found, expected = (bound.estimate(x, z, seed=0) for z in (labels, labels.float()))
+    assert torch.allclose(found.pair_lower, expected.pair_lower, atol=1e-5)

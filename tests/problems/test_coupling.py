@@ -78,6 +78,18 @@ def scattered(u):
     return total(torch.zeros_like(u).scatter_add(1, index, u) * u.gather(1, index))
 
 
+def triangular(u):
+    h = torch.zeros(ROWS, DIM, DIM, dtype=u.dtype)
+    h[..., torch.ones(DIM, DIM).tril(-1).bool()] = u
+    return total(torch.linalg.solve_triangular(h + EYE, u.unsqueeze(-1), upper=False))
+
+
+def shifted(u):
+    h = torch.zeros(ROWS + 1, dtype=u.dtype)
+    h[torch.arange(ROWS + 1) != 2] = u[:, 0]
+    return h[1:]
+
+
 APART = {
     "decoder": lambda u: dist.Normal(MLP(u), 1.0).log_prob(X).sum(-1),
     "convolutions": lambda u: total(CONV(u.view(ROWS, 1, 1, DIM).expand(ROWS, 1, 3, DIM))),
@@ -100,6 +112,9 @@ APART = {
     "own entry": lambda u: u[torch.arange(ROWS), torch.tensor([0, 1, 2, 0, 1])],
     "assembled": assembled,
     "scattered": scattered,
+    "triangular by a mask": triangular,
+    "multinomial": lambda u: dist.Multinomial(4, u.softmax(-1)).log_prob(4.0 * EYE[0]),
+    "zeros by a mask": lambda u: total(u.clone().index_put_((u < 0,), torch.zeros(()).to(u))),
     "table": lambda u: total(TABLE(torch.arange(ROWS)) * u),
     "lookup": lambda u: total(EYE[(u > 0).long().sum(-1) % DIM] * u),
     "statistics": lambda u: u.var(-1) + u.logsumexp(-1) + u.norm(dim=-1) + u.amax(-1) + u.prod(-1),
@@ -132,6 +147,7 @@ TOGETHER = {
     "attention over rows": lambda u: total(ATTENTION(u @ X[:DIM].expand(DIM, 4))),
     "kernel": lambda u: torch.cdist(u, u).sum(-1),
     "scan": lambda u: torch.stack([u[: i + 1].sum() for i in range(ROWS)]),
+    "shifted by a mask": shifted,
     "written": lambda u: total(torch.zeros_like(u).index_put((torch.tensor([4, 3, 2, 1, 0]),), u)),
 }
 
@@ -247,3 +263,18 @@ def test_a_plate_with_an_unknown_operation_is_joint_unless_it_is_asked_for():
     rows = run(model, x, batch_plates=["data"])
     assert any("is tested at a few positions, not proven" in note for note in rows.notes)
     assert ((rows.lower - truth).abs() < 5 * rows.std_error + 1e-3).all()
+
+
+def compositions(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)))
+        pyro.sample("x", dist.Multinomial(4, z), obs=x)
+
+
+def test_counts_of_categories_keep_their_own_evidence():
+    """Multinomial writes zeros by a mask of the data; the truth is Dirichlet-multinomial."""
+    x = torch.tensor([[1.0, 2.0, 1.0], [4.0, 0.0, 0.0], [0.0, 1.0, 3.0]], dtype=torch.float64)
+    found = run(compositions, x, chains=64, steps=20)
+    truth = dist.DirichletMultinomial(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), 4)
+    assert found.lower.shape == (3,)
+    assert bool(((found.lower - truth.log_prob(x)).abs() < 5 * found.std_error + 1e-3).all())

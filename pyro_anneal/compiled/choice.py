@@ -28,9 +28,9 @@ __all__ = [
 _LOOP_FROM = 400
 # Operations of one chain's evaluation, about a millisecond, from which each chain costs by itself.
 _DEAR = 10_000_000
-# Operations on numbers, some 20 seconds of them, of which torch's compiler saves more than the ten
-# seconds that it takes.
-_COMPILE_FROM = 8e11
+# Operations on numbers, some ten seconds of them, of which torch's compiler saves half and more
+# than the four seconds that it takes.
+_COMPILE_FROM = 4e11
 
 
 def loop_problem(density: RecordedDensity, kernel: Kernel) -> str | None:

@@ -206,18 +206,23 @@ def _each_way(
     if others != [size for d, size in enumerate(index.shape) if d != dim]:
         raise CannotGenerate("rows for a part of the places")
 
+    given = (rows,) if isinstance(rows, Value) else ()
+    is_vector = any(value.is_vector for value in (start, index, *given))
+
+    def wide(expression: Expression) -> str:
+        return (expression.widened() if is_vector else expression).code
+
     def emit(read: Read, at: Sequence[str]) -> Expression:
-        result = converted(read(start, at), dtype).widened()
+        code = wide(converted(read(start, at), dtype))
         for k in range(index.shape[dim]):
             there = moved(at, dim, str(k))
-            given = read(rows, there) if isinstance(rows, Value) else literal(rows, dtype)
-            element = converted(given, dtype).widened().code
-            element = f"{result.code} + {element}" if accumulate else element
-            here = f"eq({read(index, there).widened().code}, wide((i64){at[dim]}))"
-            result = Expression(f"sel({here}, {element}, {result.code})", dtype, True)
-        return result
+            row = read(rows, there) if isinstance(rows, Value) else literal(rows, dtype)
+            element = wide(converted(row, dtype))
+            element = f"{code} + {element}" if accumulate else element
+            place = wide(Expression(f"((i64){at[dim]})", torch.int64, False))
+            code = f"sel(eq({wide(read(index, there))}, {place}), {element}, {code})"
+        return Expression(code, dtype, is_vector)
 
-    given = (rows,) if isinstance(rows, Value) else ()
     return schedule.member((), (start, index, *given), emit, shape, dtype)
 
 

@@ -22,7 +22,6 @@ _RESHAPES = (
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
-    aten.flatten.using_ints,
 )
 SPLITS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)

@@ -133,7 +133,9 @@ def anneal_blocks(
         outcome["num_evaluations"],
         outcome["seconds"],
         lineage,
-        tuple(_paths(block, path, resampling, example.device) for block in passed),
+        ()
+        if resampling is None
+        else tuple(_paths(block, path, resampling, example.device) for block in passed),
     )
 
 
@@ -280,11 +282,10 @@ def _restore(record: Record, device: torch.device) -> Progress:
 def _paths(
     passed: Sequence[Sequence[Tensor]],
     path: Path,
-    resampling: Resampling | None,
+    resampling: Resampling,
     device: torch.device,
 ) -> Reference:
     """Turns around what reverse chains passed: the posterior samples first, the whole last."""
-    assert resampling is not None
     records = [[value.to(device) for value in record] for record in passed]
     states = [State(*record[:-1]) for record in records]
     weights = [record[-1] for record in records]

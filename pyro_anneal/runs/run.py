@@ -104,10 +104,11 @@ def around_paths(
         stream: Name of the stream of noise.
 
     Raises:
-        ValueError: If the sample has no density.
+        ValueError: If the sample has no density, or chains do not resample.
     """
     resampling = frozen.grouping.resampling
-    assert resampling is not None
+    if resampling is None:
+        raise ValueError("chains that do not resample leave no paths: run them in reverse")
     blocks = split(frozen.num_chains, frozen.chain_batch_size)
     starts = position.expand(frozen.num_chains, *position.shape)
     back = _back(frozen, starts, journal, prefix, blocks, f"{stream} paths", resampling)

@@ -114,8 +114,7 @@ def scout_run(
     """
 
     def compute() -> dict[str, Any]:
-        assert problem.from_prior is not None
-        if is_dear(problem.density, problem.layout.dim):
+        if problem.from_prior is None or is_dear(problem.density, problem.layout.dim):
             return {}
         rows = max_rows or max(SETTINGS.num_chains or 64, run.num_chains)
         density, from_prior = (Blockwise(d, rows) for d in (problem.density, problem.from_prior()))

@@ -3,7 +3,7 @@
 import gc
 import math
 import os
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import pyro
@@ -17,7 +17,7 @@ from pyro_anneal.graphs import kept
 from pyro_anneal.graphs.captured import capture
 from pyro_anneal.graphs.folding import shapes_to_literals, simplify
 from pyro_anneal.graphs.rewriting import lift_constants
-from pyro_anneal.native import library, rules
+from pyro_anneal.native import library, rules, schedule, structured, views
 from pyro_anneal.native.evaluation import NativeDensity, density_source, ready
 from pyro_anneal.native.values import CannotGenerate, Value, strides_of
 from pyro_anneal.problems.problem import prepare
@@ -28,9 +28,11 @@ needs_compiler = pytest.mark.skipif(
 KINDS = (torch.float32, torch.float64)
 
 
-def native(function, example):
-    """Makes native code of a function of one chain, and a function of the graph itself."""
+def native(function, example, seen=None):
+    """Makes native code of a function of one chain; notes in ``seen`` what operations it has."""
     graph = make_fx(function)(example)
+    if seen is not None:
+        seen.update(node.target for node in graph.graph.nodes)
     constants = [constant.detach() for constant in lift_constants(graph)]
     ShapeProp(graph).propagate(example, *constants)
     shapes_to_literals(graph, example.device)
@@ -194,6 +196,22 @@ GRAPHS = {
     "no elements": lambda u: u.sum() + u[:, 4:].exp().reshape(0, 3).sum() + torch.cat([u[:0] * 2.0, u]) * (u[:, :0] @ u[:0]).sum().exp() + u[:, :0].prod(),
     "masks": lambda u: u * torch.tensor([True, False, True, True]) + (u > 0).any(0).double(),
 }  # fmt: skip
+aten = torch.ops.aten
+CUBE = (3, 2, 2)
+SPELLINGS = {  # that no function of torch above leads to
+    "index": lambda u: aten._unsafe_index.Tensor(u, [torch.tensor([2, 0])]),
+    "index put": lambda u: aten._unsafe_index_put.default(u, [torch.tensor([2, 2])], u[:2] * 2.0, True),
+    "scatter": lambda u: aten.scatter.value(u, 1, torch.tensor([[0], [1], [3]]), 7.0),
+    "addmv": lambda u: aten.addmv.default(u[:, 0], u, u[0]),
+    "baddbmm": lambda u: aten.baddbmm.default(u.reshape(CUBE), u.reshape(CUBE).exp(), u.reshape(CUBE)),
+    "copies": lambda u: aten.alias.default(u) * 2.0,
+    "all": lambda u: u * aten.all.default(u > -9.0) + aten.all.dim(u > 0.0, 0) + 2.0 * aten.any.default(u > 9.0),
+    "numbers": lambda u: u[0] * aten.arange.start_step(1.0, 9.0, 2.0, dtype=u.dtype),
+    "filled": lambda u: aten.full.default([3, 4], 2.0, dtype=u.dtype) * aten.full_like.default(u, 3.0) + aten.new_full.default(u, [4], 5.0) * aten.new_ones.default(u, [4]) + aten.zeros_like.default(u) + u,
+    "other sums": lambda u: aten.mean.default(u) + aten.prod.dim_int(u, 1),
+    "squeezed": lambda u: aten.squeeze.dims(u.unsqueeze(0) * 2.0, [0]),
+    "checked": lambda u: torch.linalg.cholesky(positive(u)),
+}  # fmt: skip
 REFUSED = {
     "an inverse": lambda u: torch.linalg.inv(u @ u.t() + EYE),
     "an order": lambda u: u.gather(1, u.argsort(1)),
@@ -223,9 +241,14 @@ def test_graphs_and_their_gradients_are_those_of_torch(num_chains):
     u = torch.randn(
         num_chains, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    functions = [with_gradient(f) for f in GRAPHS.values()]
-    got = native(lambda u: sum((f(u) for f in functions), ()), u[0])(u)
-    for number, (name, function) in enumerate(zip(GRAPHS, functions, strict=True)):
+    graphs, seen = GRAPHS | SPELLINGS, set()
+    functions = [with_gradient(f) for f in graphs.values()]
+    got = native(lambda u: sum((f(u) for f in functions), ()), u[0], seen)(u)
+    tables = (structured.RULES, structured.SEVERAL, schedule._SUMS, schedule._FILLED, views.SPLITS)
+    by_passes = {aten.reshape.default, aten.lift_fresh.default}  # which write or drop them
+    known = {*chain(*tables), *views._RESHAPES, *views._SAME}
+    assert sorted(map(str, known - seen - by_passes)) == []
+    for number, (name, function) in enumerate(zip(graphs, functions, strict=True)):
         for value, expected in zip(
             got[2 * number : 2 * number + 2],
             (torch.stack(parts) for parts in zip(*map(function, u), strict=True)),

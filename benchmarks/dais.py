@@ -4,9 +4,8 @@
     python benchmarks/dais.py                     # ours alone
 
 Both train a diagonal Gaussian base and a path of single chains from one start, by Adam with a rate
-that falls tenfold, and are judged by the mean of single-sample log-weights, an ELBO. Equal gradients: one
-evaluation of the target's gradient per step of AutoDAIS, which leaps from the middle of a step; ours
-evaluates both ends and keeps those that neighbours share, so that G gradients are G - 1 steps.
+that falls tenfold, and are judged by the mean of single-sample log-weights, an ELBO. Equal gradients: both
+leap with one gradient in the middle of a step.
 Both learn a scale per coordinate. AutoDAIS has step sizes linear in beta under a largest one, here with
 its defaults and with wider settings; ours has one per temperature, and finds the first itself.
 
@@ -108,7 +107,7 @@ def ours(
     dim = sum(v.numel() for v in start.values())
     loss = DifferentiableAIS(
         1,
-        args.gradients - 1,
+        args.gradients,
         dim=dim,
         reverse=ReverseScore(dim) if args.reverse else None,
     )
@@ -125,7 +124,7 @@ def ours(
         loss.differentiable_loss(model, guide, *data).backward()
         optimizer.step()
     seconds += time.process_time()
-    judge = DifferentiableAIS(args.count, args.gradients - 1, dim=dim, reverse=loss.reverse)
+    judge = DifferentiableAIS(args.count, args.gradients, dim=dim, reverse=loss.reverse)
     judge.load_state_dict(loss.state_dict())
     kept: list[Tensor] = []
     anneal = judge._anneal  # its value is the bound of all chains: single ones are wanted

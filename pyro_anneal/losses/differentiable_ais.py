@@ -27,6 +27,9 @@ __all__ = ["DifferentiableAIS"]
 
 _LARGEST_STEP = 1.0
 _SMALLEST_STEP = 2.0**-24
+_SHARE = (
+    0.125  # of the best step size at the start: training enlarges it soon, and shrinks it hardly
+)
 _NUM_PROBES = 4  # runs of the chains from the same draws at each step size tried
 
 
@@ -34,7 +37,8 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
     r"""Anneals from guide to posterior by Hamiltonian steps without a Metropolis test.
 
     From ``u_0 ~ q`` and a momentum ``v_1 ~ N(0, I)``, each step t = 1..T makes one leapfrog at
-    ``beta_t`` and refreshes the momentum in part:
+    ``beta_t``, with the gradient in the middle of the step, and refreshes the momentum in part. T
+    steps take T gradients:
 
     .. math::
         (u_t, \hat v_t) = \mathrm{leapfrog}_{\beta_t}(u_{t-1}, v_t), \qquad
@@ -71,7 +75,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         num_particles: Number K of chains.
         num_steps: Number T of leapfrogs.
         step_size: Step size to begin with, at every temperature. None finds it at the first
-            evaluation: halved until the bound gets worse, then half of the best. Without a
+            evaluation: halved until the bound gets worse, then an eighth of the best. Without a
             Metropolis test steps that are too large are not rejected: a few draws get enormous
             gradients, after which Adam hardly moves.
         damping: Share gamma of the momentum that is kept, to begin with, in (0, 1).
@@ -177,7 +181,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
 
     @torch.no_grad()
     def _find_step_size(self, chains: _Chains, position: Tensor) -> None:
-        """Halves the step size until the bound gets worse, and takes half of the best."""
+        """Halves the step size until the bound gets worse, and takes a share of the best."""
         best, step = -math.inf, _LARGEST_STEP
         while step > _SMALLEST_STEP:
             self.log_step_size.fill_(math.log(step))
@@ -190,7 +194,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
                 break
             best = bound
             step *= 0.5
-        self.log_step_size.fill_(math.log(0.5 * step))
+        self.log_step_size.fill_(math.log(_SHARE * step))
         self.is_set.fill_(True)
 
     def _guide_traces(
@@ -213,14 +217,13 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
         damping = torch.sigmoid(self.logit_damping).to(position)
         variance = 1.0 - damping.square()
         momentum = torch.randn_like(position)
-        state = _evaluate(chains, position, learning)
-        log_weight = -state[0]
+        log_weight = -_values(chains, position, learning)[0]
         for index, (beta, step) in enumerate(zip(betas, step_sizes, strict=True)):
             log_weight = log_weight + 0.5 * momentum.square().sum(-1)
-            momentum = momentum + 0.5 * step * torch.lerp(state[2], state[3], beta)
-            position = position + step * momentum
-            state = _evaluate(chains, position, learning)
-            momentum = momentum + 0.5 * step * torch.lerp(state[2], state[3], beta)
+            middle = position + 0.5 * step * momentum
+            gradients = _gradients(chains, middle, learning)
+            momentum = momentum + step * torch.lerp(*gradients, beta)
+            position = middle + 0.5 * step * momentum
             log_weight = log_weight - 0.5 * momentum.square().sum(-1)
             if index == len(betas) - 1:  # the last momentum needs no successor
                 break
@@ -234,7 +237,7 @@ class DifferentiableAIS(ParticleELBO, torch.nn.Module):
                     (surprise * correction).sum(-1) - 0.5 * variance * correction.square().sum(-1)
                 )
             momentum = refreshed
-        return log_weight + state[1]
+        return log_weight + _values(chains, position, learning)[1]
 
     def _step_sizes(self, position: Tensor) -> Tensor:
         """Returns the step sizes of all steps, shape ``[T]`` or, by coordinate, ``[T, D]``."""
@@ -276,21 +279,22 @@ class _OneByOne:
         return torch.stack(log_base), torch.stack(log_target)
 
 
-def _evaluate(
-    chains: _Chains, position: Tensor, learning: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Evaluates log q, log p and their gradients, all differentiable if ``learning``."""
+def _values(chains: _Chains, position: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
+    """Evaluates log q and log p, differentiable if ``learning``."""
+    with torch.set_grad_enabled(learning):
+        return chains(position)
+
+
+def _gradients(chains: _Chains, position: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of log q and log p, differentiable if ``learning``."""
     with torch.enable_grad():
         # A new node, so that gradients are taken with respect to this position alone.
         u = position.clone() if learning and position.requires_grad else position.detach()
         u = u if u.requires_grad else u.requires_grad_()
-        log_base, log_target = chains(u)
-        grads = [
+        log_base, log_target = (
             torch.autograd.grad(value.sum(), u, create_graph=learning, retain_graph=True)[0]
             if value.requires_grad
             else torch.zeros_like(u)
-            for value in (log_base, log_target)
-        ]
-    if not learning:
-        return log_base.detach(), log_target.detach(), grads[0], grads[1]
-    return log_base, log_target, grads[0], grads[1]
+            for value in chains(u)
+        )
+    return log_base, log_target

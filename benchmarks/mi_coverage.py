@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_anneal import mi
 from pyro_anneal.results import controls as control_module
-from pyro_anneal.results.controls import leave_one_out_control
+from pyro_anneal.results.controls import control_of_sides
 from pyro_anneal.results.quantiles import student_quantile
 from pyro_anneal.results.rounds import PairRounds
 
@@ -118,7 +118,7 @@ def fixed(pool: Pool, repetitions: int) -> dict[str, dict]:
         }
         if n >= 20 and len(controls):
             c = controls[:, :size].reshape(len(controls), n, repetitions)
-            shift = leave_one_out_control(0.5 * (low + high), c)
+            shift = control_of_sides(low, high, c)
             row["controlled"] = covered(interval(low - shift, high - shift, t), truth)
         rows[str(n)] = row
     return rows

@@ -99,9 +99,9 @@ def bridge(
         value = new
         if done:
             break
-    # bounded terms, so that their spread is a fair guide to the error
+    # bounded terms, in units of Z, so that their spread is a fair guide to the error
     first = (proposals - torch.logaddexp(log_s1 + proposals, log_s2 + value)).exp()
-    second = (log_s1 - torch.logaddexp(log_s1 + draws, log_s2 + value)).exp()
+    second = (log_s1 + value - torch.logaddexp(log_s1 + draws, log_s2 + value)).exp()
     length = series_ess(second, independent=independent)
     both = second.flatten(0, 1)
     variance = first.var(0) / first.mean(0).square() / len(first)

@@ -208,8 +208,7 @@ def mixture_of_fits(
         return None
     nested = None
     if nest and symmetry is None and not apart and len(fit.loc[0]) > 2:
-        lead = leading_coordinates(rows, fit)
-        nested = nested_gaussians(rows, fit, lead, generator) if lead else None
+        nested = _nested(rows, fit, generator)
         if nested is not None and _judge(rows, nested, generator, num_draws)[0] >= _GOOD:
             return nested
     population = draw_population(
@@ -229,6 +228,15 @@ def mixture_of_fits(
     if nested is not None:
         bases.append(nested)
     return _nearest(rows, bases, held, generator, num_draws=num_draws // 2)
+
+
+def _nested(rows: Rows, fit: Candidates, generator: torch.Generator) -> Nested | None:
+    """Nests Gaussians along leading coordinates; None without any, or where factors fail."""
+    try:
+        lead = leading_coordinates(rows, fit)
+        return nested_gaussians(rows, fit, lead, generator) if lead else None
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None  # one base less to choose among
 
 
 def _around(fit: Candidates, generator: torch.Generator, *, count: int = 4) -> Tensor:

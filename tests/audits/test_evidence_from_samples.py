@@ -309,3 +309,19 @@ def test_nuts_on_posteriordb(name):
     assert abs(found.lower - case.truth) < 0.05
     warned = {d.name for d in found.diagnostics if d.severity == "warning"}
     assert warned <= {"few_draws"}  # sigma of E34 moves slowly
+
+
+@pytest.mark.parametrize("shift", [-2000.0, 2000.0])
+def test_errors_do_not_depend_on_the_size_of_the_evidence(shift):
+    """exp(2000) and exp(-2000) are no numbers; the evidence of a thousand data is one of them."""
+    torch.manual_seed(0)
+    proposals, draws = torch.randn(400).double(), 0.5 + torch.randn(2, 200).double()
+    plain, moved = bridge(proposals, draws), bridge(proposals + shift, draws + shift)
+    assert float(moved.value - shift) == pytest.approx(float(plain.value), abs=1e-8)
+    assert float(moved.std_error) == pytest.approx(float(plain.std_error), rel=1e-6)
+    white = torch.randn(2, 200, 3).double()
+    log_joint, scale = -0.5 * white.square().sum(-1), torch.zeros((), dtype=torch.float64)
+    plain = truncated_harmonic_mean(log_joint, white, scale)
+    moved = truncated_harmonic_mean(log_joint + shift, white, scale)
+    assert float(moved.value - shift) == pytest.approx(float(plain.value), abs=1e-8)
+    assert float(moved.std_error) == pytest.approx(float(plain.std_error), rel=1e-6)

@@ -418,7 +418,7 @@ def test_an_example_that_fails_can_be_captured():
 
 def test_an_error_in_eager_mode_rejects_its_chain():
     def function(u):
-        if u[0] > 1:
+        if float(u[0].detach()) > 1:
             raise ValueError("scale must be positive")
         chol = torch.linalg.cholesky(BASE_MATRIX * u[1])
         return standard(u), -u.square().sum() + chol.diagonal().log().sum()
@@ -438,6 +438,10 @@ def branch(u):
     return standard(u), -u.square().sum() if u[0] > 0 else -3 * u.square().sum()
 
 
+def number(u):
+    return standard(u), -u.square().sum() if float(u[0].detach()) > 0 else -3 * u.square().sum()
+
+
 def length_depends(u):
     return standard(u), -u[u > 0].square().sum()
 
@@ -445,7 +449,11 @@ def length_depends(u):
 @pytest.mark.parametrize(
     ("function", "truth", "match"),
     [
-        (branch, lambda u: (1 + 2 * (u[0] <= 0)) * -u.square().sum(), r"model: .*test_capture.py"),
+        (
+            number,
+            lambda u: (1 + 2 * (u[0] <= 0)) * -u.square().sum(),
+            r"model: .*test_capture.py",
+        ),
         (
             length_depends,
             lambda u: -u.relu().square().sum(),
@@ -464,6 +472,18 @@ def test_control_flow_on_latents_runs_eagerly_and_says_why(function, truth, matc
     density.check(u)
     with pytest.raises(ValueError, match="no graph of 4 chains"):
         density.graph_and_inputs(4)
+
+
+def test_a_branch_on_a_latent_is_recorded_both_ways():
+    density = capture(branch, torch.tensor([0.3, -0.4]), num_chains=4)
+    u = torch.tensor([[0.5, 1.0], [-0.5, 2.0], [0.1, -1.0], [-1.0, -1.0]])
+    state = density(u)
+    assert density.mode == "graph"
+    expected = (1.0 + 2.0 * (u[:, 0] <= 0)) * -u.square().sum(1)
+    torch.testing.assert_close(state.log_target, expected)
+    slope = (1.0 + 2.0 * (u[:, :1] <= 0)) * -2.0 * u
+    torch.testing.assert_close(state.grad_target, slope)
+    density.check(u)
 
 
 def test_a_number_taken_from_a_latent_is_caught_at_capture():

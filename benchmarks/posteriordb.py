@@ -228,7 +228,7 @@ def _gauss_hermite(log_joint, start, num):
     return float(special.logsumexp(values + total) + np.log(np.diag(scale)).sum())
 
 
-DEAR = ("GLMM1", "GLMM_Poisson", "pilots")  # densities with inner sums or factorizations
+DEAR = ("Mh", "GLMM1", "GLMM_Poisson", "pilots")  # densities with inner sums or factorizations
 MODELS = {
     "arK": ar_k,
     "sblri-blr": lambda: blr("sblri"),
@@ -267,15 +267,39 @@ def at(folder):
         yield name, lambda make=make, found=found: make(found)
 
 
+def table(kept):
+    """Prints what was measured as a table."""
+    print("| model | log evidence | second method | errors | standard errors | CPU s | warnings |")
+    print("|---|---|---|---|---|---|---|")
+    for name, record in kept.items():
+        other, error = record["sampled"]
+        runs = record["runs"]
+        exact = "" if record["exact"] is None else f"{record['exact']:.3f}"
+        cells = [", ".join(f"{run[key]:{style}}" for run in runs) for key, style in COLUMNS]
+        told = sorted({warning for run in runs for warning in run["warnings"]})
+        cells = [name, exact, f"{other:.3f} +- {error:.3f}", *cells, ", ".join(told)]
+        print(f"| {' | '.join(cells)} |")
+    runs = [run for record in kept.values() for run in record["runs"]]
+    covered = sum(run["covers"] for run in runs)
+    print(f"\n{len(kept)} models, {len(runs)} runs, {covered} intervals cover")
+
+
+COLUMNS = (("error", "+.3f"), ("std_error", ".3f"), ("cpu_seconds", ".1f"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=[""])
     parser.add_argument("--data", type=Path, help="folder of posteriordb's data, as JSON")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--table", action="store_true", help="print what was measured before")
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if given.table:
+        table(kept)
+        return
     for name, make in at(given.data):
         if not any(part in name for part in given.names):
             continue

@@ -110,13 +110,15 @@ def distinct(
         most: Largest number kept.
         widths: Whether Gaussians at one place count as two where one is much wider.
     """
-    # NaN would come first, and hide all others
-    order = found.elbo.nan_to_num(nan=-torch.inf).argsort(descending=True)
+    # what is not finite would come first, and hide all others
+    elbos = found.elbo.where(found.elbo.isfinite(), -torch.inf)
+    order = elbos.argsort(descending=True)
     kept: list[int] = []
-    best = float(found.elbo[order[0]])
+    best = float(elbos[order[0]])
     for candidate in order.tolist():
-        elbo = float(found.elbo[candidate])
-        if not elbo > best - _LEAST_EVIDENCE or len(kept) == most:
+        elbo = float(elbos[candidate])
+        # not "elbo > best - ...", which is false of the best itself where that is -1e20
+        if elbo == -math.inf or elbo < best - _LEAST_EVIDENCE or len(kept) == most:
             break
         places = found.loc[candidate].unsqueeze(0)
         if symmetry is not None:
@@ -208,8 +210,7 @@ def mixture_of_fits(
         return None
     nested = None
     if nest and symmetry is None and not apart and len(fit.loc[0]) > 2:
-        lead = leading_coordinates(rows, fit)
-        nested = nested_gaussians(rows, fit, lead, generator) if lead else None
+        nested = _nested(rows, fit, generator)
         if nested is not None and _judge(rows, nested, generator, num_draws)[0] >= _GOOD:
             return nested
     population = draw_population(
@@ -229,6 +230,15 @@ def mixture_of_fits(
     if nested is not None:
         bases.append(nested)
     return _nearest(rows, bases, held, generator, num_draws=num_draws // 2)
+
+
+def _nested(rows: Rows, fit: Candidates, generator: torch.Generator) -> Nested | None:
+    """Nests Gaussians along leading coordinates; None without any, or where factors fail."""
+    try:
+        lead = leading_coordinates(rows, fit)
+        return nested_gaussians(rows, fit, lead, generator) if lead else None
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None  # one base less to choose among
 
 
 def _around(fit: Candidates, generator: torch.Generator, *, count: int = 4) -> Tensor:

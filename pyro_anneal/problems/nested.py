@@ -36,6 +36,8 @@ __all__ = ["Nested", "leading_coordinates", "nested_gaussians"]
 
 # Leading coordinates at most, values of them, and Gaussians by their number.
 _MOST_LEADING, _NUM_VALUES = 3, 96
+# Coordinates that are tried: those along which curvature changes most.
+_MOST_LIKELY = 12
 _NUM_TERMS = {1: 6, 2: 14, 3: 18}
 # Times that values are drawn and their marginal is fitted anew, and steps of one fit.
 _NUM_TURNS, _NUM_EM = 4, 30
@@ -112,10 +114,13 @@ def leading_coordinates(rows: Rows, fit: Candidates) -> list[int]:
     shifts = torch.diag(width)
     found = hessians(rows, torch.cat([loc + shifts, loc - shifts])).nan_to_num()
     third = (found[: len(loc)] - found[len(loc) :]) / (2.0 * width).view(-1, 1, 1)
+    moved = (scale.mT @ third @ scale).square().sum((1, 2)) * width.square()
+    likely = moved.argsort(descending=True)[:_MOST_LIKELY].tolist()
     lead: list[int] = []
     size = first = _unexplained(third, precision, lead)
-    while len(lead) < _MOST_LEADING and size > max(_LEAST_SIZE, _LEAST_SHARE * first):
-        rest = [i for i in range(len(loc)) if i not in lead]
+    most = min(_MOST_LEADING, len(loc) - 1)
+    while len(lead) < most and size > max(_LEAST_SIZE, _LEAST_SHARE * first):
+        rest = [i for i in likely if i not in lead]
         left = [_unexplained(third, precision, [*lead, i]) for i in rest]
         least = min(range(len(rest)), key=left.__getitem__)
         if not left[least] < 0.7 * size:

@@ -62,6 +62,20 @@ def test_the_leading_coordinate_is_the_scale():
     assert leading_coordinates(rows_of(gaussian), _fit()) == []
 
 
+@pytest.mark.parametrize("dim", [2, 3])
+def test_one_coordinate_is_left_to_be_fitted(dim):
+    def bent(u):  # every coordinate bends the others
+        return (
+            -0.5 * u.square().sum(-1) + u.prod(-1) - u.square().prod(-1) + (2.0 * u).sin().sum(-1)
+        )
+
+    fit = Candidates(torch.zeros(1, dim), torch.eye(dim).unsqueeze(0), torch.zeros(1))
+    lead = leading_coordinates(rows_of(bent), fit)
+    assert 0 < len(lead) < dim
+    found = nested_gaussians(rows_of(bent), fit, lead, torch.Generator().manual_seed(0))
+    assert bool(found.log_density(torch.randn(3, dim)).isfinite().all())
+
+
 def test_a_nested_fit_covers_a_funnel():
     """Weights of its draws have mean 1 and vary little."""
     generator = torch.Generator().manual_seed(0)

@@ -170,7 +170,12 @@ def expected_gap(variance: float, num_chains: int) -> float:
 
 
 def choose_blocks(
-    num_chains: int, variance: float = math.nan, *, num_units: int = 0, num_data: int = 1
+    num_chains: int,
+    variance: float = math.nan,
+    *,
+    num_units: int = 0,
+    num_data: int = 1,
+    dead: float = 0.0,
 ) -> Blocks:
     r"""Chooses R and m for :func:`~pyro_anneal.bounds.limit_of_blocks` at level 0.95.
 
@@ -183,6 +188,9 @@ def choose_blocks(
         variance: Expected variance of log-weights over chains; NaN where no pilot ran.
         num_units: Number of populations that cannot be divided; 0 where there are none.
         num_data: Number of independent data over which bounds are summed, whose sum is normal.
+        dead: Share of chains expected to start where the target has no mass, in [0, 1). A limit that
+            rests on a block of such chains alone is infinite: there are so few blocks that this
+            happens once in 200 runs.
 
     Returns:
         The blocks, whose number divides the number of chains or populations.
@@ -192,15 +200,22 @@ def choose_blocks(
         Blocks(num_blocks=64, num_kept=64)
         >>> choose_blocks(64, 4.0).num_blocks
         4
+        >>> choose_blocks(64, 0.05**2, dead=0.3).num_blocks  # .3^8 is rare, also among eight
+        8
     """
     variance = min(_UNKNOWN_VARIANCE if math.isnan(variance) else variance, 100.0)
+    if dead > 0.0:  # which spreads the others' weights as well
+        dead = float(f"{dead:.2g}")
+        variance = math.log1p(math.expm1(variance) + dead / max(1.0 - dead, 0.01))
     # A guess, so that a tenth more or less will do; data sets that are alike share what follows.
     grid = round(math.log(max(variance, 1e-12)) / _LOG_GRID)
-    return _best_blocks(num_chains, math.exp(_LOG_GRID * grid), num_units, num_data)
+    return _best_blocks(num_chains, math.exp(_LOG_GRID * grid), dead, num_units, num_data)
 
 
 @lru_cache(maxsize=256)
-def _best_blocks(num_chains: int, variance: float, num_units: int, num_data: int) -> Blocks:
+def _best_blocks(
+    num_chains: int, variance: float, dead: float, num_units: int, num_data: int
+) -> Blocks:
     units = num_units or num_chains
     simulated = min(units, _SIMULATED_CHAINS)
     # means over several chains vary less: of log-normal weights by as much as this
@@ -218,10 +233,23 @@ def _best_blocks(num_chains: int, variance: float, num_units: int, num_data: int
             lowest = math.sqrt(total) * _order_statistics(simulated, count) - 0.5 * total
         for dropped in range(count // 4 + 1):
             kept = count - dropped
+            if count > 1 and _share_infinite(num_chains, dead, num_data, count, dropped) > 0.005:
+                continue
             limit = float(lowest[dropped]) - bounds.block_margin(count, kept)
             if limit > highest:
                 best, highest = Blocks(count, kept), limit
     return best
+
+
+def _share_infinite(
+    num_chains: int, dead: float, num_data: int, count: int, dropped: int
+) -> float:
+    """Computes how often more blocks than are dropped hold dead chains alone."""
+    share = 1.0 - (1.0 - dead ** (num_chains // count)) ** num_data
+    few = (
+        math.comb(count, j) * share**j * (1.0 - share) ** (count - j) for j in range(dropped + 1)
+    )
+    return 1.0 - sum(few)
 
 
 @lru_cache(maxsize=128)

@@ -62,6 +62,7 @@ def choose_grouping(
     chains_at_once: int | None = None,
     length: float = math.nan,
     variance: float = math.nan,
+    dead: float = 0.0,
 ) -> Grouping:
     """Decides whether chains resample, among whom and where, and the blocks of intervals.
 
@@ -73,6 +74,7 @@ def choose_grouping(
         chains_at_once: Chains that run at once; populations do not reach beyond them.
         length: Thermodynamic length of the path; NaN where no pilot ran.
         variance: Of log-weights that the pilot expects, in squared nats; likewise.
+        dead: Share of chains expected to start where the target has no mass.
 
     Returns:
         The grouping.
@@ -96,8 +98,8 @@ def choose_grouping(
     units = num_chains // size if resampling is not None else 0
     return Grouping(
         resampling,
-        choose_blocks(num_chains, variance, num_units=units),
-        choose_blocks(num_chains, variance, num_units=units, num_data=batch_size),
+        choose_blocks(num_chains, variance, num_units=units, dead=dead),
+        choose_blocks(num_chains, variance, num_units=units, num_data=batch_size, dead=dead),
     )
 
 

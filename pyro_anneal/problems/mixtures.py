@@ -110,13 +110,15 @@ def distinct(
         most: Largest number kept.
         widths: Whether Gaussians at one place count as two where one is much wider.
     """
-    # NaN would come first, and hide all others
-    order = found.elbo.nan_to_num(nan=-torch.inf).argsort(descending=True)
+    # what is not finite would come first, and hide all others
+    elbos = found.elbo.where(found.elbo.isfinite(), -torch.inf)
+    order = elbos.argsort(descending=True)
     kept: list[int] = []
-    best = float(found.elbo[order[0]])
+    best = float(elbos[order[0]])
     for candidate in order.tolist():
-        elbo = float(found.elbo[candidate])
-        if not elbo > best - _LEAST_EVIDENCE or len(kept) == most:
+        elbo = float(elbos[candidate])
+        # not "elbo > best - ...", which is false of the best itself where that is -1e20
+        if elbo == -math.inf or elbo < best - _LEAST_EVIDENCE or len(kept) == most:
             break
         places = found.loc[candidate].unsqueeze(0)
         if symmetry is not None:

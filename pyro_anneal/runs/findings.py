@@ -20,7 +20,8 @@ __all__ = ["find_saturated", "find_unread", "findings_of"]
 
 _CHAINS = 64  # to look at
 _CHAINS_THROUGH_MODEL = 16  # where supports depend on latents, so that the model runs for each
-_MAX_SHARE = 0.01  # of draws at an edge
+_MAX_SHARE = 0.01  # of chains' ends at an edge
+_MAX_SHARE_OF_BASE = 0.05  # of the base's draws: less moves the evidence by less than .05 nats
 _UNBOUNDED = (type(constraints.real), type(constraints.real_vector))
 
 
@@ -80,9 +81,12 @@ def find_saturated(problem: Problem, position: Tensor) -> Diagnostic | None:
         start = problem.draw(count)
     lost = float((~start.reshape(len(start), -1).isfinite().all(-1)).double().mean())
     shares: dict[str, float] = {}
-    if isinstance(problem.base, PriorBase) and lost > _MAX_SHARE:  # the way back to u is infinite
+    if (
+        isinstance(problem.base, PriorBase) and lost > _MAX_SHARE_OF_BASE
+    ):  # the way back to u is infinite
         shares = dict.fromkeys(names, lost)
-    for found in _shares(problem, (start, position[:count]), names):
+    parts = ((start, _MAX_SHARE_OF_BASE), (position[:count], _MAX_SHARE))
+    for found in _shares(problem, parts, names):
         for name, share in found.items():
             shares[name] = max(share, shares.get(name, 0.0))
     if not shares:
@@ -117,36 +121,47 @@ def _may_saturate(site: Site, base: Base) -> bool:
 
 
 def _shares(
-    problem: Problem, positions: Sequence[Tensor], names: list[str]
+    problem: Problem, parts: Sequence[tuple[Tensor, float]], names: list[str]
 ) -> list[dict[str, float]]:
-    """Measures shares of draws that stand still, by site, where they are not by chance.
+    """Measures shares of draws that stand still, by site, where they are above a share of each part.
 
     All places are unpacked at once.
     """
-    finite = [x[x.reshape(len(x), -1).isfinite().all(-1)] for x in positions]
-    finite = [kept for kept in finite if len(kept)]
+    kept = [(x[x.reshape(len(x), -1).isfinite().all(-1)], share) for x, share in parts]
+    finite = [x for x, _ in kept if len(x)]
+    allowed = [share for x, share in kept if len(x)]
     if not finite:
         return []
     origin = torch.zeros_like(finite[0][:1])
     places = [origin, origin + 0.5]
-    places += [kept + step for kept in finite for step in (0.0, -0.5, 0.5)]
+    places += [x + step for x in finite for step in (0.0, -0.5, 0.5)]
     unpacked = problem.unpack(torch.cat(places))
     values = {name: unpacked[name].split([len(place) for place in places]) for name in names}
     return [
-        _still(problem, {name: value[:2] + value[at : at + 3] for name, value in values.items()})
+        _still(
+            problem,
+            {name: value[:2] + value[at : at + 3] for name, value in values.items()},
+            allowed[at // 3],
+        )
         for at in range(2, len(places), 3)
     ]
 
 
-def _still(problem: Problem, values: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+def _still(
+    problem: Problem, values: Mapping[str, Sequence[Tensor]], allowed: float
+) -> dict[str, float]:
     """Measures shares at values of the origin, of half a unit from it, here, left and right."""
     found = {}
     event_dims = {site.name: len(site.event_shape) for site in problem.layout.sites}
     for name, (at_origin, moved, value, left, right) in values.items():
-        moving = at_origin != moved  # not the zeros of a triangle, say
+        # not the zeros of a triangle, say, or the ones of a correlation matrix, up to rounding
+        rounding = (
+            32.0 * torch.finfo(value.dtype).eps * torch.maximum(at_origin.abs(), moved.abs())
+        )
+        moving = (at_origin - moved).abs() > rounding
         still = ((left == value) | (right == value) | ~value.isfinite()) & moving
         still = still.reshape(*still.shape[: still.dim() - event_dims[name]], -1).any(-1)
         share = float(still.double().mean())
-        if share > _MAX_SHARE and int(still.sum()) > 1:
+        if share > allowed and int(still.sum()) > 1:
             found[name] = share
     return found

@@ -19,6 +19,8 @@ from ..chains.tuning import Particles, Tuned, choose_kernel, tune
 from ..compiled.choice import compile_evaluations, with_loop
 from ..compiled.choice import is_dear as is_dear_graph
 from ..compiled.looped import LoopedDensity
+from ..graphs.evaluation import evaluate_or_nan
+from ..graphs.purity import undisturbed
 from ..graphs.recorded import RecordedDensity
 from ..kernels.base import needs_gradients
 from ..models.simulation import Arguments
@@ -38,6 +40,7 @@ __all__ = ["freeze", "group", "loop_for", "make_problem", "particles"]
 
 
 # From a fit to so many data that each position costs by itself.
+_DRAWS = 64  # of the base, to see how many have no density
 _SHORT_PILOT = Pilot(num_chains=8, num_moves=3)
 
 
@@ -249,7 +252,20 @@ def group(
         chains_at_once=chain_batch_size or DEFAULT_SIZE,
         length=length,
         variance=variance,
+        dead=_share_dead(problem),
     )
+
+
+def _share_dead(problem: Problem) -> float:
+    """Estimates how many draws of the base have no density, where supports let that happen."""
+    if not problem.layout.guarded and lattice_of(problem.layout) is None:
+        return 0.0
+    with undisturbed(problem.layout.device), torch.no_grad():
+        torch.manual_seed(0)  # a function of model and data alone
+        draws = problem.draw(_DRAWS)
+        targets = [evaluate_or_nan(problem.function, draw, gradients=False)[1] for draw in draws]
+    found = torch.stack(targets) == -torch.inf
+    return float(found.double().mean(0).max())
 
 
 def loop_for(

@@ -149,3 +149,18 @@ def test_blocks_of_populations_are_whole_populations():
 
 def test_blocks_of_many_chains_are_chosen_in_no_time():
     assert choose_blocks(4096, 0.3).num_blocks >= 16
+
+
+@pytest.mark.parametrize("dead", [0.05, 0.3, 0.7])
+@pytest.mark.parametrize("num_chains", [2, 16, 64])
+def test_limits_rest_on_living_chains(dead, num_chains):
+    blocks = choose_blocks(num_chains, 0.2, dead=dead)
+    generator = torch.Generator().manual_seed(0)
+    alive = torch.rand(num_chains, 20_000, generator=generator) >= dead
+    log_weights = torch.where(alive, -math.log(1.0 - dead), -math.inf)
+    means = bounds.block_means(log_weights, blocks.num_blocks)
+    limit = bounds.limit_of_blocks(means, num_kept=blocks.num_kept)
+    hopeless = dead**num_chains  # whatever the blocks
+    assert float((limit == -math.inf).double().mean()) <= hopeless + 0.01
+    assert float((limit > 0.0).double().mean()) <= 0.05  # it is a limit
+    assert choose_blocks(num_chains, 0.2, dead=0.0) == choose_blocks(num_chains, 0.2)

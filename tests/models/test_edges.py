@@ -17,7 +17,7 @@ from pyro_anneal.models.edges import (
     has_closed_form,
 )
 from pyro_anneal.runs.freezing import freeze
-from pyro_anneal.runs.run import reverse
+from pyro_anneal.runs.run import forward, reverse
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 
@@ -168,6 +168,45 @@ def test_both_identities_at_the_edge(shape, dtype):
     relative = (truth - reverse_weights(ais, u.unsqueeze(-1))).exp()
     assert float(relative.std()) < 1.0
     assert abs(float(relative.mean()) - 1.0) <= 5.0 * float(relative.std()) / 1000**0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "k", "num_steps", "dtype"),
+    [
+        (0.01, 5, 10, torch.float64),
+        (0.01, 5, 100, torch.float64),
+        (0.01, 0, 10, torch.float64),
+        (0.01, 0, 100, torch.float64),
+        (0.05, 5, 10, torch.float32),
+        (0.05, 0, 100, torch.float32),
+    ],
+)
+def test_reverse_paths_are_forward_paths_weighted(shape, k, num_steps, dtype):
+    """E_r[Z/w; Z/w < c] + P_f(Z/w >= c) = 1, the identity E_r[Z/w] = 1 without its heavy tail.
+
+    Reverse paths weighted by Z / w are forward paths. Of those with Z / w >= c, which carry half of
+    the identity here and are hardly ever seen in reverse, forward chains tell the share.
+    """
+    torch.set_default_dtype(dtype)
+    num_chains, c = 10_000, 10.0
+    truth = beta_binomial(shape, shape, 5, k)
+    ais = AnnealedImportance(
+        beta_model(shape, shape, 5, k), None, num_chains=num_chains, num_steps=num_steps,
+        seed=1, progress_bar=False,
+    )  # fmt: skip
+    posterior = dist.Beta(torch.tensor(shape + k), torch.tensor(shape + 5 - k))
+    u = draw_unconstrained(posterior.expand([num_chains])).unsqueeze(-1)
+    with ais._journal("run_reverse", ((), {})) as journal:  # one path for both directions
+        frozen = freeze(ais, ais.model, ((), {}), ((), {}), journal, seed=1)
+        both = forward(frozen, journal)[0].log_weights, reverse(frozen, u, journal).log_weights
+    ahead, back = ((truth - log_weights.double()).exp() for log_weights in both)
+    assert abs(float((1 / ahead).mean()) - 1.0) <= 5.0 * float((1 / ahead).std()) / 100.0
+    kept, rest = torch.where(back < c, back, 0.0), (ahead >= c).double()
+    std_error = ((kept.var() + rest.var()) / num_chains).sqrt()
+    assert std_error < 0.02
+    assert rest.mean() > 0.03  # which reverse chains alone would miss
+    assert abs(kept.mean() + rest.mean() - 1.0) <= 4.0 * std_error
 
 
 def reverse_weights(ais, position):

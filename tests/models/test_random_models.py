@@ -18,7 +18,7 @@ FOUND = [  # seeds of what the generator found, mended since
     100001,  # data in float64 beside latents in float32 and an enumerated site
     100076,  # a guide with a Wishart: matrices that round beyond the edge
     100199,  # a reflected Chi2: not known as a Gamma
-    410468,  # a fit whose evidence is NaN hid all others
+    410468,  # a fit without evidence hid itself and all others
     410720,  # a support that moves with an integer, found or not by chance
 ]
 

@@ -7,7 +7,8 @@ import torch
 from paths import LOG_2PI, Counted
 
 from pyro_anneal.kernels import State
-from pyro_anneal.problems.gaussian import fit_gaussian
+from pyro_anneal.problems.gaussian import Candidates, fit_gaussian
+from pyro_anneal.problems.mixtures import distinct
 
 
 class Gaussian:
@@ -160,3 +161,19 @@ def test_many_data_cost_few_gradients(monkeypatch):
     fit = fit_gaussian(counted, torch.zeros(4, 3), seed=0)
     assert fit.elbo.item() == pytest.approx(-7.5, abs=1e-4)
     assert fit.num_gradients == 8 * counted.count < 400
+
+
+@pytest.mark.parametrize(
+    ("elbo", "kept"),
+    [
+        ([-1.0, torch.nan, -1.5], [0.0, 2.0]),  # NaN would come first
+        ([torch.inf, -1.0, -9e9], [1.0]),
+        ([-6e20], [0.0]),  # beside which a few nats are nothing
+        ([torch.nan, -torch.inf], []),
+    ],
+)
+def test_fits_without_evidence_hide_no_others(elbo, kept):
+    loc = torch.arange(len(elbo), dtype=torch.float64).unsqueeze(-1)
+    scales = torch.full((len(elbo), 1, 1), 1e-3, dtype=torch.float64)
+    found = distinct(Candidates(loc, scales, torch.tensor(elbo, dtype=torch.float64)), None)
+    assert found.loc.flatten().tolist() == kept

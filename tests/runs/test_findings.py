@@ -81,6 +81,15 @@ def test_lkj_of_three_stays_unflagged():
     assert saturated(run(prior, lambda z: dist.Normal(z[2, 1], 1.0))) == []
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_ones_of_a_correlation_matrix_do_not_count(size):
+    torch.set_default_dtype(torch.float32)  # where they are ones up to rounding
+    assert (
+        saturated(run(lambda: dist.LKJ(size, tensor(1.0)), lambda z: dist.Normal(z[1, 0], 1.0)))
+        == []
+    )
+
+
 def test_a_guide_that_rounds_a_family_known_in_u_is_flagged():
     torch.set_default_dtype(torch.float32)
 

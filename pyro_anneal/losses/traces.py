@@ -18,7 +18,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from ..arguments import check_function
-from ..models.bits import log_prob_of_bits
+from ..models.bits import log_prob_of_bits, score_parts_of_bits
 from ..models.checks import explained
 from ..models.masked import check_filled, fill_masked
 from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
@@ -229,6 +229,7 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
 
 
 def _compute_score_parts(trace: Trace, *, gated: bool) -> None:
+    score_parts_of_bits(trace)
     for name, site in density_sites(trace):
         one = poutine.Trace()
         one.nodes[name] = site

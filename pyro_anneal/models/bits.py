@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -18,7 +19,7 @@ from torch.nn.functional import softplus
 from .sites import density_sites
 from .types import Node, Trace
 
-__all__ = ["log_prob_of_bits"]
+__all__ = ["log_prob_of_bits", "score_parts_of_bits"]
 
 _THRESHOLD = 50.0  # beyond it log(1 + e^u) is u in double precision
 
@@ -41,7 +42,7 @@ class _LogProb(torch.autograd.Function):
         return logits.sigmoid().sub_(bits).mul_(-grad), None
 
 
-def log_prob_of_bits(trace: Trace) -> None:
+def log_prob_of_bits(trace: Trace) -> list[str]:
     r"""Computes the log densities of a trace's sites that are events of bits.
 
     .. math:: \log p(x) = -\sum_i \log\bigl(1 + e^{(1 - 2 x_i) l_i}\bigr)
@@ -52,7 +53,11 @@ def log_prob_of_bits(trace: Trace) -> None:
 
     Args:
         trace: A run of a model without log densities yet; its nodes are changed.
+
+    Returns:
+        Names of these sites.
     """
+    names = []
     for name, found in density_sites(trace):
         if "log_prob" in found or not _is_event_of_bits(found):
             continue
@@ -64,6 +69,20 @@ def log_prob_of_bits(trace: Trace) -> None:
         site["unscaled_log_prob"] = log_prob
         site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
         site["log_prob_sum"] = site["log_prob"].sum()
+        names.append(name)
+    return names
+
+
+def score_parts_of_bits(trace: Trace) -> None:
+    """Computes the log densities of a guide's sites that are events of bits, which are scores too.
+
+    Args:
+        trace: A run of a guide without log densities yet; its nodes are changed.
+    """
+    for name in log_prob_of_bits(trace):
+        site = trace.nodes[name]
+        parts = ScoreParts(site["unscaled_log_prob"], site["unscaled_log_prob"], 0)
+        site["score_parts"] = parts.scale_and_mask(site["scale"], site["mask"])
 
 
 def _is_event_of_bits(site: Node) -> bool:

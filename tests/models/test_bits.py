@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_anneal.models.bits import log_prob_of_bits
+from pyro_anneal.models.bits import log_prob_of_bits, score_parts_of_bits
 
 
 def run(model):
@@ -56,6 +56,20 @@ def test_saturated_logits_are_exact():
     assert found[1].item() == -math.inf
     large = run(net(logits[1:, :3], bits[:3])).nodes["x"]["log_prob"]
     assert large.item() == pytest.approx(-905.0, rel=1e-13)
+
+
+def test_score_parts_are_those_of_pyro():
+    logits = torch.randn(4, 6)
+    mask = torch.tensor([True, False, True, True])
+    model = poutine.mask(net(logits, (torch.rand(4, 6) < 0.4).double(), scale=1.5), mask=mask)
+    ours, theirs = poutine.trace(model).get_trace(), poutine.trace(model).get_trace()
+    score_parts_of_bits(ours)
+    assert "score_parts" in ours.nodes["x"]
+    theirs.compute_score_parts()
+    for found, expected in zip(
+        *(t.nodes["x"]["score_parts"] for t in (ours, theirs)), strict=True
+    ):
+        assert torch.allclose(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -83,15 +83,19 @@ def mnist(folder: Path, name: str = "mnist") -> Images:
 
 
 def omniglot(folder: Path) -> Images:
-    """Reads Omniglot: the background alphabets to train, the others to test."""
+    """Reads Omniglot: the background alphabets to train, the others, shuffled, to test."""
     arrays = np.load(folder / "omniglot" / "omniglot28_box.npz")
     background, evaluation = (
         torch.from_numpy(arrays[name].reshape(-1, 784) / np.float32(255.0))
         for name in ("background", "evaluation")
     )
-    order = torch.randperm(len(background), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(background), generator=generator)
     valid, train = background[order].split([1345, len(background) - 1345])
-    return Images(train, valid, evaluation)
+    shuffled = torch.randperm(
+        len(evaluation), generator=generator
+    )  # else the first are one letter
+    return Images(train, valid, evaluation[shuffled])
 
 
 def digits() -> Images:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -56,7 +57,8 @@ class AIWAE(ParticleELBO):
 
     with weights and states taken as constants: a self-normalized estimate of
     :math:`\nabla \log p(x)`, biased at finite K. The guide learns by the ELBO, along its sampling
-    path. No gradient passes through the chains, so memory does not grow with ``num_steps``.
+    path, from the draws at which chains start (from one draw where particles are not vectorized). No
+    gradient passes through the chains, so memory does not grow with ``num_steps``.
 
     Each temperature has its own step size, moved toward ``target_accept`` between minibatches and
     constant within one: so ``E[w] = p(x)`` holds in each.
@@ -132,15 +134,17 @@ class AIWAE(ParticleELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], arguments: Arguments
     ) -> Evaluation:
         learning = torch.is_grad_enabled()
-        # One particle with gradients: the guide's part, the subsamples, and every parameter seen.
+        # Particles with gradients: the guide's part, the subsamples, and every parameter seen.
         gates = Gates() if learning else None
-        elbo = self._one_particle(model, guide, arguments, gates)
+        elbo = self._of_the_guide(model, guide, arguments, gates)
         subsamples = elbo.runs[0].subsamples
         prepared, density = self._cache.get(model, guide, arguments, subsamples, elbo.scales)
         with unrecorded():
-            state, log_weights = self._anneal(
-                prepared, density, model, guide, arguments, subsamples, learning
-            )
+            draws = [run.guide for run in elbo.runs]
+            if len(elbo.log_guide) < self.num_particles:
+                draws = self._draws(guide, arguments, subsamples)
+            start = pack_draws(prepared, draws, self.num_particles)
+            state, log_weights = self._anneal(prepared, density, start, learning)
         scale = elbo.scale
         bound = log_mean_exp(log_weights)
         value = -(bound * scale).sum()
@@ -149,21 +153,26 @@ class AIWAE(ParticleELBO):
         weights = log_normalized_weights(log_weights).exp()
         log_joint = self._log_joint(prepared, model, arguments, subsamples, state.position)
         for_model = (weights.to(log_joint) * finite_or_zero(log_joint)).sum(0)
-        for_guide = along_the_path(elbo, torch.ones_like(elbo.log_weights))
+        share = torch.full_like(elbo.log_weights, 1.0 / len(elbo.log_weights))
+        for_guide = along_the_path(elbo, share)
         return Evaluation(value, -(for_model * scale).sum() - for_guide)
 
-    def _one_particle(
+    def _of_the_guide(
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         arguments: Arguments,
         gates: Gates | None,
     ) -> Particles:
-        runs = self._runs(model, guide, arguments, arguments, 1, gates)
+        """Draws particles from the guide: all in one run, where chains then start; else one."""
+        is_function = not isinstance(poutine.unwrap(guide), Messenger)
+        vectorized = self.vectorize_particles and self.num_particles > 1 and is_function
+        count = self.num_particles if vectorized else 1
+        runs = self._runs(model, guide, arguments, arguments, count, gates)
         elbo = collect(
             runs,
-            num_particles=1,
-            vectorized=False,
+            num_particles=count,
+            vectorized=vectorized,
             sampling="pathwise" if gates is None else "gated",
             gates=gates,
         )
@@ -180,16 +189,12 @@ class AIWAE(ParticleELBO):
         self,
         prepared: Prepared,
         density: Any,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        arguments: Arguments,
-        subsamples: Any,
+        start: Tensor,
         adapt: bool,
     ) -> tuple[State, Tensor]:
         """Runs K chains; returns their states after the move at beta = 1, and their weights."""
         seed = int(torch.randint(2**31, (), device="cpu").item())
-        draws = self._draws(guide, arguments, subsamples)
-        state = density(pack_draws(prepared, draws, self.num_particles))
+        state = density(start)
         example = state.position[0]
         table = TuningTable(
             tuple(self.betas[1:].tolist()),

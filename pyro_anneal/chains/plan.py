@@ -16,7 +16,7 @@ from .pilot import Pilot
 __all__ = ["PathOptions", "Plan"]
 
 # What an annealing run takes where nobody says otherwise.
-_NUM_STEPS, _MAX_ROUNDS = 1000, 8
+_NUM_STEPS, _MAX_ROUNDS = 1000, 13
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,8 +68,8 @@ class PathOptions:
         num_steps: Number T of weight increments; 1000 if None.
         target_gap: Error in nats per datum that rounds of doubled T go on to reach, instead of
             ``num_steps``.
-        max_rounds: Largest number of rounds. ``"auto"`` is 8, or as many as have no more operations,
-            counted from the recorded graph, than about half a minute.
+        max_rounds: Largest number of rounds. ``"auto"`` is 13, or as many as have no more operations,
+            counted from the recorded graph, than about half a minute; 8 without a graph.
         schedule: ``"adaptive"`` from the pilot, a schedule, or betas from 0 to 1 of shape
             ``[T + 1]``, which then decide T.
         kernel: Transition kernel; HMC if None.

@@ -35,6 +35,7 @@ _FEW_ENOUGH, _FALLS, _MOST_NUMBERS = 3.0, 0.7, 1_000_000
 # Operations on numbers that a round may take where rounds are to be spared, about half a minute;
 # terms of a product of matrices are an eighth of one.
 _MOST_WORK, _TERM = 3e10, 0.125
+_DOUBLINGS_OF_EAGER = 7  # of what cannot be counted
 # Rounds whose weights vary by less, relative to their mean, say something about each other.
 _COMPARABLE, _MOST_ERRORS = 1.0, 4.0
 
@@ -81,11 +82,11 @@ def in_rounds(
     return frozen, _reported(history, goal, last)
 
 
-def _affordable_steps(frozen: Frozen) -> int | None:
-    """Counts the steps that a round of the first round's chains may take; None without a graph."""
+def _affordable_steps(frozen: Frozen) -> int:
+    """Counts the steps that a round of the first round's chains may take."""
     density = frozen.problem.density
     if density.mode == "eager":
-        return None
+        return frozen.path.num_steps << _DOUBLINGS_OF_EAGER
     operations = count_operations(density.chain_graph_and_inputs()[0], term=_TERM)
     per_step = operations * frozen.path.kernel.num_gradients * frozen.num_chains
     return max(frozen.path.num_steps, int(_MOST_WORK / max(per_step, 1.0)))

@@ -43,7 +43,7 @@ from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
 from .low_rank import LowRankScale, fit_low_rank
 from .several import several_fits
-from .tails import prior_weight_for
+from .tails import TAIL_WEIGHT, prior_weight_for, wider_component
 
 __all__ = ["Captured", "FittedStart", "Once", "Rebind", "fit_start"]
 
@@ -63,6 +63,10 @@ _NUM_ORIGINS = 4
 _FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
 
 
+_WIDER = (
+    "draws of a wider Student-t show that the fit lacks tails of the posterior, and the prior is "
+    "improper: the Student-t is mixed in at weight {}"
+)
 _TAILS = (
     "the fitted start is mixed with the prior (weight {:g}), whose draws reach tails of the posterior "
     "that the fit lacks"
@@ -160,6 +164,15 @@ def fit_start(
         spent += found.pop("spent")
         base = _base_of(found, chosen.layout, example)
         weight = prior_weight_for(chosen, density, base, seed, vouched=vouched)
+        wide = wider_component(chosen, density, base, seed)
+        if wide is not None:  # where no prior can be mixed in
+            kept = {"loc": wide.loc, "scale_tril": wide.scale_tril, "dof": wide.dof}
+            log_weights = torch.tensor(base.log_weights, dtype=torch.float64, device="cpu")
+            log_weights = log_weights + math.log1p(-TAIL_WEIGHT)
+            own = log_weights.new_tensor([math.log(TAIL_WEIGHT)])
+            found["components"] = [*found["components"], kept]
+            found["log_weights"] = torch.cat([log_weights, own])
+            found["is_wider"] = True
         return found | {"noncentred": sites, "num_gradients": spent, "prior_weight": weight}
 
     found = once(compute)
@@ -171,6 +184,9 @@ def fit_start(
         chosen = ModelDensity(model.model, layout, model.arguments)
     from_prior = None if layout.improper else lambda: evaluator(chosen)
     weight = found.get("prior_weight", 0.0)
+    if found.get("is_wider"):
+        layout = replace(layout, notes=(*layout.notes, _WIDER.format(TAIL_WEIGHT)))
+        chosen = ModelDensity(model.model, layout, model.arguments)
     if weight > 0.0:
         layout = replace(layout, notes=(*layout.notes, _TAILS.format(weight)))
         chosen = ModelDensity(model.model, layout, model.arguments)

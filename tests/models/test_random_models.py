@@ -15,6 +15,7 @@ COUNT = int(os.environ.get("RANDOM_MODELS", "200"))
 # Structures that are quick to record, of which four models share a graph; a half by default.
 DEFAULT, OTHERS, NUMBERS = (1, 4, 7, 14, 16, 20), (2, 3, 5, 12, 15, 17, 21), 4
 FOUND = [  # seeds of what the generator found, mended since
+    10129,  # a fit without tails above a flat root, where no prior can be mixed in
     100001,  # data in float64 beside latents in float32 and an enumerated site
     100076,  # a guide with a Wishart: matrices that round beyond the edge
     100199,  # a reflected Chi2: not known as a Gamma

@@ -63,3 +63,22 @@ def test_light_tails_are_left_alone():
     result = run(weak(lambda: dist.Normal(0.0, 1.0), 1.0), num_chains=32, num_steps=5)
     assert result.notes == ()
     assert float(result.std_error) < 0.01
+
+
+def test_an_improper_prior_leaves_a_wider_fit():
+    """A fifth of each coordinate in a shoulder, under a flat prior: the normalizer is known."""
+    scales, locs = torch.tensor([0.5, 3.0]), torch.tensor([0.0, 3.0])
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.8, 0.2])), dist.Normal(locs, scales)
+    )
+
+    def model():
+        with pyro.plate("parts", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+        pyro.factor("own", mixture.log_prob(z).sum())
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    truth = -0.5 * math.log(2.0 * math.pi)
+    result = run(model, batch_plates=[])
+    assert any("wider Student-t" in note for note in result.notes)
+    assert abs(float(result.log_evidence) - truth) <= 5.0 * float(result.std_error)

@@ -19,7 +19,12 @@ RESULTS = HERE / "results" / "hard_cases.json"
 sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 
 STARTS = {
-    "default": {"guide": "auto", "num_chains": 32, "target_gap": 0.02},  # log_evidence
+    "default": {
+        "guide": "auto",
+        "num_chains": 32,
+        "target_gap": 0.02,
+        "max_rounds": "auto",
+    },  # log_evidence
     "prior": {"guide": None, "num_chains": 64},
     "prior_weight=0.5": {"guide": "auto", "prior_weight": 0.5, "num_chains": 64},
     "cross_check=True": {"guide": "auto", "cross_check": True, "num_chains": 64},

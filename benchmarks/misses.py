@@ -149,7 +149,7 @@ def problems():
 
 def measure(model, args, truth, *, seed, steps, options):
     began = time.process_time()
-    defaults = {"guide": "auto", "num_chains": 32, "target_gap": 0.02}
+    defaults = {"guide": "auto", "num_chains": 32, "target_gap": 0.02, "max_rounds": "auto"}
     if steps is not None or "num_steps" in options:
         defaults.pop("target_gap")
         options = options | ({} if steps is None else {"num_steps": steps})

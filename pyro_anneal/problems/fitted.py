@@ -164,8 +164,8 @@ def fit_start(
         spent += found.pop("spent")
         base = _base_of(found, chosen.layout, example)
         weight = prior_weight_for(chosen, density, base, seed, vouched=vouched)
-        wide = wider_component(chosen, density, base, seed)
-        if wide is not None:  # where no prior can be mixed in
+        wide = wider_component(chosen, density, base, seed) if weight == 0.0 else None
+        if wide is not None:
             kept = {"loc": wide.loc, "scale_tril": wide.scale_tril, "dof": wide.dof}
             log_weights = torch.tensor(base.log_weights, dtype=torch.float64, device="cpu")
             log_weights = log_weights + math.log1p(-TAIL_WEIGHT)

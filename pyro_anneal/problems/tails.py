@@ -88,7 +88,7 @@ def wider_component(
     dense = [each for each in base.components if isinstance(each, DenseComponent)]
     count = _affordable_draws(model, target)
     many = base.symmetry is not None or len(dense) < len(base.components)
-    if not model.layout.improper or many or count < _LEAST_DRAWS:
+    if many or count < _LEAST_DRAWS:
         return None
     largest = dense[max(range(len(dense)), key=base.log_weights.__getitem__)]
     wide = DenseComponent(largest.loc, _WIDER * largest.scale_tril, _DOF)

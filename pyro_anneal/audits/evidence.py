@@ -20,6 +20,7 @@ from ..problems.drawn import drawn_base, pack_draws
 from ..problems.fitted import FittedStart
 from ..problems.problem import Problem
 from ..results.drawn import EvidenceFromSamples
+from ..results.findings import Diagnostic
 from ..results.provenance import Provenance
 from ..results.run import Estimate
 from ..runs.freezing import freeze
@@ -28,6 +29,7 @@ from ..runs.run import forward, reverse
 from ..runs.settings import Frozen, Settings
 from .bridge import bridge, pareto_k, series_ess, truncated_harmonic_mean
 from .findings import diagnose_evidence
+from .labelling import find_missing_labellings
 from .reading import read_draws
 
 __all__ = ["evidence_from_samples"]
@@ -75,8 +77,8 @@ def evidence_from_samples(
     - the truncated harmonic mean of that half (THAMES), as a check;
     - with ``exact=True``, reverse chains from draws of the other half: ``upper``.
 
-    Chains that have not mixed, heavy tails of the ratios and methods that contradict each other are
-    among the ``diagnostics``.
+    Chains that have not mixed, labellings of exchangeable elements that they did not visit, heavy
+    tails of the ratios and methods that contradict each other are among the ``diagnostics``.
 
     Source: Meng and Wong (1996); Overstall and Forster (2010) for fitting q to one half; Metodiev et
     al. (2024) for the harmonic mean.
@@ -156,8 +158,8 @@ def evidence_from_samples(
                 'discrete ones: enumerate them (infer={"enumerate": "parallel"}), or use '
                 "AnnealedImportance(model).run(...)"
             )
-        result = _evidence(frozen, read[-1], journal, exact)
-    found = diagnose_evidence(result)
+        result, missing = _evidence(frozen, read[-1], journal, exact)
+    found = (*diagnose_evidence(result), *([] if missing is None else [missing]))
     checks.warn(found)
     provenance = _provenance(task, journal, result, time.perf_counter() - began)
     return replace(result, diagnostics=found, provenance=provenance)
@@ -181,8 +183,8 @@ def _split(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 def _evidence(
     frozen: Frozen, halves: _Halves, journal: Journal, exact: bool
-) -> EvidenceFromSamples:
-    """Computes everything from a frozen problem and the two halves."""
+) -> tuple[EvidenceFromSamples, Diagnostic | None]:
+    """Computes everything from a frozen problem and the two halves, and labellings they lack."""
     problem = frozen.problem
     flat = {name: value.flatten(0, 1) for name, value in halves.second.items()}
     packed = pack_draws(problem.model, flat)
@@ -208,7 +210,10 @@ def _evidence(
         starts = packed[::stride][: frozen.num_chains]
         back = reverse(frozen, starts, journal, certified=True)
     series = torch.cat([draws.double(), log_joint.unsqueeze(-1).double()], -1)
-    return EvidenceFromSamples(
+    missing = find_missing_labellings(
+        problem.layout, lambda rows: _evaluate(problem, rows), packed
+    )
+    result = EvidenceFromSamples(
         forward=run,
         reverse=back,
         bridge=scale * value,
@@ -222,6 +227,7 @@ def _evidence(
         base=halves.kind,
         exact=exact,
     )
+    return result, missing
 
 
 def _evaluate(problem: Problem, positions: Tensor) -> tuple[Tensor, Tensor]:

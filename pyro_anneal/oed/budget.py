@@ -159,15 +159,12 @@ def choose(
     used = len(fitted.design) + num_pairs * len(asked) * (num_draws + 1)
     left = budget - used
     controls = pilot.controls()
-    best: tuple[float, int, int, float] | None = None
+    sizes: list[tuple[float, int, int, float]] = []
     for draws in _sizes(num_draws, left // _LEAST_PAIRS):
         gap, variance = _measured(pilot, weighed, controls, draws, num_draws)
         pairs = max(2, left // (len(asked) * (draws + 1)))
-        error = 0.25 * gap**2 + variance / pairs
-        if best is None or error < best[0]:
-            best = (error, pairs, draws, gap)
-    assert best is not None
-    error, pairs, draws, gap = best
+        sizes.append((0.25 * gap**2 + variance / pairs, pairs, draws, gap))
+    error, pairs, draws, gap = min(sizes, key=lambda entry: entry[0])
     spent = used + pairs * len(asked) * (draws + 1)
     plan = Plan(pairs, draws, 1, starts, spent, math.sqrt(error))
     if gap < _WIDE or left < _LEAST_PAIRS * 6 * _FEW_CHAINS * _FEW_STEPS:

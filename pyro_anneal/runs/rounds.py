@@ -66,20 +66,17 @@ def in_rounds(
         return frozen, anneal(frozen, "")
     most = _affordable_steps(frozen) if plan.is_sparing else None
     goal = Goal(plan.target_gap, plan.max_rounds, frozen.path.num_steps, most)
-    now: Round | None = goal.first(_expected_error(frozen, both=task == "sandwich"))
+    now = goal.first(_expected_error(frozen, both=task == "sandwich"))
     history: list[Done] = []
-    last = now
-    while now is not None:
-        last = now
+    while True:
         done = anneal(frozen, f", round {now.number}")
         history.append(done)
         error, sound = float(done.error), _is_sound(history)
         stalls = task == "run" and _stalls(history)
-        now = goal.after(now, error, sound=sound, stalls=stalls)
-        if now is not None:
-            frozen = _refined(frozen, done, now, task)
-    assert last is not None
-    return frozen, _reported(history, goal, last)
+        following = goal.after(now, error, sound=sound, stalls=stalls)
+        if following is None:
+            return frozen, _reported(history, goal, now)
+        frozen, now = _refined(frozen, done, following, task), following
 
 
 def _affordable_steps(frozen: Frozen) -> int:

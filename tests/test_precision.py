@@ -105,7 +105,7 @@ def test_a_hundred_thousand_steps_on_an_image(dtype):
     )
     run = ais.run(x)
     assert run.density_mode == "compiled loop"
-    check_run(run, truth, largest_error=0.01)
+    check_run(run, truth, largest_error=0.015)  # of 8 chains: itself known within a quarter
 
 
 @pytest.mark.parametrize(

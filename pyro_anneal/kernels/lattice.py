@@ -118,20 +118,19 @@ class Lattice:
 
     def mask(self, like: Tensor) -> Tensor:
         """Marks the discrete coordinates, bool ``[dim]``, on the device of ``like``."""
-        mask = torch.zeros(self.dim, dtype=torch.bool, device=like.device)
+        marked = [False] * self.dim  # nothing is written in place, so that steps can be recorded
         for block in self.blocks:
-            mask[block.start : block.stop] = True
-        return mask
+            marked[block.start : block.stop] = [True] * (block.stop - block.start)
+        return torch.tensor(marked, device=like.device)
 
     def variables(self, like: Tensor) -> Tensor:
         """Numbers the variables: that of each coordinate, -1 for others, ``[dim]``."""
-        numbers = torch.full((self.dim,), -1, dtype=torch.long, device=like.device)
-        first = 0
+        numbers, first = [-1] * self.dim, 0
         for block in self.blocks:
-            own = torch.arange(block.count, device=like.device).repeat_interleave(block.size)
-            numbers[block.start : block.stop] = first + own
+            own = [first + index for index in range(block.count) for _ in range(block.size)]
+            numbers[block.start : block.stop] = own
             first += block.count
-        return numbers
+        return torch.tensor(numbers, device=like.device)
 
     def replace(self, position: Tensor, parts: list[Tensor]) -> Tensor:
         """Puts new values of the blocks, as :meth:`Block.take` gives them, into a position."""

@@ -21,10 +21,10 @@ import tvo
 TINY = ["--images", "digits", "--steps", "4", "--batch", "5", "--rate", "0.01", "--num-test", "4"]
 NET = ["--latents", "3", "--hidden", "8"]
 CASES = {
-    "compare": (tvo, ["compare", "--layers", "4", "3", "--particles", "3"], 10),
+    "compare": (tvo, ["compare", "--layers", "4", "3", "--particles", "3"], 13),
     "partitions": (tvo, ["partitions", "--layers", "4", "--particles", "3"], 21),
     "gradients": (tvo, ["gradients", "--layers", "4", "--particles", "3"], 10),
-    "continuous": (tvo, ["continuous", "--particles", "3", *NET], 5),
+    "continuous": (tvo, ["continuous", "--particles", "3", *NET], 6),
     "aiwae": (
         aiwae,
         [

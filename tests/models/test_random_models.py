@@ -64,4 +64,4 @@ def test_no_quiet_error_in_many():
             check(model, seed)
         else:  # the quadrature does not know the truth well enough
             vague += 1
-    assert vague <= 0.02 * COUNT
+    assert vague <= 0.04 * COUNT  # 22 of 1256 in the record

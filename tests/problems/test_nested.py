@@ -238,7 +238,13 @@ def test_both_identities_hold_from_a_nested_base():
 def test_hierarchies_of_two_scales_are_right_or_say_so(name):
     problem = HARD_PROBLEMS[name]()
     engine = AnnealedImportance(
-        problem.model, "auto", num_chains=32, target_gap=0.02, seed=0, progress_bar=False
+        problem.model,
+        "auto",
+        num_chains=32,
+        target_gap=0.02,
+        max_rounds="auto",  # as log_evidence has it
+        seed=0,
+        progress_bar=False,
     )
     run = engine.run(*problem.args)
     error = abs(float(run.lower) - problem.truth())

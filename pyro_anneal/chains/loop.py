@@ -156,7 +156,8 @@ def run_chains(
         generator = seeded_generator(device, seed, stream, chunk)
         carry = _run_chunk(density, path, carry, statistics, steps, direction, generator)
         if resampling is not None and steps.stop in (*points, path.num_steps):
-            assert lineage is not None
+            if lineage is None:
+                lineage = Lineage.beginning(carry.log_weights, resampling.population_size)
             generator = seeded_generator(device, seed, stream, "resampling", steps.stop)
             state, log_weights, lineage = resampling.at(
                 steps.stop, carry.state, carry.log_weights, lineage, generator, reference

@@ -135,8 +135,8 @@ class PilotOutcome(NamedTuple):
     num_gradients: int  # per chain
     num_chains: int
     position: Tensor  # particles at the target, [M, *batch, D]
+    log_evidence: Tensor  # of sequential Monte Carlo, nats, [*batch]; NaN where it was not kept
     pieces: Pieces = Pieces((0.0, 1.0), (0.0,), (0.0,))  # lengths and correlations on the way
-    log_evidence: Tensor | None = None  # of sequential Monte Carlo, nats, [*batch]
 
 
 class _Knot(NamedTuple):

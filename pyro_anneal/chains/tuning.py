@@ -49,6 +49,14 @@ class Tuned(NamedTuple):
     found: Found | None  # likewise
 
 
+class Laid(NamedTuple):
+    """A path through what a pilot found."""
+
+    path: Path
+    summary: PilotSummary
+    found: Found
+
+
 class Found(NamedTuple):
     """What a pilot found, for rounds to improve on."""
 
@@ -134,10 +142,10 @@ def tune(
     found = Found(_outcome(kept, example), kept["seconds"], plan)
     if plan.target_gap is not None:
         plan = plan.with_steps(first_steps(sum(found.outcome.pieces.lengths), plan.fewest_steps))
-    return lay_path(found, plan, example)
+    return Tuned(*lay_path(found, plan, example))
 
 
-def lay_path(found: Found, plan: Plan, example: Tensor) -> Tuned:
+def lay_path(found: Found, plan: Plan, example: Tensor) -> Laid:
     """Lays a path of the plan's number of steps through what a pilot found.
 
     Args:
@@ -157,7 +165,7 @@ def lay_path(found: Found, plan: Plan, example: Tensor) -> Tuned:
         betas = plan.betas
         steps = steps_within(outcome.pieces.betas, betas.tolist(), range(len(betas)))
     path = Path(betas, plan.kernel, _fixed_table(plan, example) or outcome.tuning)
-    return Tuned(path, _summarize(outcome, found.seconds, steps, plan.num_chains), found)
+    return Laid(path, _summarize(outcome, found.seconds, steps, plan.num_chains), found)
 
 
 def _fixed_table(plan: Plan, example: Tensor) -> TuningTable | None:
@@ -204,6 +212,7 @@ def _outcome(kept: Mapping[str, Any], example: Tensor) -> PilotOutcome:
         num_gradients=kept["num_gradients"],
         num_chains=kept["num_chains"],
         position=example[None, ..., :0],
+        log_evidence=torch.full_like(example[..., 0], torch.nan, dtype=torch.float64),
         pieces=Pieces(*kept["pieces"]),
     )
 

@@ -193,7 +193,7 @@ class Annealer(PathOptions):
                 wanted = self._steps_after(target, tuned.path.num_steps, gaps)
                 longer = found.plan.with_steps(max(wanted, tuned.path.num_steps))
                 is_enough = wanted <= tuned.path.num_steps
-                tuned = lay_path(found, longer, example)
+                tuned = Tuned(*lay_path(found, longer, example))
                 if is_enough:
                     break
         return pairs.anneal(tuned, "", num_batches=num_batches)

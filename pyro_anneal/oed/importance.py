@@ -72,25 +72,25 @@ def weigh(
     with torch.no_grad():
         for first in range(0, len(experiment.design), size):
             rows = experiment.part(slice(first, first + size))
-            weighed = _from_prior if start is None else _from_regression
-            parts.append(weighed(rows, tuple(observed), start, num_draws))
+            given = tuple(observed)
+            if start is None:
+                parts.append(_from_prior(rows, given, num_draws))
+            else:
+                parts.append(_from_regression(rows, given, start, num_draws))
     return Weighed(
         torch.cat([part.exact for part in parts]), torch.cat([part.drawn for part in parts], 1)
     )
 
 
-def _from_prior(
-    experiment: Experiment, observed: tuple[str, ...], start: Regression | None, num_draws: int
-) -> Weighed:
+def _from_prior(experiment: Experiment, observed: tuple[str, ...], num_draws: int) -> Weighed:
     given = {name: experiment.values[name] for name in observed}
     drawn = experiment.run(given, num_draws).log_prob(observed)
     return Weighed(experiment.run(experiment.values).log_prob(observed).double(), drawn.double())
 
 
 def _from_regression(
-    experiment: Experiment, observed: tuple[str, ...], start: Regression | None, num_draws: int
+    experiment: Experiment, observed: tuple[str, ...], start: Regression, num_draws: int
 ) -> Weighed:
-    assert start is not None
     given = {name: experiment.values[name] for name in observed}
     mean = start.mean(given, experiment.shape)
     prior = experiment.run(given, num_draws)

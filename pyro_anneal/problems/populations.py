@@ -104,7 +104,6 @@ def draw_population(
             found = run_pilot(density, HMC(), state, generator, settings=_SETTINGS)
             rows.count += found.num_gradients * len(start)
             end = target(found.position)
-        assert found.log_evidence is not None
         if bool(found.log_evidence.isfinite()) and bool(end.log_target.isfinite().all()):
             ends.append(end)
             evidence.append(found.log_evidence)

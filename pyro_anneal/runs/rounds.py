@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..chains.path import StepStatistics
 from ..chains.rounds import Goal, Round, refine
-from ..chains.tuning import lay_path
+from ..chains.tuning import Found, lay_path
 from ..diagnostics import checks as diagnostics
 from ..graphs.inductor import count_operations
 from ..persistence.journal import Journal
@@ -61,11 +61,12 @@ def in_rounds(
     Returns:
         What the last round used, and what it gave, with the runs of all rounds.
     """
-    plan = None if frozen.found is None else frozen.found.plan
-    if plan is None or plan.target_gap is None:
+    found = frozen.found
+    if found is None or found.plan.target_gap is None:
         return frozen, anneal(frozen, "")
+    plan, target = found.plan, found.plan.target_gap
     most = _affordable_steps(frozen) if plan.is_sparing else None
-    goal = Goal(plan.target_gap, plan.max_rounds, frozen.path.num_steps, most)
+    goal = Goal(target, plan.max_rounds, frozen.path.num_steps, most)
     now = goal.first(_expected_error(frozen, both=task == "sandwich"))
     history: list[Done] = []
     while True:
@@ -76,7 +77,7 @@ def in_rounds(
         following = goal.after(now, error, sound=sound, stalls=stalls)
         if following is None:
             return frozen, _reported(history, goal, now)
-        frozen, now = _refined(frozen, done, following, task), following
+        frozen, now = _refined(frozen, found, done, following, task), following
 
 
 def _affordable_steps(frozen: Frozen) -> int:
@@ -206,10 +207,9 @@ def _expected_error(frozen: Frozen, *, both: bool) -> float:
     return math.sqrt(math.expm1(variance) / frozen.num_chains)
 
 
-def _refined(frozen: Frozen, done: Done, now: Round, task: str) -> Frozen:
+def _refined(frozen: Frozen, found: Found, done: Done, now: Round, task: str) -> Frozen:
     """Fixes all that the next round uses."""
-    found, run, density = frozen.found, done.runs[0], frozen.problem.density
-    assert found is not None
+    run, density = done.runs[0], frozen.problem.density
     outcome = found.outcome
     example = torch.zeros_like(frozen.path.tuning.log_scale[0])
     if done.ends is not None:
@@ -225,7 +225,6 @@ def _refined(frozen: Frozen, done: Done, now: Round, task: str) -> Frozen:
     num_chains = found.plan.num_chains * now.growth
     plan = replace(found.plan.with_steps(now.num_steps), num_chains=num_chains)
     path, summary, _ = lay_path(found._replace(outcome=outcome), plan, example)
-    assert summary is not None
     variance = summary.expected_variance
     steps = frozen.path.num_steps / now.num_steps
     seen = float(_variance(run)) * run.num_chains * steps

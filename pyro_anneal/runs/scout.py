@@ -85,7 +85,6 @@ def scout(
             return None
         generator = seeded_generator(state.position.device, seed, "scout")
         outcome = run_pilot(from_prior, kernel, state, generator, settings=settings)
-        assert outcome.log_evidence is not None
         return Scouting(density(outcome.position), outcome.log_evidence, outcome.num_gradients)
 
 

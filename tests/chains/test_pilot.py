@@ -94,7 +94,9 @@ def outcome_of(betas, lengths):
     stages = len(betas)
     table = TuningTable(tuple(betas), torch.zeros(stages), torch.zeros(stages, 1))
     ones = (1.0,) * stages
-    return PilotOutcome(table, tuple(lengths), ones, ones, 1, 4, torch.zeros(4, 1))
+    return PilotOutcome(
+        table, tuple(lengths), ones, ones, 1, 4, torch.zeros(4, 1), torch.zeros(())
+    )
 
 
 def test_adaptive_betas_by_hand():

@@ -82,8 +82,8 @@ class AnnealedImportance(Settings):
         max_rounds: Largest number of rounds; T ends at ``2 ** (max_rounds - 1)`` times that of the
             first, which is 16 to 64. Where :meth:`run` measures that errors of chains do not fall
             with T, as between modes, the number of chains grows in place of T. ``"auto"``, which
-            ``log_evidence`` passes, is 8, or fewer where a round would take more operations,
-            counted from the recorded graph, than about half a minute.
+            ``log_evidence`` passes, is 13, or fewer where a round would take more operations,
+            counted from the recorded graph, than about half a minute (8 without a graph).
         schedule: ``"adaptive"`` (equal thermodynamic length, from the pilot), a schedule such as
             ``Linear()``, or a tensor of betas of shape ``[T + 1]`` from 0 to 1.
         kernel: Transition kernel.
@@ -510,8 +510,9 @@ def log_evidence(
 
     A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
     chains are annealed from it to the model, in rounds of more and more steps T until the measured
-    standard error is at most 0.02 nats; the first has 16 to 64 steps, the last at most 128 times as
-    many, and, unless a target is given, not more operations than about half a minute.
+    standard error is at most 0.02 nats; the first has 16 to 64 steps, the last at most 4096 times
+    as many and not more operations than about half a minute (128 times, of any cost, if a target
+    is given).
 
     Args:
         model: Pyro model with its observations.

@@ -64,8 +64,8 @@ _FULL_RANK, _FULL_RANK_LIMIT = 128, 20_000_000
 
 
 _WIDER = (
-    "draws of a wider Student-t show that the fit lacks tails of the posterior, and the prior is "
-    "improper: the Student-t is mixed in at weight {}"
+    "draws of a wider Student-t show that the fit lacks tails of the posterior: it is mixed into "
+    "the fit at weight {:g}"
 )
 _TAILS = (
     "the fitted start is mixed with the prior (weight {:g}), whose draws reach tails of the posterior "
@@ -166,13 +166,7 @@ def fit_start(
         weight = prior_weight_for(chosen, density, base, seed, vouched=vouched)
         wide = wider_component(chosen, density, base, seed) if weight == 0.0 else None
         if wide is not None:
-            kept = {"loc": wide.loc, "scale_tril": wide.scale_tril, "dof": wide.dof}
-            log_weights = torch.tensor(base.log_weights, dtype=torch.float64, device="cpu")
-            log_weights = log_weights + math.log1p(-TAIL_WEIGHT)
-            own = log_weights.new_tensor([math.log(TAIL_WEIGHT)])
-            found["components"] = [*found["components"], kept]
-            found["log_weights"] = torch.cat([log_weights, own])
-            found["is_wider"] = True
+            found |= _beside(found, base, wide)
         return found | {"noncentred": sites, "num_gradients": spent, "prior_weight": weight}
 
     found = once(compute)
@@ -191,6 +185,17 @@ def fit_start(
         layout = replace(layout, notes=(*layout.notes, _TAILS.format(weight)))
         chosen = ModelDensity(model.model, layout, model.arguments)
     return FittedStart(chosen, base, from_prior, found["num_gradients"], weight, captured)
+
+
+def _beside(found: Mapping[str, Any], base: FittedBase, wide: DenseComponent) -> dict[str, Any]:
+    """Mixes a wider component into a base, as what a journal keeps of it."""
+    kept = {"loc": wide.loc, "scale_tril": wide.scale_tril, "dof": wide.dof}
+    weights = [math.log1p(-TAIL_WEIGHT) + each for each in base.log_weights]
+    log_weights = torch.tensor(
+        [*weights, math.log(TAIL_WEIGHT)], dtype=torch.float64, device="cpu"
+    )
+    components = [*found["components"], kept]
+    return {"components": components, "log_weights": log_weights, "is_wider": True}
 
 
 def _base_of(found: Mapping[str, Any], layout: Layout, example: Tensor) -> FittedBase:

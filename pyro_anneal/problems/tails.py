@@ -8,7 +8,8 @@ are the prior's:
 .. math:: S = \sum_n \bar w_n \, [p(u_n \mid x) > c \, q(u_n)], \quad w_n = p(x \mid u_n)
 
 is the share of the posterior at which the base has less than the c-th part of its density. Where the
-prior's draws have too few effective ones among them, they cannot tell.
+prior's draws have too few effective ones among them, or it is improper, draws of a Student-t that
+is wider than the fit, and follows its own weighted draws, are asked the same.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def prior_weight_for(
 def wider_component(
     model: ModelDensity, target: Any, base: FittedBase, seed: int
 ) -> DenseComponent | None:
-    """Widens a fit for a model whose prior is improper, and so cannot be mixed in.
+    """Widens a fit that lacks tails, where the prior did not show it or is improper.
 
     Args:
         model: The model in the coordinates of the fit.
@@ -81,9 +82,9 @@ def wider_component(
         seed: Seed of the fit.
 
     Returns:
-        A Student-t around one of the base's Gaussians, to be mixed in at a weight of 0.2 where draws of
-        it show that the base lacks tails of the posterior; None where it does not, or nothing can
-        be said.
+        A Student-t, begun at one of the base's Gaussians and moved to its own weighted draws, to be
+        mixed in at ``TAIL_WEIGHT``; None where they do not show that the base lacks tails of the
+        posterior, or nothing can be said.
     """
     dense = [each for each in base.components if isinstance(each, DenseComponent)]
     count = _affordable_draws(model, target)

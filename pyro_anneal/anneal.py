@@ -40,6 +40,7 @@ from .runs.settings import Frozen, Settings
 __all__ = ["AnnealedImportance", "log_evidence"]
 
 _TARGET = 0.02  # standard error of log_evidence, nats
+_MOST_ROUNDS = 13  # of log_evidence
 # Shares of the progress bar by stage of a call.
 _FORWARD = {"fit": 2.0, "pilot": 1.0, "forward": 6.0}
 _BOTH = _FORWARD | {"reverse": 6.0}
@@ -511,8 +512,7 @@ def log_evidence(
     A Gaussian is fitted to the posterior in unconstrained space (``guide="auto"``) and K = 32
     chains are annealed from it to the model, in rounds of more and more steps T until the measured
     standard error is at most 0.02 nats; the first has 16 to 64 steps, the last at most 4096 times
-    as many and not more operations than about half a minute (128 times, of any cost, if a target
-    is given).
+    as many and, unless a target is given, not more operations than about half a minute.
 
     Args:
         model: Pyro model with its observations.
@@ -557,5 +557,5 @@ def log_evidence(
         "hands all arguments to the model"
     )
     check_reserved("log_evidence", model, args, options, remedy=remedy)
-    rounds: dict[str, Any] = {"max_rounds": "auto"} if is_default else {}
+    rounds: dict[str, Any] = {"max_rounds": "auto" if is_default else _MOST_ROUNDS}
     return AnnealedImportance(model, **options, **rounds).run(*args, **kwargs)

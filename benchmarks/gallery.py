@@ -13,6 +13,7 @@ this package or of Pyro that names what is wrong, with its words), or a crash. W
 import argparse
 import collections
 import contextlib
+import fcntl
 import functools
 import importlib
 import json
@@ -40,15 +41,20 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 import pyro_anneal
 from pyro_anneal import AnnealedImportance
-from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO, DifferentiableAIS
+from pyro_anneal.losses import AIWAE, EUBO, IWAE, TVO, DifferentiableAIS, Tightest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gallery.json"
 PAGE = ROOT / "docs" / "gallery.md"
 WAYS = {
     "IWAE": lambda: IWAE(3),
+    "IWAE dreg": lambda: IWAE(3, gradient="dreg"),
+    "IWAE vimco": lambda: IWAE(3, gradient="vimco"),
     "TVO": lambda: TVO(3),
+    "TVO auto": lambda: TVO(3, Tightest(5), gradient="auto"),
+    "TVO upper": lambda: TVO(3, bound="upper"),
     "EUBO": lambda: EUBO(3),
+    "EUBO simulated": lambda: EUBO(2, "simulated"),
     "AIWAE": lambda: AIWAE(3, num_steps=2),
     "DifferentiableAIS": lambda: DifferentiableAIS(2, num_steps=2),
 }
@@ -354,29 +360,35 @@ def main() -> None:
     parser.add_argument("--timeout", type=int, default=120, help="CPU seconds per entry")
     parser.add_argument("--ways", nargs="*", default=None, help="run these again, keep the others")
     parser.add_argument("--page", action="store_true", help="write the page from the record alone")
+    parser.add_argument("--shard", type=int, default=0, help="which part of the entries to run")
+    parser.add_argument("--shards", type=int, default=1, help="of how many parts")
+    parser.add_argument("--resume", action="store_true", help="skip what this commit has run")
     options = parser.parse_args()
     if options.one is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (options.timeout, options.timeout))
         one(options.folder.resolve(), options.one, options.ways)
         return
-    kept = json.loads(RESULTS.read_text())["entries"] if RESULTS.exists() else {}
-    entries = {name: kept[name] for name in ENTRIES if name in kept}
-    for name in () if options.page else options.only or ENTRIES:
+    if options.page:
+        _write({})
+        return
+    names = options.only or list(ENTRIES)[options.shard :: options.shards]
+    for name in names:
+        kept = _recorded().get(name)
+        if options.resume and kept is not None and kept.get("state") == _state():
+            continue
         began = time.perf_counter()
         command = [sys.executable, __file__, str(options.folder), "--one", name]
         command += ["--timeout", str(options.timeout)]
         command += ["--ways", *options.ways] if options.ways else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = _read(done, options.timeout) | {"state": _state()}
-        if options.ways and name in entries and "all" not in found["ways"]:
-            found = entries[name] | {"ways": entries[name]["ways"] | found["ways"]}
-        entries[name] = found
-        outcomes = [
-            way["outcome"] for key, way in entries[name]["ways"].items() if key != "reference"
-        ]
-        print(f"{name}: {outcomes} ({time.perf_counter() - began:.0f} s)", flush=True)
-        _write(entries)
-    _write(entries)
+        if options.ways and kept is not None and "all" not in found["ways"]:
+            found = kept | {"ways": kept["ways"] | found["ways"]}
+        outcomes = collections.Counter(
+            way["outcome"] for key, way in found["ways"].items() if key != "reference"
+        )
+        print(f"{name}: {dict(outcomes)} ({time.perf_counter() - began:.0f} s)", flush=True)
+        _write({name: found})
 
 
 def _state() -> str:
@@ -400,17 +412,25 @@ def _read(done, timeout: int) -> dict:
     return {"source": lines[0]["source"], "ways": ways}
 
 
-def _write(entries: dict) -> None:
+def _recorded() -> dict:
+    return json.loads(RESULTS.read_text())["entries"] if RESULTS.exists() else {}
+
+
+def _write(found: dict) -> None:
+    """Puts outcomes into the record, which other processes write too, and makes the page anew."""
     versions = {
         "pyro_anneal": pyro_anneal.__version__,
         "pyro": pyro.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    ordered = {name: entries[name] for name in ENTRIES if name in entries}
-    results = {"versions": versions, "entries": ordered}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        entries = _recorded() | found
+        ordered = {name: entries[name] for name in ENTRIES if name in entries}
+        results = {"versions": versions, "entries": ordered}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":

@@ -280,12 +280,16 @@ class ModelDensity:
 
     def _summed(self, trace: Trace, sites: dict[str, Node], *, scaled: bool) -> Tensor:
         """Multiplies the densities of some sites, enumerated ones summed out of them."""
-        found = sum_out(
-            trace,
-            sites.items(),
-            self.layout.enumerated,
-            lambda site: self._log_prob(site, scaled=False),
-        )
+        enumerated = self.layout.enumerated
+
+        def log_prob(site: Node) -> Tensor:
+            if not scaled and site["name"] in enumerated and is_flat(site):
+                # A start is normalized: there the site has the density that it is drawn from.
+                drawn: Tensor = unmasked(site["fn"]).log_prob(site["value"])
+                return drawn
+            return self._log_prob(site, scaled=False)
+
+        found = sum_out(trace, sites.items(), enumerated, log_prob)
         for name in found.summed if scaled else ():
             if self._has_own_scale(sites[name]):
                 raise NotImplementedError(

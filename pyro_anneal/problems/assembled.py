@@ -208,14 +208,17 @@ class Problem:
             self._raise(
                 state.position[0],
                 f"has no finite value at any of the {len(ratio)} starting points{where}",
+                "; where the start rarely draws what the model allows, pass more chains, "
+                f"num_chains={32 * len(ratio)}",
             )
 
-    def _raise(self, position: Tensor, problem: str) -> None:
+    def _raise(self, position: Tensor, problem: str, more: str = "") -> None:
         sites = self._culprits(position)
         named = f"at site(s) {sites} the log density" if sites else "the log density"
         raise ValueError(
             f"{named} {problem}: check the data for NaN or values outside the support, and the "
             "guide for mass where the model has none, or for draws that round to the edge of a support"
+            + more
         )
 
     def _culprits(self, position: Tensor) -> list[str]:

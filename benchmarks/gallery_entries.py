@@ -223,6 +223,7 @@ def _(s):
     m, b = s.module("cvae/cvae.py"), s.module("cvae/baseline.py")
     net = m.CVAE(3, 8, 8, b.BaselineNet(8, 8))
     xs = torch.rand(2, 28, 28)
+    xs[:, 14:] = -1.0  # the half to fill in
     ys = torch.bernoulli(torch.full((2, 28, 28), 0.5))
     return Entry("examples/cvae/cvae.py", net.model, net.guide, (xs, ys), starts=(None,))
 

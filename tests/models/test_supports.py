@@ -332,9 +332,7 @@ def test_an_enumerated_site_with_a_flat_prior_is_summed_with_weight_one(start):
 
     each = dist.Normal(torch.arange(3.0), 2**0.5).log_prob(x)
     truth = float(torch.logsumexp(probs.log() + each, 0))
-    ais = AnnealedImportance(
-        model, start, num_chains=64, num_steps=50, seed=0, progress_bar=False
-    )
+    ais = AnnealedImportance(model, start, num_chains=64, num_steps=50, seed=0, progress_bar=False)
     assert near(ais.run(), truth)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from ..arguments import as_real
 from ..chains.pilot import Pilot
 from ..kernels import Kernel
+from ..models.validation import validation_disabled
 from ..persistence.fingerprints import describe_name, described
+from ..persistence.randomness import own_randomness
 from ..results.findings import Diagnostic
 from ..results.mutual_information import FEW_PAIRS, MutualInformation
 from ..schedules import Schedule
@@ -25,6 +27,7 @@ from .joints import Knowledge
 __all__ = ["AIS"]
 
 _WIDE = 1.0  # nats of mean gap, as for sandwiches
+_OUTSIDE, _NUM_STARTS = 0.01, 64  # a share of starts at which x is impossible, and how many tell
 _CROSSED = 6.0  # standard errors of the mean gap over pairs
 MultiSample = Literal["IM", "CR", "IR", "single"]
 
@@ -153,9 +156,15 @@ class AIS(Bound):
         """Chains of a pair that run together."""
         return max(self.annealer.num_chains, self.annealer.plan.pilot.chains_for(1))
 
-    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
-        """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""
+    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor, Tensor | None]:
+        """Anneals from the base.
+
+        Returns:
+            The weights; the base's log q(z|x) - log p(z); and, where the support of x moves with z,
+            the share of the base's draws at which x is impossible, each per pair.
+        """
         joint = self._known
+        has_edges, outside = joint.has_edges(x), None
         q = None if self.guide is None else self._condition(x)
 
         def log_densities(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,13 +199,18 @@ class AIS(Bound):
             num_steps=self._chosen_steps,
             gap=lambda weights: weights.upper(self.lower_kind) - weights.lower(self.upper_kind),
         )
+        if has_edges:
+            with own_randomness(0), validation_disabled():
+                missed = log_densities(draw(_NUM_STARTS))[1] == -torch.inf
+            outside = missed.to(z.dtype if z.is_floating_point() else torch.float64).mean(0)
         log_base, log_joint = log_densities(z.unsqueeze(0))
-        return weights, (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
+        variational = (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
+        return weights, variational, outside
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
         if for_loss:
             raise ValueError("AIS has nothing to learn: it measures; use estimate")
-        weights, variational = self._anneal(x, z)
+        weights, variational, outside = self._anneal(x, z)
         log_likelihood = self._known.log_likelihood(x, z)
         uppers = {"CR", "IM", "single", self.lower_kind}
         lowers = {"IM", "single", self.upper_kind}
@@ -205,7 +219,7 @@ class AIS(Bound):
         statistics["variational"] = variational
         statistics["accept_prob"] = torch.full_like(log_likelihood, float(weights.accept_prob))
         statistics["num_steps"] = torch.full_like(log_likelihood, weights.num_steps)
-        return statistics
+        return statistics if outside is None else statistics | {"outside": outside}
 
     def _measured(self, *args: Any) -> Iterator[Any]:
         try:
@@ -250,7 +264,8 @@ class AIS(Bound):
 
     def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
         result = super()._report(values, controls)
-        found = (*_check_sides(result), *_check_target(result, self.annealer.target_gap))
+        found = _check_edges(result) or _check_sides(result)
+        found = (*found, *_check_target(result, self.annealer.target_gap))
         return replace(result, diagnostics=(*result.diagnostics, *found))
 
 
@@ -259,6 +274,21 @@ def _gaps(result: MutualInformation) -> Tensor:
     if result.pair_lower is None or result.pair_upper is None:
         raise TypeError("a result of AIS has both bounds")
     return result.pair_upper - result.pair_lower
+
+
+def _check_edges(result: MutualInformation) -> tuple[Diagnostic, ...]:
+    """Finds starts at which x is impossible: chains cannot cross, however many steps they make."""
+    outside = float(result.measurements.get("outside", 0.0))
+    if outside <= _OUTSIDE:
+        return ()
+    message = (
+        f"the support of x depends on z, and x is impossible at {outside:.1%} of the draws that "
+        "chains start from. Reverse chains never end there, so the lower bound stays low by about "
+        "-log(1 - that share) per pair whatever num_steps, and the upper bound is infinite where all "
+        "chains of a pair start there. Pass a guide whose draws stay where x is possible, or use "
+        "StructuredInfoNCE or IWAE with many particles, which have no path to cross"
+    )
+    return (Diagnostic(name="edges", severity="warning", message=message, value=outside),)
 
 
 def _check_target(result: MutualInformation, target: float | None) -> tuple[Diagnostic, ...]:

@@ -149,6 +149,7 @@ def ais_eig(
             pair_lower, pair_upper = information(experiment, plan.bounds(experiment))
     else:
         pair_lower, pair_upper = information(experiment, chains, chains.log_likelihood)
+    endless = _endless(pair_lower, pair_upper)
     middle = 0.5 * (pair_lower + pair_upper)
     slope = experiment.gradient(middle) if gradient else None
     if control_variates:
@@ -163,7 +164,7 @@ def ais_eig(
         design=design.detach(),
         gradient=slope,
         notes=tuple(notes),
-        diagnostics=(*few_pairs(num_pairs), *_findings(chains.runs)),
+        diagnostics=(*few_pairs(num_pairs), *endless, *_findings(chains.runs)),
         provenance=record,
     )
 
@@ -194,6 +195,19 @@ class _Chains:
         if found is None:
             raise ValueError("the sandwich kept no log likelihood of its pairs")
         return found
+
+
+def _endless(pair_lower: Tensor, pair_upper: Tensor) -> tuple[Diagnostic, ...]:
+    """Finds pairs whose bounds are infinite: an observation that no draw of the latents allows."""
+    count = int((~(pair_lower.isfinite() & pair_upper.isfinite())).sum())
+    if count == 0:
+        return ()
+    message = (
+        f"bounds are infinite at {count} pairs of a design: none of their draws of the latents allows the "
+        "observation, as where its support depends on them. Give more draws (budget=), or a guide "
+        "whose draws allow it"
+    )
+    return (Diagnostic(name="edges", severity="warning", message=message, value=float(count)),)
 
 
 def _tried(few: Experiment, settings: dict[str, Any]) -> Tried:

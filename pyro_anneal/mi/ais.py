@@ -156,15 +156,11 @@ class AIS(Bound):
         """Chains of a pair that run together."""
         return max(self.annealer.num_chains, self.annealer.plan.pilot.chains_for(1))
 
-    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor, Tensor | None]:
-        """Anneals from the base.
-
-        Returns:
-            The weights; the base's log q(z|x) - log p(z); and, where the support of x moves with z,
-            the share of the base's draws at which x is impossible, each per pair.
-        """
+    def _path(
+        self, x: Tensor
+    ) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[int], Tensor]]:
+        """Returns the log densities of base and target, and what draws from the base."""
         joint = self._known
-        has_edges, outside = joint.has_edges(x), None
         q = None if self.guide is None else self._condition(x)
 
         def log_densities(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,6 +181,13 @@ class AIS(Bound):
                 drawn = torch.where(from_prior.reshape(shape), joint.sample_prior(count, x), drawn)
             return drawn
 
+        return log_densities, draw
+
+    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
+        """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""
+        joint = self._known
+        joint.has_edges(x)  # found before the density is recorded
+        log_densities, draw = self._path(x)
         posterior = None
         if self.posterior is not None and "IR" in (self.lower_kind, self.upper_kind):
             posterior = self.posterior(x, self.annealer.num_chains - 1)
@@ -199,18 +202,19 @@ class AIS(Bound):
             num_steps=self._chosen_steps,
             gap=lambda weights: weights.upper(self.lower_kind) - weights.lower(self.upper_kind),
         )
-        if has_edges:
-            with own_randomness(0), validation_disabled():
-                missed = log_densities(draw(_NUM_STARTS))[1] == -torch.inf
-            outside = missed.to(z.dtype if z.is_floating_point() else torch.float64).mean(0)
         log_base, log_joint = log_densities(z.unsqueeze(0))
-        variational = (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
-        return weights, variational, outside
+        return weights, (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
+
+    def _outside(self, x: Tensor) -> Tensor:
+        """Computes the share of the base's draws at which x is impossible, per pair, ``[N]``."""
+        log_densities, draw = self._path(x)
+        with own_randomness(0), validation_disabled():
+            return (log_densities(draw(_NUM_STARTS))[1] == -torch.inf).double().mean(0)
 
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
         if for_loss:
             raise ValueError("AIS has nothing to learn: it measures; use estimate")
-        weights, variational, outside = self._anneal(x, z)
+        weights, variational = self._anneal(x, z)
         log_likelihood = self._known.log_likelihood(x, z)
         uppers = {"CR", "IM", "single", self.lower_kind}
         lowers = {"IM", "single", self.upper_kind}
@@ -219,7 +223,9 @@ class AIS(Bound):
         statistics["variational"] = variational
         statistics["accept_prob"] = torch.full_like(log_likelihood, float(weights.accept_prob))
         statistics["num_steps"] = torch.full_like(log_likelihood, weights.num_steps)
-        return statistics if outside is None else statistics | {"outside": outside}
+        if self._known.has_edges(x):
+            statistics["outside"] = self._outside(x)
+        return statistics
 
     def _measured(self, *args: Any) -> Iterator[Any]:
         try:

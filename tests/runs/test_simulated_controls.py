@@ -42,6 +42,7 @@ def test_controls_have_mean_zero_and_speak_of_the_very_pairs():
     assert torch.equal(controls.of(3), found[:, :3])
 
 
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
 def test_mutual_information_keeps_its_gaps_and_loses_variance():
     ais = AnnealedImportance(
         counts, num_chains=16, num_steps=30, seed=0, progress_bar=False, resampling=False

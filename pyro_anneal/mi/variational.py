@@ -291,6 +291,8 @@ def check_critic(
         best: Values of a lower bound that the best critic reaches or exceeds with this guide; None
             where the full joint is not known.
     """
+    if lower.requires_grad:  # in training
+        return ()
     if best is not None and (left := _beyond_chance(best - lower)) is not None:
         message = (
             f"the critic is {left:.3g} nats below what the best one reaches with this guide "

@@ -25,12 +25,12 @@ from torch import Tensor
 
 __all__ = ["Given", "fit_given"]
 
-_NUM_NODES = {1: 5, 2: 9, 3: 12}
-_NUM_LLOYD, _BANDWIDTH = 10, 0.8
+_NUM_NODES = {1: 6, 2: 12, 3: 16}
+_NUM_LLOYD, _BANDWIDTH = 10, 0.7
 # Least scale, in roundings of a value.
 _LEAST_SCALE = 1e3
 # Pull to a straight line, as mass.
-_PULL, _PULL_OF_SCALES = 1e-5, 1e-4
+_PULL, _PULL_OF_SCALES = 1e-5, 3e-5
 # Share of the fit's weights that places of little mass have, for what lies beyond the places seen.
 _SHARE_OF_ALL = 0.02
 _MARGIN = 0.25  # of the box, over the width of what was seen
@@ -133,12 +133,12 @@ def fit_given(
     centre = weights @ loc
     shift = (turned @ (loc - centre).unsqueeze(-1)).squeeze(-1)
     straight = _Straight(shell, functions, unit, weights)
-    even = torch.ones_like(deviation[:, :1])
-    floored = torch.maximum(deviation, least * (1.0 + loc.abs()))  # what rounding leaves of x
-    log_scale = straight.fit(even, floored.log().unsqueeze(1), _PULL_OF_SCALES)
     # an error of a regression counts in units of what it leaves, which shrinks in a neck
     wanted = torch.cat([turned.tril(-1), shift.unsqueeze(-1)], -1)
     rows = straight.fit(deviation.square().reciprocal(), wanted, _PULL)
+    floored = torch.maximum(deviation, least * (1.0 + loc.abs()))  # what rounding leaves of x
+    even = torch.ones_like(deviation[:, :1])
+    log_scale = straight.fit(even, floored.log().unsqueeze(1), _PULL_OF_SCALES)
     unit = unit.unsqueeze(-1)
     found = replace(
         shell,

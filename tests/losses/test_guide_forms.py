@@ -262,5 +262,5 @@ def test_value_and_distribution_that_spread_each_other_are_refused():
     def guide(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match='at site "x": log_prob has shape .* spread each other'):
+    with pytest.raises(ValueError, match=r'at site "x": log_prob has shape .* spread each other'):
         IWAE(2).loss(model, guide, torch.zeros(5, 1))

@@ -443,7 +443,7 @@ CASES = {
         6, 0.44, 31.564146, periodic=False, num_chains=128, num_steps=8000, num_exact=64
     ),
     "Ising 20 x 20, periodic, critical": lambda: run_ising(
-        20, CRITICAL, 372.518277, periodic=True, num_chains=96, num_steps=12000, num_exact=96
+        20, CRITICAL, 372.518277, periodic=True, num_chains=96, num_steps=24000, num_exact=96
     ),
     "belief net 12-30, 8 rows": small_belief_net,
     "RBM 20 x 16": boltzmann_machine,

@@ -16,7 +16,6 @@ from .base import (
     Evaluation,
     ParticleELBO,
     PyroOptions,
-    doubly_reparameterized,
     finite_or_zero,
     require_pathwise,
     weighted_sum,
@@ -24,6 +23,7 @@ from .base import (
 )
 from .particles import Particles, Sampling
 from .partitions import Moments, Tightest
+from .paths import doubly_reparameterized
 from .traces import Arguments
 
 __all__ = ["TVO", "Thermodynamic", "thermodynamic"]

@@ -81,7 +81,7 @@ class FittedStart:
     """A Gaussian base and the coordinates in which it was fitted."""
 
     model: ModelDensity
-    base: FittedBase
+    base: Base
     from_prior: Callable[[], Any] | None  # captures the path from the prior, if that is proper
     num_gradients: int  # single-chain gradients spent, per batch element
     prior_weight: float = 0.0  # at which the prior is to be mixed in, since it reaches further

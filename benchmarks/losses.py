@@ -201,7 +201,7 @@ def against_tvo(folder: Path, rounds: int, batch: int, particles: int) -> dict[s
     loss = TVO(particles, partition, vectorize_particles=True, max_plate_nesting=1)
 
     def ours() -> None:
-        loss.differentiable_loss(model, guide, x).backward()
+        loss.loss_and_grads(model, guide, x)
 
     def authors() -> None:
         value, _ = theirs.get_thermo_loss(net, inference, x, partition, particles)

@@ -223,14 +223,17 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         vectorized = self.vectorize_particles and count > 1
         if self.vectorize_particles and self.max_plate_nesting == math.inf:
             self._guess(model, guide, model_arguments, guide_arguments)
+        if vectorized:
+            plate = pyro.plate(PARTICLE_PLATE, count, dim=-int(self.max_plate_nesting))
+            model, guide = plate(model), plate(guide)
         runs: list[Run] = []
         while len(runs) < (1 if vectorized else count):
             enumerates = self._enumerates and self.max_plate_nesting < math.inf
             state = get_rng_state() if self._enumerates is None else None
             try:
                 run = run_guide(
-                    self._in_particle_plate(model, count) if vectorized else model,
-                    self._in_particle_plate(guide, count) if vectorized else guide,
+                    model,
+                    guide,
                     model_arguments,
                     guide_arguments,
                     gates=gates,
@@ -282,7 +285,7 @@ def without_parameters(model: Fn) -> Fn:
 
 def finite_or_zero(values: Tensor) -> Tensor:
     """Replaces ``-inf`` by 0, so that particles of zero weight pass no NaN into a gradient."""
-    return torch.where(values == -torch.inf, torch.zeros_like(values), values)
+    return torch.where(values == -torch.inf, 0.0, values)
 
 
 def require_pathwise(particles: Particles, what: str, alternative: str) -> None:

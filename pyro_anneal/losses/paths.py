@@ -81,9 +81,9 @@ def _in_one_pass(particles: Particles, weights: Tensor, path_weights: Tensor) ->
     if any(factor is None for factor in factors):
         return None
     surrogate = particles.total((weights * finite_or_zero(particles.log_joint)).sum(dim=0))
-    if gates.outputs:
-        # The guide's density, at fixed parameters.
-        density = particles.total((path_weights * finite_or_zero(particles.log_guide)).sum(dim=0))
+    # The guide's density, at fixed parameters; that of points has no gradient.
+    density = particles.total((path_weights * finite_or_zero(particles.log_guide)).sum(dim=0))
+    if gates.outputs and density.requires_grad:
         grads = torch.autograd.grad(density, gates.outputs, retain_graph=True, allow_unused=True)
         for grad, value in zip(grads, gates.inputs, strict=True):
             if grad is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -178,10 +178,10 @@ def run_guide(
     marked = tuple(n for n, s in guide_trace.nodes.items() if s.get("infer", {}).get("enumerate"))
     fill_masked(model_trace)
     with model_context():
-        log_prob_of_bits(model_trace)
+        bits = {id(model_trace.nodes[name]["value"]) for name in log_prob_of_bits(model_trace)}
         model_trace.compute_log_prob()
     check_filled(model_trace)
-    _compute_score_parts(guide_trace, gated=gates is not None)
+    _compute_score_parts(guide_trace, bits, gated=gates is not None)
     if is_validation_enabled():
         for trace in (model_trace, guide_trace):
             for site in trace.nodes.values():
@@ -240,8 +240,8 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
             )
 
 
-def _compute_score_parts(trace: Trace, *, gated: bool) -> None:
-    score_parts_of_bits(trace)
+def _compute_score_parts(trace: Trace, bits: Collection[int], *, gated: bool) -> None:
+    score_parts_of_bits(trace, bits)
     for name, site in density_sites(trace):
         one = poutine.Trace()
         one.nodes[name] = site

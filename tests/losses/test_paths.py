@@ -38,6 +38,17 @@ class Chained(Local):
     chained = True
 
 
+class Points(Local):
+    def guide(self, x):
+        shift = pyro.param("shift", torch.tensor(0.3))
+        scale = pyro.param("scale", torch.tensor(0.8))
+        with pyro.plate("rows", len(x), dim=-2):
+            center = x.mean(-1, keepdim=True)
+            pyro.sample("a", dist.Delta(torch.stack([center, -shift * center], -1)).to_event(1))
+            with pyro.plate("parts", 3, dim=-1):
+                pyro.sample("b", dist.Delta(scale * x))
+
+
 def gradients(loss, problem, x):
     pyro.set_rng_seed(3)
     pyro.clear_param_store()
@@ -48,7 +59,7 @@ def gradients(loss, problem, x):
     return {"value": value.detach()} | dict(zip(found, grads, strict=True))
 
 
-@pytest.mark.parametrize("kind", [Local, Chained])
+@pytest.mark.parametrize("kind", [Local, Chained, Points])
 @pytest.mark.parametrize(
     "make", [lambda **o: IWAE(5, "dreg", **o), lambda **o: TVO(5, gradient="dreg", **o)]
 )

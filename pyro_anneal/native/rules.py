@@ -190,8 +190,8 @@ def _logit(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
 
 
 def _logit_backward(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
-    grad, x, eps = operands[0], *_given(operands[1:], kwargs, ("eps",), None)
-    g, code = rule.typed(grad), rule.typed(x)
+    x, eps = _given(operands[1:], kwargs, ("eps",), None)
+    g, code = rule.typed(operands[0]), rule.typed(x)
     low, high, other = (0.0, 1.0, torch.nan) if eps is None else (eps, 1.0 - eps, 0.0)
     inside = f"ge({code}, {rule.typed(low)}) & le({code}, {rule.typed(high)})"
     slope = f"(({code} + nil({code})) * (1 - {code}))"  # no sign of zero, as in torch

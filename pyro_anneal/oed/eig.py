@@ -24,6 +24,7 @@ from torch import Tensor
 from ..anneal import AnnealedImportance
 from ..arguments import as_count, as_seed
 from ..chains.pilot import Pilot
+from ..mi.fitting import as_values
 from ..models.types import Fn
 from ..persistence.randomness import derived_seed, draw_seed, own_randomness
 from ..results.controls import control_of_sides
@@ -119,7 +120,7 @@ def ais_eig(
         >>> bool(eig.lower[1] > eig.upper[0])  # 0.80 against 0.11 nats
         True
     """
-    began = time.perf_counter()
+    began, design = time.perf_counter(), as_values("design", design)
     labels = Labels.check(observation_labels, target_labels)
     num_pairs = as_count("num_pairs", num_pairs)
     settings: dict[str, Any] = {

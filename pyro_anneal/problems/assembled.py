@@ -225,10 +225,15 @@ class Problem:
     def _raise(self, position: Tensor, problem: str) -> None:
         sites = self._culprits(position)
         named = f"at site(s) {sites} the log density" if sites else "the log density"
-        raise ValueError(
-            f"{named} {problem}: check the data for NaN or values outside the support, and the "
-            "guide for mass where the model has none, or for draws that round to the edge of a support"
+        moving = sorted(set(self.model.layout.guarded).intersection(sites))
+        remedy = (
+            f"the support of {moving} depends on latents, and no start allows the data: pass a guide "
+            "whose draws do, or more chains (num_chains=)"
+            if moving and "no finite" in problem
+            else "check the data for NaN or values outside the support, and the guide for mass where "
+            "the model has none, or for draws that round to the edge of a support"
         )
+        raise ValueError(f"{named} {problem}: {remedy}")
 
     def _culprits(self, position: Tensor) -> list[str]:
         """Names the sites whose log density at ``position`` is not finite."""

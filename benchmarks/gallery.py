@@ -150,10 +150,9 @@ def _is_refusal(error):
     return (ours or theirs) and isinstance(error, _REFUSALS) and len(str(error)) > 20
 
 
-def _run(entry, guide):
-    ais = AnnealedImportance(
-        entry.model, guide, num_chains=8, num_steps=20, seed=0, progress_bar=False
-    )
+def _run(entry, guide, **options):
+    settings = {"num_chains": 8, "num_steps": 20, "seed": 0, "progress_bar": False} | options
+    ais = AnnealedImportance(entry.model, guide, **settings)
     run = ais.run(*entry.args, **entry.kwargs)
     total = float(run.lower.double().sum())
     error = float(run.std_error.double().square().sum().sqrt())
@@ -203,6 +202,9 @@ def one(folder: Path, name: str, only: list[str] | None = None) -> None:
         for guide in entry.guides:
             label = "own guide" if callable(guide) else (guide or "prior")
             ways[f"run, {label}"] = functools.partial(_run, entry, guide)
+        if entry.remedy:
+            told = functools.partial(_run, entry, entry.starts[0], **entry.remedy)
+            ways["run, as told"] = told
         ways["truth"] = functools.partial(truth, entry, name)
         for label, make in WAYS.items():
             ways[label] = functools.partial(_loss, entry, make)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,8 @@ class Gates(Messenger):  # type: ignore[misc]
     With the gates open, differentiating a log-weight with respect to the gates' ``outputs`` gives
     total derivatives along the sampling path. With the gates closed, the same log-weight behaves
     as if all samples were constants, and ``inputs`` are the samples as functions of the guide's
-    parameters alone. It must enclose the trace that is to record the outputs.
+    parameters alone. Gates that have ``factors``, one per sample, multiply what passes by them. It must
+    enclose the trace that is to record the outputs.
     """
 
     def __init__(self, *, closed: bool = False) -> None:
@@ -43,11 +44,14 @@ class Gates(Messenger):  # type: ignore[misc]
         self.closed = closed
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.event_dims: list[int] = []
+        self.factors: Sequence[Tensor | None] = ()
 
     def clear(self) -> None:
         """Forgets the samples of an abandoned run."""
         self.inputs.clear()
         self.outputs.clear()
+        self.event_dims.clear()
 
     def _pyro_post_sample(self, msg: Message) -> None:
         value = msg["value"]
@@ -56,11 +60,19 @@ class Gates(Messenger):  # type: ignore[misc]
         if self.closed:
             msg["value"] = value.detach()
             return
-        gated = value.clone()
-        gated.register_hook(lambda grad: torch.zeros_like(grad) if self.closed else grad)
+        gated, index = value.clone(), len(self.outputs)
+        gated.register_hook(lambda grad: self._pass(grad, index))
         self.inputs.append(value)
         self.outputs.append(gated)
+        self.event_dims.append(msg["fn"].event_dim)
         msg["value"] = gated
+
+    def _pass(self, grad: Tensor, index: int) -> Tensor:
+        """Returns what passes of a gradient at a sample."""
+        if self.closed:
+            return torch.zeros_like(grad)
+        factor = self.factors[index] if self.factors else None
+        return grad if factor is None else grad * factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +178,10 @@ def run_guide(
     marked = tuple(n for n, s in guide_trace.nodes.items() if s.get("infer", {}).get("enumerate"))
     fill_masked(model_trace)
     with model_context():
-        log_prob_of_bits(model_trace)
+        bits = {id(model_trace.nodes[name]["value"]) for name in log_prob_of_bits(model_trace)}
         model_trace.compute_log_prob()
     check_filled(model_trace)
-    _compute_score_parts(guide_trace, gated=gates is not None)
+    _compute_score_parts(guide_trace, bits, gated=gates is not None)
     if is_validation_enabled():
         for trace in (model_trace, guide_trace):
             for site in trace.nodes.values():
@@ -228,8 +240,8 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
             )
 
 
-def _compute_score_parts(trace: Trace, *, gated: bool) -> None:
-    score_parts_of_bits(trace)
+def _compute_score_parts(trace: Trace, bits: Collection[int], *, gated: bool) -> None:
+    score_parts_of_bits(trace, bits)
     for name, site in density_sites(trace):
         one = poutine.Trace()
         one.nodes[name] = site

@@ -117,7 +117,7 @@ def test_the_first_step_size_fits_the_narrower_end():
     values = [-loss.loss(narrow, wide, x) for _ in range(10)]
     assert not loss.log_step_size.isnan().any()
     steps = loss.log_step_size.exp()
-    assert ((steps > 0.0005) & (steps < 0.005)).all()  # an eighth of it
+    assert ((steps > 0.0005) & (steps < 0.005)).all()  # a quarter of it
     truth = dist.Normal(0.0, (1 + 1e-4) ** 0.5).log_prob(x).sum().item()
     assert elbo + 1.0 < sum(values) / 10 < truth
     assert torch.equal(loss.log_step_size.exp(), steps)  # found once

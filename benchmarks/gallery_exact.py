@@ -295,10 +295,16 @@ def _(entry: Any) -> dict[str, Any]:
 
 
 def _captured(history: Tensor, phi: Tensor, rho: Tensor) -> Tensor:
-    """Likelihood of one animal, given survival ``[..., T - 1]`` and capture probability."""
+    """Likelihood of one animal, given survival ``[..., T - 1]`` and capture probability.
+
+    The example changes its mask in place after each step, so that Pyro, which computes densities
+    when the model has run, masks nothing: an animal is alive up to its first capture, and it counts
+    that it was not seen before.
+    """
     first = int(history.nonzero()[0])
     last = int(history.nonzero()[-1])
     log = torch.zeros(torch.broadcast_shapes(phi.shape[:-1], rho.shape)).double()
+    log = log + first * (-rho).log1p() + rho.log()
     for t in range(first + 1, last + 1):
         seen = rho if history[t] else 1.0 - rho
         log = log + phi[..., t - 1].log() + seen.log()

@@ -440,8 +440,9 @@ def main() -> None:
 
 
 def _state() -> str:
-    """Names the commit of this package that is measured."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
+    """Names the last commit that changed the package."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--abbrev=7", "--"]
+    command += ["pyro_anneal"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -190,7 +190,10 @@ def main():
     kept = json.loads(given.save.read_text()) if given.save.exists() else {}
     for name, model, make_args, truth, options in problems():
         if given.target is not None:
-            name, options = f"{name}, target {given.target:g}", {"target_gap": given.target} | options
+            name, options = (
+                f"{name}, target {given.target:g}",
+                {"target_gap": given.target} | options,
+            )
         if "*" not in given.names and not any(part in name for part in given.names):
             continue
         truth = truth() if callable(truth) else truth

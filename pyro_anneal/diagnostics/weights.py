@@ -21,7 +21,7 @@ def check_weights(
     min_fraction: float = 0.1,
     few: float = 1 / 3,
     max_share: float = 0.1,
-    max_error: float = 0.5,
+    max_error: float = 0.25,
 ) -> Diagnostic | None:
     r"""Looks for effective sample sizes of few chains, and for their collapse.
 
@@ -30,7 +30,8 @@ def check_weights(
     tenth. Fewer than 8 chains say little by their effective sample size, so for them the variance
     of the log-weights counts as well: of log-normal weights
     :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`. Resampling evens the weights out, after which the
-    standard error still tells: beyond half a nat no error bar of a skewed estimate can be trusted.
+    standard error still tells: beyond a quarter of a nat two of them are half a nat, and the error bar
+    of a skewed estimate cannot be trusted.
 
     Args:
         run: A run of either direction.

@@ -280,7 +280,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of trained networks")
     parser.add_argument("--plot", type=Path, help="folder of records to draw, and nothing else")
     parser.add_argument("--decoder", choices=["VAE", "GAN"], default="VAE")
-    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of rows")
+    parser.add_argument("--missing", action="store_true", help="leave rows of the record alone")
     parser.add_argument("--train-steps", type=int, default=1500)
     parser.add_argument("--measure-steps", type=int, default=3000)
     parser.add_argument("--num-pairs", type=int, default=60)
@@ -352,7 +353,8 @@ def main() -> None:
     rows[f"AIS, K=8, T={args.measure_steps}"] = fixed(
         mi.AIS(joint, num_chains=8, num_steps=args.measure_steps)
     )
-    path = None if args.output is None else args.output / f"mi_images_{args.decoder}.json"
+    suffix = f"_{args.seed}" if args.seed else ""
+    path = None if args.output is None else args.output / f"mi_images_{args.decoder}{suffix}.json"
     record = {"rows": {}}
     if path is not None and path.exists():
         record = json.loads(path.read_text())
@@ -368,7 +370,9 @@ def main() -> None:
         },
     }
     for name, make in rows.items():
-        if args.only not in name:
+        if not any(part in name for part in args.only):
+            continue
+        if args.missing and name in record["rows"]:
             continue
         torch.manual_seed(args.seed + 1)
         bound, training = make()

@@ -197,7 +197,7 @@ def ksg(x: Tensor, z: Tensor, neighbours: int = 3) -> float:
 
 def row(
     task: Task, pairs: tuple[Tensor, Tensor], est: mi.MutualInformation, began: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Records a value, and what it lacks of the information in the same pairs, pair by pair."""
     value = est.plug_in if est.lower is None else est.lower
     error = est.plug_in_std_error if est.lower is None else est.lower_std_error
@@ -215,15 +215,15 @@ def row(
         found["excess"] = float(excess.mean())
         found["excess_std_error"] = float(excess.std() / len(excess) ** 0.5)
     found["cpu_seconds"] = time.process_time() - began
-    return found
+    return found | {"findings": [d.name for d in est.diagnostics]}
 
 
-def measure(task: Task, seed: int, epochs: int) -> dict[str, dict[str, float]]:
+def measure(task: Task, seed: int, epochs: int) -> dict[str, dict[str, Any]]:
     torch.manual_seed(seed)
     x, z = task.sample(4000)
     unwarped = task.joint.sample(1000)
     fresh = (task.warp(unwarped[0]), unwarped[1])
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
 
     def critic() -> nn.Module:
         return Squashed(mi.ConcatCritic(task.x_dim, task.z_dim, [64, 64]))

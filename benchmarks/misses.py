@@ -1,9 +1,9 @@
 """Errors and warnings of ``log_evidence`` where posterior mass is easily missed.
 
-``python benchmarks/misses.py [--seeds 0 1 2] [--steps T] NAME ...`` runs the problems whose names
-contain one of the NAMEs and merges into ``benchmarks/results/misses.json``: per problem and seed
-the bound minus the truth, standard error, steps of the rounds, warnings, and CPU seconds of one
-thread.
+``python benchmarks/misses.py [--seeds 0 1 2] [--steps T] [--resume] NAME ...`` runs the problems whose
+names contain one of the NAMEs and merges into ``benchmarks/results/misses.json``: per problem and
+seed the bound minus the truth, standard error, steps of the rounds, warnings, and CPU seconds of one
+thread. ``--resume`` leaves out the seeds that the record has.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def main():
     parser.add_argument("names", nargs="+", help="parts of names, or * for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--resume", action="store_true", help="only seeds that are not there yet")
     parser.add_argument("--save", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
@@ -188,7 +189,10 @@ def main():
             continue
         truth = truth() if callable(truth) else truth
         record = {"truth": truth, "options": {**options, "steps": given.steps}, "runs": []}
-        for seed in given.seeds:
+        if given.resume and name in kept:
+            record["runs"] = kept[name]["runs"]
+        done = {run["seed"] for run in record["runs"]}
+        for seed in (seed for seed in given.seeds if seed not in done):
             found = measure(
                 model, make_args(), truth, seed=seed, steps=given.steps, options=options
             )

@@ -230,6 +230,10 @@ def _functional(recording: Recording, position: Tensor) -> tuple[fx.GraphModule,
         with as_written(), _without_onednn():
             graph = flat_graph(functional, *inputs)
         constants = constants + lift_constants(graph)
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.fill.Scalar:  # which vmap would run once per chain
+                node.target = torch.ops.aten.full_like.default
+        graph.recompile()
     return graph, constants
 
 

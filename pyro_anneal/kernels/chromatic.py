@@ -29,10 +29,10 @@ from .lattice import Block, Lattice, bound
 from .metropolis import MetropolisKernel, accept
 from .noise import Noise
 
-__all__ = ["ChromaticGibbs"]
+__all__ = ["ChromaticGibbs", "conditional_log_prob", "draw_conditional"]
 
 
-def _draw(block: Block, grad: Tensor, uniform: Tensor) -> Tensor:
+def draw_conditional(block: Block, grad: Tensor, uniform: Tensor) -> Tensor:
     """Draws all variables of a block from the conditionals that a gradient tells."""
     if block.kind == "binary":
         return (uniform < grad.sigmoid()).to(grad.dtype)
@@ -41,7 +41,7 @@ def _draw(block: Block, grad: Tensor, uniform: Tensor) -> Tensor:
     return (best == torch.arange(block.size, device=grad.device)).to(grad.dtype)
 
 
-def _log_prob(block: Block, grad: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
+def conditional_log_prob(block: Block, grad: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
     """Computes the log probability of drawing ``x`` at the chosen coordinates, summed."""
     if block.kind == "binary":
         return torch.where(chosen, x * grad - softplus(grad), 0.0).sum(-1)
@@ -135,14 +135,19 @@ class ChromaticGibbs(MetropolisKernel):
             colour = torch.where(coin < 0.5, turn, last - turn).unsqueeze(-1)
             chosen = colour_of == colour
             here, grad = state.position, state.grad(beta)
-            parts = [_draw(block, block.take(grad), block.take(each)) for block in lattice.blocks]
+            parts = [
+                draw_conditional(block, block.take(grad), block.take(each))
+                for block in lattice.blocks
+            ]
             proposal = density(torch.where(chosen, lattice.replace(here, parts), here))
             there, back = proposal.position, proposal.grad(beta)
             log_accept = proposal.log_density(beta) - state.log_density(beta)
             for block in lattice.blocks:
                 own = block.take(chosen)
-                log_accept = log_accept + _log_prob(block, block.take(back), block.take(here), own)
-                log_accept = log_accept - _log_prob(
+                log_accept = log_accept + conditional_log_prob(
+                    block, block.take(back), block.take(here), own
+                )
+                log_accept = log_accept - conditional_log_prob(
                     block, block.take(grad), block.take(there), own
                 )
             state, accept_prob = accept(state, proposal, log_accept, tests[..., turn])

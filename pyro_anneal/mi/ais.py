@@ -14,7 +14,9 @@ from torch import Tensor
 from ..arguments import as_real
 from ..chains.pilot import Pilot
 from ..kernels import Kernel
+from ..models.validation import validation_disabled
 from ..persistence.fingerprints import describe_name, described
+from ..persistence.randomness import own_randomness
 from ..results.findings import Diagnostic
 from ..results.mutual_information import FEW_PAIRS, MutualInformation
 from ..schedules import Schedule
@@ -25,6 +27,7 @@ from .joints import Knowledge
 __all__ = ["AIS"]
 
 _WIDE = 1.0  # nats of mean gap, as for sandwiches
+_OUTSIDE, _NUM_STARTS = 0.01, 64  # a share of starts at which x is impossible, and how many tell
 _CROSSED = 6.0  # standard errors of the mean gap over pairs
 MultiSample = Literal["IM", "CR", "IR", "single"]
 
@@ -153,8 +156,10 @@ class AIS(Bound):
         """Chains of a pair that run together."""
         return max(self.annealer.num_chains, self.annealer.plan.pilot.chains_for(1))
 
-    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
-        """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""
+    def _path(
+        self, x: Tensor
+    ) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[int], Tensor]]:
+        """Returns the log densities of base and target, and what draws from the base."""
         joint = self._known
         q = None if self.guide is None else self._condition(x)
 
@@ -176,6 +181,13 @@ class AIS(Bound):
                 drawn = torch.where(from_prior.reshape(shape), joint.sample_prior(count, x), drawn)
             return drawn
 
+        return log_densities, draw
+
+    def _anneal(self, x: Tensor, z: Tensor) -> tuple[AnnealedWeights, Tensor]:
+        """Anneals from the base; returns the weights and the base's log q(z|x) - log p(z)."""
+        joint = self._known
+        joint.has_edges(x)  # found before the density is recorded
+        log_densities, draw = self._path(x)
         posterior = None
         if self.posterior is not None and "IR" in (self.lower_kind, self.upper_kind):
             posterior = self.posterior(x, self.annealer.num_chains - 1)
@@ -193,6 +205,12 @@ class AIS(Bound):
         log_base, log_joint = log_densities(z.unsqueeze(0))
         return weights, (log_base - log_joint).squeeze(0) + joint.log_likelihood(x, z)
 
+    def _outside(self, x: Tensor) -> Tensor:
+        """Computes the share of the base's draws at which x is impossible, per pair, ``[N]``."""
+        log_densities, draw = self._path(x)
+        with own_randomness(0), validation_disabled():
+            return (log_densities(draw(_NUM_STARTS))[1] == -torch.inf).double().mean(0)
+
     def _statistics(self, x: Tensor, z: Tensor, *, for_loss: bool) -> dict[str, Tensor]:
         if for_loss:
             raise ValueError("AIS has nothing to learn: it measures; use estimate")
@@ -205,6 +223,8 @@ class AIS(Bound):
         statistics["variational"] = variational
         statistics["accept_prob"] = torch.full_like(log_likelihood, float(weights.accept_prob))
         statistics["num_steps"] = torch.full_like(log_likelihood, weights.num_steps)
+        if self._known.has_edges(x):
+            statistics["outside"] = self._outside(x)
         return statistics
 
     def _measured(self, *args: Any) -> Iterator[Any]:
@@ -250,7 +270,8 @@ class AIS(Bound):
 
     def _report(self, values: Values, controls: Tensor | None) -> MutualInformation:
         result = super()._report(values, controls)
-        found = (*_check_sides(result), *_check_target(result, self.annealer.target_gap))
+        found = _check_edges(result) or _check_sides(result)
+        found = (*found, *_check_target(result, self.annealer.target_gap))
         return replace(result, diagnostics=(*result.diagnostics, *found))
 
 
@@ -259,6 +280,21 @@ def _gaps(result: MutualInformation) -> Tensor:
     if result.pair_lower is None or result.pair_upper is None:
         raise TypeError("a result of AIS has both bounds")
     return result.pair_upper - result.pair_lower
+
+
+def _check_edges(result: MutualInformation) -> tuple[Diagnostic, ...]:
+    """Finds starts at which x is impossible: chains cannot cross, however many steps they make."""
+    outside = float(result.measurements.get("outside", 0.0))
+    if outside <= _OUTSIDE:
+        return ()
+    message = (
+        f"the support of x depends on z, and x is impossible at {outside:.1%} of the draws that "
+        "chains start from. Reverse chains never end there, so the lower bound stays low by about "
+        "-log(1 - that share) per pair whatever num_steps, and the upper bound is infinite where all "
+        "chains of a pair start there. Pass a guide whose draws stay where x is possible, or use "
+        "StructuredInfoNCE or IWAE with many particles, which have no path to cross"
+    )
+    return (Diagnostic(name="edges", severity="warning", message=message, value=outside),)
 
 
 def _check_target(result: MutualInformation, target: float | None) -> tuple[Diagnostic, ...]:

@@ -21,7 +21,12 @@ from ..arguments import as_count, as_seed, check_function
 from ..chains.plan import PathOptions
 from ..persistence.randomness import derived_seed, draw_seed, seeded_if
 from ..results.findings import Diagnostic, warn
-from ..results.mutual_information import MutualInformation, control_pairs, few_pairs
+from ..results.mutual_information import (
+    MutualInformation,
+    control_pairs,
+    few_pairs,
+    loose_pairs,
+)
 from ..results.provenance import Provenance
 from ..results.rounds import PairRounds
 from .checkpoints import OncePerBatch, keep_batches
@@ -452,6 +457,7 @@ class Bound(nn.Module, ABC):
             measurements=measurements,
             diagnostics=(
                 *few_pairs(len(per_pair)),
+                *(() if values.lower is None or self._leaves_out() else loose_pairs(values.lower)),
                 *values.diagnostics,
                 *(() if self.history is None else self.history.diagnostics),
             ),
@@ -466,6 +472,10 @@ class Bound(nn.Module, ABC):
                 f"{result.ceiling:.3g} nats: {self._advice(values)}",
                 stacklevel=3,
             )
+
+    def _leaves_out(self) -> bool:
+        """Tells whether values of pairs are short of log p(x, z) / (p(x) p(z)) by some term."""
+        return self._missing() is not None
 
     def _missing(self) -> str | None:
         return None

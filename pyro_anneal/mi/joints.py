@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..models.entropies import excess
+from ..models.moving import log_prob_inside, supports_differ
+from ..persistence.randomness import own_randomness
 from .bijections import Bijection, FixedBijection
 
 __all__ = ["DistributionJoint", "Joint", "Knowledge"]
@@ -49,11 +51,15 @@ class Joint(ABC):
 
     @abstractmethod
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Computes log p(x|z) in nats, shape ``[(K,) N]``."""
+        """Computes log p(x|z) in nats, shape ``[(K,) N]``; -inf at particles at which x is impossible."""
 
     @abstractmethod
     def bijection(self, x: Tensor) -> Bijection:
         """Maps the support of z to unconstrained vectors."""
+
+    def has_edges(self, x: Tensor) -> bool:
+        """Tells whether the support of x depends on z, so that p(x|z) = 0 at some z."""
+        return False
 
     def controls(self, x: Tensor, z: Tensor) -> Tensor:
         """Computes quantities of mean zero over pairs that were simulated from this joint.
@@ -106,6 +112,7 @@ class DistributionJoint(Joint):
         self.prior = prior
         self.likelihood = likelihood
         self.simulator = simulator
+        self._has_edges: bool | None = None  # until it is asked
         self.knowledge = "marginal p(z)" if likelihood is None else "full joint p(x, z)"
 
     def sample(self, num_pairs: int) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -145,7 +152,9 @@ class DistributionJoint(Joint):
                 f"{list(fn.event_shape)}: expected [N, *x_event]; use .to_event() for the dimensions "
                 "of x, or drop an axis of one element"
             )
-        value = fn.log_prob(x)
+        is_particles = z.dim() - len(self.prior.event_shape) == 2
+        guarded = is_particles and self.has_edges(x)  # a pair's own z is an error there
+        value = log_prob_inside(fn, x) if guarded else fn.log_prob(x)
         expected = z.shape[: z.dim() - len(self.prior.event_shape)]
         if value.shape != expected:
             raise ValueError(
@@ -153,7 +162,14 @@ class DistributionJoint(Joint):
                 f"shape {list(z.shape)} and x of shape {list(x.shape)}; use .to_event() for the "
                 "dimensions of x"
             )
-        return value  # type: ignore[no-any-return]
+        return value
+
+    def has_edges(self, x: Tensor) -> bool:  # noqa: D102
+        if self._has_edges is None and self.likelihood is not None:
+            with torch.no_grad(), own_randomness(0):
+                first, second = (self.likelihood(self.prior.sample((2,))) for _ in range(2))
+            self._has_edges = supports_differ(first, second, x.device)
+        return bool(self._has_edges)
 
     def bijection(self, x: Tensor) -> Bijection:  # noqa: D102
         return FixedBijection([(self.prior, self.prior.event_shape)])

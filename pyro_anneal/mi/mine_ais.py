@@ -19,7 +19,7 @@ from .base import Direction, Values, flatten
 from .fitting import as_values
 from .guides import Conditional
 from .joints import Knowledge
-from .variational import VariationalBound
+from .variational import VariationalBound, check_chains, check_critic
 
 __all__ = ["MINEAIS"]
 
@@ -63,7 +63,9 @@ class MINEAIS(VariationalBound):
       Barber-Agakov argument on the extended space of the chains. The same holds for IM and CR.
 
     ``measurements`` has ``log_z_lower`` and ``log_z_upper`` (means over x) and ``ibal_upper``, the
-    value of IBAL that the forward chains allow: a convergence check, not a bound on I.
+    value of IBAL that the forward chains allow: a convergence check, not a bound on I. ``giwae`` is
+    :class:`GIWAE` of the same guide and critic with 256 particles, which IBAL exceeds, and, where the
+    full joint is known, ``best_critic`` that of the best critic; a finding says if either is above.
 
     Source: Brekelmans et al. (2022), Eq. 19-20 and Prop. M.1; App. N for joint samples only.
 
@@ -273,7 +275,11 @@ class MINEAIS(VariationalBound):
             num_batches=self._num_batches,
         )
         score = self._score(x, z)
-        return {
+        contrast = self._contrast(x, z, _NUM_HELD_OUT_DRAWS)
+        shown = {"giwae": contrast["variational"] + contrast["contrastive"]}
+        if "best_critic" in contrast:
+            shown["best_critic"] = contrast["best_critic"]
+        return shown | {
             "variational": q.log_prob(value) - self._log_marginal(x, z),
             "score": score,
             "log_z_lower": weights.lower("IM"),
@@ -285,12 +291,14 @@ class MINEAIS(VariationalBound):
         variational, score = statistics["variational"], statistics["score"]
         contrastive = score - statistics["log_z_upper"]
         ibal_upper = variational + score - statistics["log_z_lower"]
-        measurements = {
-            name: statistics[name].mean() for name in ("log_z_lower", "log_z_upper", "accept_prob")
-        }
+        shown = ("log_z_lower", "log_z_upper", "accept_prob", "giwae", "best_critic")
+        measurements = {name: statistics[name].mean() for name in shown if name in statistics}
+        lower, giwae = variational + contrastive, statistics["giwae"]
+        found = check_critic(lower, contrastive, statistics.get("best_critic"))
         return Values(
-            lower=variational + contrastive,
+            lower=lower,
             terms={"variational": variational, "contrastive": contrastive},
             notes=(_CONDITIONAL,),
             measurements={**measurements, "ibal_upper": ibal_upper.mean()},
+            diagnostics=found or check_chains(lower, giwae),
         )

@@ -12,10 +12,12 @@ from pyro import poutine
 from torch import Tensor
 
 from ..models.entropies import excess
+from ..models.moving import log_prob_inside, supports_differ
 from ..models.packing import Packing
 from ..models.simulation import Unobserve
 from ..models.sites import is_deterministic, mark_points
 from ..models.types import Trace
+from ..persistence.randomness import own_randomness
 from .bijections import Bijection
 from .joints import DistributionJoint, Joint, Knowledge
 from .sites import sample_sites, site_bijection
@@ -100,6 +102,7 @@ class PyroJoint(Joint):
         self._nesting = 0  # until the model was read
         self._layouts: tuple[Packing, Packing] | None = None
         self._knowledge: Knowledge = "full joint p(x, z)"
+        self._moving: frozenset[str] | None = None  # observed sites whose support moves with z
 
     @property
     def knowledge(self) -> Knowledge:  # type: ignore[override]
@@ -148,6 +151,23 @@ class PyroJoint(Joint):
             return self._trace(x.shape[0], x, data=data, num_particles=num_particles)
 
         return site_bijection(run, z_layout)
+
+    def has_edges(self, x: Tensor) -> bool:  # noqa: D102
+        return bool(self._edges(x))
+
+    def _edges(self, x: Tensor) -> frozenset[str]:
+        """Names the observed sites whose support depends on latents, found once."""
+        if self._moving is None:
+            x_layout, _ = self.layouts(x)
+            with torch.no_grad(), own_randomness(0):
+                first, second = (self._trace(len(x), x).nodes for _ in range(2))
+            self._moving = frozenset(
+                name
+                for name in x_layout.names
+                if not is_deterministic(first[name])
+                and supports_differ(first[name]["fn"], second[name]["fn"], x.device)
+            )
+        return self._moving
 
     def controls(self, x: Tensor, z: Tensor) -> Tensor:
         """Sums ``log p + H`` over latent and over observed sites whose entropies are known."""
@@ -210,7 +230,9 @@ class PyroJoint(Joint):
         total = torch.zeros(z.shape[:num_leading], dtype=z.dtype, device=z.device)
         for name in (z_layout if which == "latent" else x_layout).names:
             site = trace.nodes[name]
-            log_prob = site["fn"].log_prob(site["value"])
+            fn, value = site["fn"], site["value"]
+            guarded = particles is not None and which == "observed" and name in self._edges(x)
+            log_prob = log_prob_inside(fn, value) if guarded else fn.log_prob(value)
             if log_prob.shape[:num_leading] != total.shape:
                 raise ValueError(
                     f'at site "{name}": log_prob has shape {list(log_prob.shape)}, expected it to '

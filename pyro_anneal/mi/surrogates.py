@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.squashed import SquashedGaussian
 from ..persistence.randomness import own_randomness
 from .joints import Joint
 
@@ -36,17 +37,12 @@ class Surrogate:
 
     Attributes:
         joint: The full joint density.
-        loc: Mean of x, flattened, ``[D]``.
-        scale: Its standard deviations.
-        factor: Cholesky factor of the covariance of what is left, with long tails drawn in, shrunk
-            to the diagonal, ``[D, D]``.
+        gaussian: A Gaussian of x, flattened, with long tails drawn in.
         seed: Seed of the fresh pairs.
     """
 
     joint: Joint
-    loc: Tensor
-    scale: Tensor
-    factor: Tensor
+    gaussian: SquashedGaussian
     seed: int
 
     @staticmethod
@@ -54,23 +50,12 @@ class Surrogate:
         """Fits the Gaussian of x to a thousand simulated pairs."""
         with own_randomness(seed), torch.no_grad():
             x, _ = joint.sample(_NUM_FITTED)
-        rows = x.reshape(len(x), -1).double()
-        loc, scale = rows.mean(0), rows.std(0)
-        scale = torch.where(scale > 0.0, scale, 1.0)
-        white = _drawn_in((rows - loc) / scale)
-        covariance = white.mT @ white / len(rows)
-        share = min(0.5, rows.shape[1] / len(rows))  # few pairs know little of many covariances
-        diagonal = covariance.diagonal().clamp(min=1e-12)
-        covariance = (1.0 - share) * covariance + torch.diag(share * diagonal + 1e-9 * diagonal)
-        return Surrogate(joint, loc, scale, torch.linalg.cholesky(covariance), seed)
+        return Surrogate(joint, SquashedGaussian.fit(x.reshape(len(x), -1)), seed)
 
     def values(self, x: Tensor, z: Tensor) -> Tensor:
         """Computes log p(x|z) and log q(x), up to a constant, in nats, ``[2, N]``."""
-        rows = _drawn_in((x.reshape(len(x), -1).double() - self.loc) / self.scale)
-        white = torch.linalg.solve_triangular(self.factor, rows.mT, upper=False)
-        return torch.stack(
-            [self.joint.log_likelihood(x, z).double(), -0.5 * white.square().sum(0)]
-        )
+        log_q = self.gaussian.log_density(x.reshape(len(x), -1))
+        return torch.stack([self.joint.log_likelihood(x, z).double(), log_q])
 
     def controls(self, x: Tensor, z: Tensor, batch: int) -> Tensor:
         """Computes control variates of N pairs, of mean zero over simulated pairs, ``[2, N]``.
@@ -89,8 +74,3 @@ class Surrogate:
                 fresh = self.values(*self.joint.sample(repeats * len(x)))
                 total += fresh.reshape(2, repeats, len(x)).sum(1)
         return found - total / _NUM_FRESH
-
-
-def _drawn_in(white: Tensor) -> Tensor:
-    """Keeps values of up to about three standard deviations, and takes logarithms beyond."""
-    return 3.0 * (white / 3.0).asinh()

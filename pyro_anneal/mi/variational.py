@@ -55,6 +55,9 @@ class VariationalBound(Bound):
     def _missing(self) -> str | None:
         return "H(x)" if self.joint is None and self.data_entropy is None else None
 
+    def _leaves_out(self) -> bool:
+        return self.joint is None  # log p(x), of which H(x) is the mean alone
+
     def _log_marginal(self, x: Tensor, z: Tensor) -> Tensor:
         """Computes log p(z); with roles swapped minus the data entropy, or 0 if that is unknown."""
         if self.joint is not None:
@@ -273,22 +276,54 @@ class GIWAE(VariationalBound):
             terms=terms,
             ceiling=ceiling,
             measurements={} if best is None else {"best_critic": best.mean()},
-            diagnostics=() if best is None else _check_critic(lower, best),
+            diagnostics=check_critic(lower, terms["contrastive"], best),
         )
 
 
-def _check_critic(lower: Tensor, best: Tensor) -> tuple[Diagnostic, ...]:
-    """Finds a critic that leaves much of what the best critic would give, pair by pair."""
-    lost = best - lower
-    left = float(lost.mean())
-    error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else math.inf
-    if left <= max(_FAR, _FAR_ERRORS * error):
+def check_critic(
+    lower: Tensor, contrastive: Tensor, best: Tensor | None
+) -> tuple[Diagnostic, ...]:
+    """Finds a critic that is far from the best one, or worse than none, pair by pair.
+
+    Args:
+        lower: Values of the bound, ``[N]``.
+        contrastive: What the critic adds to Barber-Agakov.
+        best: Values of a lower bound that the best critic reaches or exceeds with this guide; None
+            where the full joint is not known.
+    """
+    if lower.requires_grad:  # in training
+        return ()
+    if best is not None and (left := _beyond_chance(best - lower)) is not None:
+        message = (
+            f"the critic is {left:.3g} nats below what the best one reaches with this guide "
+            f"({float(best.mean()):.3g} nats, by IWAE): train it for longer, or take a better family"
+        )
+        return (Diagnostic(name="critic", severity="info", message=message, value=left),)
+    if (worse := _beyond_chance(-contrastive)) is not None:
+        message = (
+            f"the critic takes {worse:.3g} nats from what the guide alone gives (BarberAgakov), where the "
+            "best one adds: train it for longer or on more pairs, or take a smaller one"
+        )
+        return (Diagnostic(name="critic", severity="warning", message=message, value=worse),)
+    return ()
+
+
+def check_chains(lower: Tensor, giwae: Tensor) -> tuple[Diagnostic, ...]:
+    """Finds an energy-based bound below GIWAE of the same critic: its chains have not converged."""
+    if (left := _beyond_chance(giwae - lower)) is None:
         return ()
     message = (
-        f"the critic is {left:.3g} nats below the best one of this guide and number of particles "
-        f"({float(best.mean()):.3g} nats, which IWAE has): train it for longer, or take a better family"
+        f"annealing gives {left:.3g} nats less than GIWAE of the same guide and critic, which the "
+        "energy-based bound exceeds: raise num_steps or num_chains"
     )
-    return (Diagnostic(name="critic", severity="info", message=message, value=left),)
+    return (Diagnostic(name="gap", severity="warning", message=message, value=left),)
+
+
+def _beyond_chance(lost: Tensor) -> float | None:
+    """Computes a mean over pairs in nats, or None if it is small or may be chance."""
+    left = float(lost.mean())
+    error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else math.inf
+    return left if left > max(_FAR, _FAR_ERRORS * error) else None
 
 
 def check_particles(num_particles: int) -> None:

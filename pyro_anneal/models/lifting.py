@@ -32,7 +32,13 @@ from .sites import (
 )
 from .types import Distribution, Fn, Message, Node, Trace
 
-__all__ = ["CannotLift", "liftable_sites", "lifted_densities", "own_extension"]
+__all__ = [
+    "CannotLift",
+    "liftable_sites",
+    "lifted_densities",
+    "marked_for_enumeration",
+    "own_extension",
+]
 
 # Entries of the factors' tables per evaluation of one chain.
 _MAX_ENTRIES = 100_000
@@ -54,6 +60,12 @@ class _Mark(Messenger):  # type: ignore[misc]
     def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.names:
             msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+
+
+def marked_for_enumeration(model: Fn, names: Sequence[str]) -> Fn:
+    """Returns a model whose named sites are marked for parallel enumeration."""
+    marked: Fn = _Mark(names)(model)
+    return marked
 
 
 def liftable_sites(layout: Layout, trace: Trace) -> list[str]:
@@ -100,7 +112,9 @@ def lifted_densities(
     first = -1 - layout.max_plate_nesting
 
     def wrap(model: Fn) -> Fn:
-        enumerated: Fn = poutine.enum(_Mark(names)(model), first_available_dim=first)
+        enumerated: Fn = poutine.enum(
+            marked_for_enumeration(model, names), first_available_dim=first
+        )
         return enumerated
 
     given = {name: value.detach() for name, value in values.items() if name not in names}

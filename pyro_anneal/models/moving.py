@@ -21,8 +21,16 @@ from .sites import (
 )
 from .tracing import trace_of
 from .types import Arguments, Distribution, Fn, Trace
+from .validation import validation_disabled
 
-__all__ = ["check_observed", "has_bounds", "moving_supports", "supports_are_static"]
+__all__ = [
+    "check_observed",
+    "has_bounds",
+    "log_prob_inside",
+    "moving_supports",
+    "supports_are_static",
+    "supports_differ",
+]
 
 
 _MOST_STATES = 20  # of a discrete site, at each of which the model is run once
@@ -135,22 +143,48 @@ def moving_supports(first: Trace, second: Trace) -> tuple[str, ...]:
     There a value may be impossible for some latents only, where torch, with validation off, may
     give a finite density (``Pareto`` does).
     """
-    moving = []
-    for name, site in observed_sites(first).items():
-        images = []
-        for fn in (site["fn"], second.nodes[name]["fn"]):
-            try:
-                if is_discrete(fn):
-                    images.append(support_edges(name, fn))
-                    continue
-                transform = biject_to(fn.support)
-                shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-                images.append(transform(torch.zeros(shape, device=site["value"].device)))
-            except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # none
+    return tuple(
+        name
+        for name, site in observed_sites(first).items()
+        if supports_differ(site["fn"], second.nodes[name]["fn"], site["value"].device)
+    )
+
+
+def supports_differ(
+    first: Distribution, second: Distribution, device: torch.device | None = None
+) -> bool:
+    """Tells whether two distributions of one site, at other latents, have supports that differ.
+
+    Example:
+        >>> supports_differ(dist.Uniform(0.0, 1.0), dist.Uniform(0.0, 2.0))
+        True
+        >>> supports_differ(dist.Gamma(1.0, 1.0), dist.Gamma(2.0, 1.0))
+        False
+    """
+    images = []
+    for fn in (first, second):
+        try:
+            if is_discrete(fn):
+                images.append(support_edges("", fn))
                 continue
-        if len(images) == 2 and not torch.equal(*images):
-            moving.append(name)
-    return tuple(moving)
+            transform = biject_to(fn.support)
+            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+            images.append(transform(torch.zeros(shape, device=device)))
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # none
+            continue
+    return len(images) == 2 and not torch.equal(*images)
+
+
+def log_prob_inside(fn: Distribution, value: Tensor) -> Tensor:
+    """Computes a log density that is -inf outside the support, where torch may give a finite one.
+
+    Example:
+        >>> log_prob_inside(dist.Pareto(torch.tensor([1.0, 3.0]), 1.0), torch.tensor(2.0))
+        tensor([-1.3863,    -inf])
+    """
+    with validation_disabled():
+        log_prob = fn.log_prob(value)
+    return torch.where(fn.support.check(value), log_prob, -torch.inf)
 
 
 def has_bounds(site: Site) -> bool:

@@ -155,17 +155,22 @@ def _index_put(
 ) -> Value:
     start, places, rows = args[:3]
     accumulate = bool(args[3]) if len(args) > 3 else bool(kwargs.get("accumulate", False))
-    if any(index is None for index in places):
-        raise CannotGenerate("rows put at some dimensions")
-    named = torch.broadcast_shapes(*(index.shape for index in places))
-    rows = expanded(rows, (*named, *shape[len(places) :]))
+    places = [*places, *[None] * (len(shape) - len(places))]
+    indexed = [dim for dim, index in enumerate(places) if index is not None]
+    first, last = indexed[0], indexed[-1]
+    if indexed != list(range(first, last + 1)):
+        raise CannotGenerate("indices with a gap between them")
+    chosen = places[first : last + 1]
+    named = torch.broadcast_shapes(*(index.shape for index in chosen))
+    rows = expanded(rows, (*shape[:first], *named, *shape[last + 1 :]))
 
     def place(read: Read, at: Sequence[str]) -> list[str]:
+        inner = at[first : first + len(named)]
         own = [
-            _place_of(index, read, at[: len(named)], size)
-            for index, size in zip(places, shape, strict=False)
+            _place_of(index, read, inner, size)
+            for index, size in zip(chosen, shape[first:], strict=False)
         ]
-        return [*own, *at[len(named) :]]
+        return [*at[:first], *own, *at[first + len(named) :]]
 
     return _scattered(schedule, start, rows, place, accumulate)
 

@@ -24,6 +24,7 @@ from ..models.validation import validation_disabled
 from .bases import (
     Arguments,
     Base,
+    DrawsChains,
     FittedBase,
     GuideBase,
     MixtureBase,
@@ -71,7 +72,19 @@ class Problem:
         return self._draw(PriorBase(self.model), num_chains)
 
     def _draw(self, base: Base, num_chains: int) -> Tensor:
-        position = draw_chains(
+        if isinstance(base, MixtureBase) and isinstance(base.first, DrawsChains):
+            parts = self._draw(base.first, num_chains), self._draw(base.second, num_chains)
+            position = base.mix(*parts)
+        elif isinstance(base, DrawsChains):
+            position = base.draw_chains(num_chains)
+        else:
+            position = self._draw_by_function(base, num_chains)
+        position = position.to(self.layout.dtype)
+        return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
+
+    def _draw_by_function(self, base: Base, num_chains: int) -> Tensor:
+        """Draws for K chains by a function of one chain, by one call of it where that can be."""
+        return draw_chains(
             base.draw,
             num_chains,
             numbers=self._numbers,
@@ -79,8 +92,7 @@ class Problem:
             alone=lambda: self._draw_one(base),
             vouched=self.vouched,
             kind=_kind_of_noise(base),
-        ).to(self.layout.dtype)
-        return torch.where(position.isfinite().all(-1, keepdim=True), position, torch.nan)
+        )
 
     @property
     def _numbers(self) -> int:
@@ -213,10 +225,15 @@ class Problem:
     def _raise(self, position: Tensor, problem: str) -> None:
         sites = self._culprits(position)
         named = f"at site(s) {sites} the log density" if sites else "the log density"
-        raise ValueError(
-            f"{named} {problem}: check the data for NaN or values outside the support, and the "
-            "guide for mass where the model has none, or for draws that round to the edge of a support"
+        moving = sorted(set(self.model.layout.guarded).intersection(sites))
+        remedy = (
+            f"the support of {moving} depends on latents, and no start allows the data: pass a guide "
+            "whose draws do, or more chains (num_chains=)"
+            if moving and "no finite" in problem
+            else "check the data for NaN or values outside the support, and the guide for mass where "
+            "the model has none, or for draws that round to the edge of a support"
         )
+        raise ValueError(f"{named} {problem}: {remedy}")
 
     def _culprits(self, position: Tensor) -> list[str]:
         """Names the sites whose log density at ``position`` is not finite."""

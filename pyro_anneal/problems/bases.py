@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .guide_base import GuideBase
 __all__ = [
     "Arguments",
     "Base",
+    "DrawsChains",
     "FittedBase",
     "GuideBase",
     "MixtureBase",
@@ -52,6 +53,15 @@ class Base(Protocol):
 
     def log_prob(self, evaluation: ModelEvaluation, position: Tensor) -> Tensor:
         """Computes log q(u), shape ``[*batch]``."""
+        ...
+
+
+@runtime_checkable
+class DrawsChains(Protocol):
+    """A base that draws many chains by itself."""
+
+    def draw_chains(self, num_chains: int) -> Tensor:
+        """Draws positions ``[K, *batch, D]``."""
         ...
 
 
@@ -171,7 +181,10 @@ class MixtureBase:
 
     def draw(self) -> Tensor:
         """Draws from the mixture, each batch element from a component of its own."""
-        first, second = self.first.draw(), self.second.draw()
+        return self.mix(self.first.draw(), self.second.draw())
+
+    def mix(self, first: Tensor, second: Tensor) -> Tensor:
+        """Takes each batch element of each chain from one of two draws, ``[..., *batch, D]``."""
         take = torch.rand(first.shape[:-1], device=first.device) < self.weight
         return torch.where(take.unsqueeze(-1), second, first)
 

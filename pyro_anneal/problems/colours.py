@@ -18,7 +18,7 @@ from torch import Tensor
 from ..graphs.recorded import RecordedDensity
 from ..kernels import Density, Lattice, State
 
-__all__ = ["Drawn", "change_one", "colour", "neighbours"]
+__all__ = ["Drawn", "change_one", "colour", "foretold", "neighbours"]
 
 # Dependence is asked of every pair of variables: beyond this many it costs more than it promises.
 _MOST_VARIABLES = 4096
@@ -50,6 +50,14 @@ def change_one(lattice: Lattice, position: Tensor, index: Tensor | int) -> Tenso
             lower, upper = block.bounds(x)
             parts.append(torch.where(x < upper, x + 1.0, torch.maximum(x - 1.0, lower)))
     return torch.where(chosen, lattice.replace(position, parts), position)
+
+
+def foretold(move: Tensor, grad: Tensor) -> Tensor:
+    """Computes the change of a log density that a gradient foretells, ``[...]``.
+
+    A coordinate that stays says nothing: its gradient may be NaN.
+    """
+    return torch.where(move == 0.0, 0.0, move * grad).sum(-1)
 
 
 def neighbours(
@@ -100,8 +108,8 @@ def _is_foretold(start: State, end: State) -> bool:
     )
     for before, after, grad, grad_after in pairs:
         change = after - before
-        for foretold in ((move * grad).sum(-1), (move * grad_after).sum(-1)):
-            wrong = (foretold - change).abs()
+        for told in (foretold(move, grad), foretold(move, grad_after)):
+            wrong = (told - change).abs()
             if not bool((wrong <= _TOLERANCE * (1.0 + change.abs())).all()):
                 return False
     return True

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .given import Given
 from .low_rank import LowRankScale
 
 __all__ = [
@@ -146,64 +147,64 @@ class _White:
 
 
 class NestedComponent:
-    r"""A mixture whose leading coordinates are Student-t, and all others Gaussian given them.
+    r"""A mixture of Student-t over leading coordinates, and all others Gaussian given them.
 
-    .. math:: \log q(h, x) = \log \sum_j \pi_j \, t_\nu(h; \mu_j, \Sigma_j) \,
-        N(x; m_j + M_j (h - \mu_j), S_j)
-
-    In white coordinates of the joint factor, the leading ones are Student-t.
+    .. math:: \log q(h, x) = \log \sum_j \pi_j \, t_\nu(h; \mu_j, \Sigma_j)
+        + \log N(x; m(h), S(h))
 
     Args:
-        order: Coordinates in the order of the factors, the leading ones first.
-        num_leading: Number of them.
+        order: Coordinates in the order of the tables, the leading ones first.
         log_weights: Log weights ``[J]``.
-        loc: Locations in that order, ``[J, D]``.
-        scale_tril: Lower triangular factors in that order, ``[J, D, D]``.
+        loc: Locations ``[J, d]``.
+        scale_tril: Lower triangular factors ``[J, d, d]``.
         dof: Degrees of freedom of the leading ones.
+        given: The Gaussian of the others.
     """
 
     def __init__(
         self,
         order: Sequence[int],
-        num_leading: int,
         log_weights: Tensor,
         loc: Tensor,
         scale_tril: Tensor,
         dof: float,
+        given: Given,
     ) -> None:
         self.order = list(order)
         self.inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        self.num_leading = num_leading
+        self.num_leading = loc.shape[-1]
+        whole = torch.eye(len(self.order), dtype=loc.dtype, device=loc.device)
+        self.pick = whole[self.order]
         self.log_weights = log_weights.to(loc).log_softmax(0)
         self.loc = loc
         self.scale_tril = scale_tril
         self.dof = dof
+        self.given = given
         identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
         whiten = torch.linalg.solve_triangular(
             scale_tril, identity.expand_as(scale_tril), upper=False
         )
-        self.white = _White(
-            whiten[..., self.inverse], loc[..., self.inverse], loc.mean(0)[self.inverse]
-        )
+        self.white = _White(whiten, loc, loc.mean(0))
         log_scale = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         self.log_factor = self.log_weights - log_scale
 
     def draw(self) -> Tensor:
         """Draws ``u`` of shape ``[D]``."""
-        noise = torch.randn_like(self.loc[0])
-        lead = _noise(self.loc[0, : self.num_leading], self.dof)
-        noise = torch.cat([lead, noise[self.num_leading :]])
+        lead = _noise(self.loc[0], self.dof)
         uniform = torch.rand_like(self.log_weights).clamp(min=1e-30)
         index = (self.log_weights - (-uniform.log()).log()).argmax().reshape(1)
-        loc, scale = self.loc[index][0], self.scale_tril[index][0]
-        return (loc + scale @ noise)[self.inverse]
+        value = self.loc[index][0] + self.scale_tril[index][0] @ lead
+        other = self.given.place(value, torch.randn_like(self.given.centre))
+        return torch.cat([value, other])[self.inverse]
 
     def log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[P, D]``, shape ``[P]``."""
-        square, lead = self.white(position).square(), self.num_leading  # [P, J, D]
-        terms = _radial(square[..., :lead].sum(-1), lead, self.dof) + self.log_factor
-        terms = terms + _radial(square[..., lead:].sum(-1), len(self.order) - lead, math.inf)
-        return terms.logsumexp(-1)
+        lead = self.num_leading
+        # native code knows products and slices, and no rows put where an index says
+        ordered = (self.pick @ position.unsqueeze(-1)).squeeze(-1)
+        value, other = ordered[..., :lead], ordered[..., lead:]
+        terms = _radial(self.white(value).square().sum(-1), lead, self.dof) + self.log_factor
+        return terms.logsumexp(-1) + self.given.log_density(value, other)
 
 
 class ProductComponent:

@@ -10,7 +10,8 @@ with :math:`T_\pi` the permutation in unconstrained space. That is a normalized 
 the model, so a permutation wrongly taken for a symmetry costs efficiency and no guarantee.
 
 Axes move together: of all latents in the plate, and event axes that its elements index (weights of
-a Dirichlet). Sets of axes are tried from small to large, at random points, by a transposition and a
+a Dirichlet). A number on an interval, such as the weight of the first of two components, counts as an axis of two: their
+exchange mirrors it. Sets of axes are tried from small to large, at random points, by a transposition and a
 cycle, which generate all permutations.
 """
 
@@ -34,6 +35,7 @@ _LARGEST_GROUP = 720
 _MOST_AXES = 8
 
 Axis = tuple[int, int]  # index of a site, axis of its value
+_MIRRORED = -1  # in place of an axis: the value is mirrored in the middle of its interval
 
 
 # Sets of axes as plain lists: their length, and the axes of each.
@@ -90,8 +92,16 @@ class Symmetry:
         rows = position[..., index].movedim(-2, 0)
         log_jacobian = torch.zeros_like(rows[..., 0])
         for number, (length, axes) in enumerate(self.groups):
-            for which, _ in axes:
+            for which, axis in axes:
                 site = layout.sites[which]
+                if axis == _MIRRORED:
+                    mirrored = [-1.0 if element[number][0] == 1 else 1.0 for element in elements]
+                    signs = rows.new_tensor(mirrored).reshape(-1, *[1] * (rows.dim() - 1))
+                    parts = rows.split(
+                        [site.start, site.stop - site.start, layout.dim - site.stop], dim=-1
+                    )
+                    rows = torch.cat([parts[0], signs * parts[1], parts[2]], dim=-1)
+                    continue
                 if not _is_simplex(site):
                     continue
                 orders = torch.tensor([element[number] for element in elements])
@@ -109,7 +119,7 @@ class Symmetry:
         for (_, axes), permutation in zip(self.groups, element, strict=True):
             for which, axis in axes:
                 site = layout.sites[which]
-                if _is_simplex(site):
+                if axis == _MIRRORED or _is_simplex(site):
                     continue
                 shape = [
                     size
@@ -244,4 +254,14 @@ def _candidates(layout: Layout) -> dict[int, list[Axis]]:
         for axis in allowed:
             if shape[axis] > 1:
                 axes.setdefault(shape[axis], []).append((number, axis))
+    intervals = [n for n, site in enumerate(layout.sites) if _is_on_interval(site)]
+    pairs = axes.get(2, [])
+    if intervals and len(pairs) + len(intervals) <= _MOST_AXES:
+        axes[2] = [*pairs, *((number, _MIRRORED) for number in intervals)]
     return axes
+
+
+def _is_on_interval(site: Site) -> bool:
+    """Tells whether a site's value is an affine function of a sigmoid, which is odd about zero."""
+    parts = [type(part).__name__ for part in getattr(site.transform, "parts", [site.transform])]
+    return "SigmoidTransform" in parts and set(parts) <= {"SigmoidTransform", "AffineTransform"}

@@ -41,6 +41,7 @@ from .components import (
 from .content import Remembered, content_of
 from .exchangeable import as_symmetry
 from .gaussian import fit_gaussian
+from .given import Given
 from .low_rank import LowRankScale, fit_low_rank
 from .several import several_fits
 from .tails import TAIL_WEIGHT, prior_weight_for, wider_component
@@ -81,7 +82,7 @@ class FittedStart:
     """A Gaussian base and the coordinates in which it was fitted."""
 
     model: ModelDensity
-    base: FittedBase
+    base: Base
     from_prior: Callable[[], Any] | None  # captures the path from the prior, if that is proper
     num_gradients: int  # single-chain gradients spent, per batch element
     prior_weight: float = 0.0  # at which the prior is to be mixed in, since it reaches further
@@ -238,8 +239,10 @@ def _component(kept: dict[str, Any], example: Tensor) -> Component:
         ]
         return ProductComponent(parts)
     if "order" in kept:
-        tables = ("log_weights", "loc", "scale_tril")
-        return NestedComponent(**(kept | {name: kept[name].to(example) for name in tables}))
+        marginal = [kept[name].to(example) for name in ("log_weights", "loc", "scale_tril")]
+        given = Given(**{name: table.to(example) for name, table in kept["given"].items()})
+        log_weights, loc, scale_tril = marginal
+        return NestedComponent(kept["order"], log_weights, loc, scale_tril, kept["dof"], given)
     tensors = {n: value.to(example) for n, value in kept.items() if isinstance(value, Tensor)}
     if "scale_tril" in tensors:
         return DenseComponent(tensors["loc"], tensors["scale_tril"], kept.get("dof", math.inf))

@@ -178,6 +178,7 @@ def follow_newton(
     *,
     num_steps: int = 40,
     patience: int = 6,
+    damping: float = 1.0,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Candidates:
     """Follows damped saddle-free Newton steps and keeps the Gaussians of largest bound.
@@ -188,6 +189,7 @@ def follow_newton(
         generator: Source of noise.
         num_steps: Steps at most.
         patience: Steps without a better Gaussian for any, after which all end.
+        damping: Of the first step, over the median curvature; little where starts are good.
         progress: Called after each step.
 
     Returns:
@@ -199,7 +201,7 @@ def follow_newton(
     loc, scale = point, (0.1 * eye).expand(*point.shape, len(eye))
     elbo = torch.full_like(point[..., 0], -torch.inf)
     value, grad = (part[0] for part in rows(point.unsqueeze(0)))
-    damping, quiet = torch.ones_like(value), 0
+    dampings, quiet = torch.full_like(value, damping), 0
     hessian, success = torch.zeros_like(scale), torch.ones_like(value, dtype=torch.bool)
     for _ in range(num_steps):
         if bool(success.any()):
@@ -209,7 +211,7 @@ def follow_newton(
         median = curvature.median(-1, keepdim=True).values
         trials = []
         for factor in _DAMPINGS:
-            damped = curvature + (factor * damping).unsqueeze(-1) * median
+            damped = curvature + (factor * dampings).unsqueeze(-1) * median
             trials.append(point + (vectors @ (along / damped).unsqueeze(-1)).squeeze(-1))
         converged = (along.square() / curvature).sum(-1) < _CONVERGED
         values, grads = rows(torch.cat([_place(point, candidate, noise), torch.stack(trials)]))
@@ -224,13 +226,13 @@ def follow_newton(
         grad = _keep(success, _pick(grads[len(noise) :], choice), grad)
         value = torch.where(success, new_value, value)
         factors = torch.tensor(_DAMPINGS, dtype=point.dtype, device=point.device)[choice]
-        damping = torch.where(success, factors, 25.0 * 25.0) * damping
-        damping = damping.clamp(1e-6, 1e12)
+        dampings = torch.where(success, factors, 25.0 * 25.0) * dampings
+        dampings = dampings.clamp(1e-6, 1e12)
         progress(1)
         if (
             bool(converged.all())
             or quiet >= patience
-            or not bool(success.any() | (damping < 1e12).any())
+            or not bool(success.any() | (dampings < 1e12).any())
         ):
             break
     return Candidates(loc, scale, elbo)

@@ -22,7 +22,8 @@ from torch import Tensor
 from .components import DenseComponent
 from .exchangeable import Symmetry
 from .gaussian import Candidates, ascend, follow_newton, quadratic_models
-from .nested import Nested, leading_coordinates, nested_gaussians
+from .leading import is_bent, leading_coordinates
+from .nested import Nested, nested_gaussians
 from .populations import Population, draw_population
 from .rows import Rows
 
@@ -39,6 +40,8 @@ _LEAST_EVIDENCE_INSIDE, _WIDTH = 5.0, 2.0
 _MISSED = 0.05
 # Effective fraction of draws below which components are added, and how many.
 _GOOD, _EXTRA = 0.5, 8
+# That below which leading coordinates are looked for; a fit of a neck's end may look better.
+_BETTER = 0.85
 # Steps of expectation maximization on a population of particles.
 _NUM_EM = 12
 
@@ -204,15 +207,19 @@ def mixture_of_fits(
         fraction, _ = _judge(rows, other, generator, num_draws)
         if fraction > at_best:
             best, at_best = other, fraction
+    nested = None
+    can = nest and symmetry is None and len(fit.loc[0]) > 2
+    if can and (at_best < _BETTER or is_bent(rows, fit, generator)):
+        nested = _nested(rows, fit, generator)
+    if nested is not None and _judge(rows, nested, generator, num_draws)[0] >= _GOOD:
+        # where there seem to be several modes, or another base looks good, who covers the others?
+        all_bases: list[Mixture | Nested] = [nested, best, adapted]
+        if _nearest(rows, all_bases, None, generator, num_draws=num_draws) is nested:
+            return nested
     if at_best >= _GOOD and (settle or not apart):
         return best
     if not settle:
         return None
-    nested = None
-    if nest and symmetry is None and not apart and len(fit.loc[0]) > 2:
-        nested = _nested(rows, fit, generator)
-        if nested is not None and _judge(rows, nested, generator, num_draws)[0] >= _GOOD:
-            return nested
     population = draw_population(
         rows,
         draw_prior,
@@ -295,22 +302,25 @@ def _extended(
 def _nearest(
     rows: Rows,
     mixtures: list[Mixture | Nested],
-    population: Population,
+    population: Population | None,
     generator: torch.Generator,
     *,
     num_draws: int,
 ) -> Mixture | Nested:
     """Chooses the mixture of least divergence from the posterior.
 
-    The posterior is seen by draws of all mixtures together, weighted by importance, and by the
-    particles: a mixture is not judged by places that it reaches itself.
+    The posterior is seen by draws of all mixtures together, weighted by importance, and by
+    particles if there are any: a mixture is not judged by places that it reaches itself.
     """
     draws = torch.cat([mixture.draw(num_draws, generator) for mixture in mixtures])
-    log_target = torch.cat([rows(draws)[0], population.log_target])
-    places = torch.cat([draws, population.position])
-    log_densities = torch.stack([mixture.log_density(places) for mixture in mixtures])
-    log_ratio = log_target[: len(draws)] - log_densities[:, : len(draws)].logsumexp(0)
-    weights = torch.cat([log_ratio.double().softmax(0), population.weights.double()])
+    log_target = rows(draws)[0]
+    log_densities = torch.stack([mixture.log_density(draws) for mixture in mixtures])
+    weights = (log_target - log_densities.logsumexp(0)).double().softmax(0)
+    if population is not None:
+        log_target = torch.cat([log_target, population.log_target])
+        more = torch.stack([mixture.log_density(population.position) for mixture in mixtures])
+        log_densities = torch.cat([log_densities, more], 1)
+        weights = torch.cat([weights, population.weights.double()])
     gaps = torch.where(weights > 0.0, weights * (log_target - log_densities), 0.0).sum(1)
     return mixtures[int(torch.where(gaps.isfinite(), gaps, torch.inf).argmin())]
 

@@ -1,18 +1,19 @@
 r"""Nested Gaussians: a few leading coordinates, and all others given them.
 
 Scales of a hierarchy bend a posterior: given them the rest is next to a Gaussian, but one whose
-location and covariance move with them, so that one Gaussian of all has no room for the neck of a
-funnel. Leading coordinates h are those along which the curvature changes; at many values of them
-Gaussians :math:`q(x \mid h)` are fitted, whose evidence lower bounds
+location and covariance move with them, so that no few Gaussians of all have room for the neck of a
+funnel. At many values of the leading coordinates h Gaussians :math:`q(x \mid h)` are fitted, whose
+evidence lower bounds
 
 .. math:: \ell(h) \le \log \int p(h, x) \, dx
 
-are those of the marginal posterior of h. It is fitted by a small mixture
-:math:`\sum_j \pi_j N(h; \mu_j, \Sigma_j)`, in few dimensions and from many values, and each term is
-given its own conditional Gaussian, whose mean moves linearly with h:
+are those of the marginal posterior of h. It is fitted by a mixture of Student-t in few dimensions,
+and means, scales and correlations of the Gaussians by smooth functions of h (:mod:`.given`):
 
-.. math:: q(h, x) = \sum_j \pi_j \, N(h; \mu_j, \Sigma_j) \,
-    N(x; m_j + M_j (h - \mu_j), S_j), \quad M_j = -H_{xx}^{-1} H_{xh}
+.. math:: q(h, x) = \sum_j \pi_j \, t_\nu(h; \mu_j, \Sigma_j) \; N(x; m(h), S(h))
+
+Where x given h is Gaussian, only h is left to be fitted, and draws of q, weighted by
+:math:`p(h, x) / q(h, x)`, move its mixture further, at one evaluation each.
 
 Source: Rue, Martino and Chopin (2009), *Approximate Bayesian inference for latent Gaussian models by
 using integrated nested Laplace approximations*, for the nesting; its use as a base is our own.
@@ -20,7 +21,6 @@ using integrated nested Laplace approximations*, for the nesting; its use as a b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,41 +29,40 @@ from torch import Tensor
 
 from ..kernels import State
 from .components import NestedComponent
-from .gaussian import Candidates, follow_newton, hessians
+from .gaussian import Candidates, follow_newton
+from .given import Given, fit_given
+from .marginals import DOF, Marginal, fit_marginal, white_noise
 from .rows import Rows
 
-__all__ = ["Nested", "leading_coordinates", "nested_gaussians"]
+__all__ = ["Nested", "nested_gaussians"]
 
-# Leading coordinates at most, values of them, and Gaussians by their number.
-_MOST_LEADING, _NUM_VALUES = 3, 96
-# Coordinates that are tried: those along which curvature changes most.
-_MOST_LIKELY = 12
+# Values of the leading coordinates, times that they are drawn, and terms of their marginal.
+_NUM_VALUES, _NUM_TURNS = 96, 4
 _NUM_TERMS = {1: 6, 2: 14, 3: 18}
-# Times that values are drawn and their marginal is fitted anew, and steps of one fit.
-_NUM_TURNS, _NUM_EM = 4, 30
-# Third derivatives left to explain, squared: what is little, over that at first, and in itself.
-_LEAST_SHARE, _LEAST_SIZE = 0.05, 0.1
-# Values are drawn from Student-t this much wider than the fit's marginal, of these degrees of freedom.
-_WIDER, _DOF = 1.5, 5.0
-_SHARE_OF_WIDE = 0.05  # kept for what a few values do not show
+# Student-t this much wider than the moments of the marginal.
+_WIDER = 2.0
+# Its share of the values at which the others are fitted, and what is kept of it in the end.
+_SHARE_OF_SEEN, _SHARE_OF_WIDE = 0.25, 0.05
+# Draws of the whole, times that they move the marginal, and the effective share that is enough.
+_NUM_DRAWS, _NUM_FIRST_MOVES, _NUM_MOVES, _ENOUGH = 2048, 2, 4, 0.9
+# Nats below the largest density of a value seen at which it no longer matters to the others' fit.
+_FAR = 25.0
 
 
 @dataclass(frozen=True, eq=False)
 class Nested:
-    """Terms over all coordinates in the order of ``lead`` and ``rest``."""
+    """A mixture over the leading coordinates, and a Gaussian of all others given them."""
 
     lead: list[int]
     rest: list[int]
-    log_weights: Tensor  # [J]
-    loc: Tensor  # [J, D]
-    scale_tril: Tensor  # [J, D, D]
-    dof: float = _DOF
+    marginal: Marginal
+    given: Given
 
     def component(self) -> NestedComponent:
         """Makes the density."""
-        order = [*self.lead, *self.rest]
-        tables = (self.log_weights, self.loc, self.scale_tril)
-        return NestedComponent(order, len(self.lead), *tables, self.dof)
+        marginal = self.marginal
+        tables = (marginal.log_weights, marginal.loc, marginal.scale_tril)
+        return NestedComponent([*self.lead, *self.rest], *tables, DOF, self.given)
 
     def log_density(self, position: Tensor) -> Tensor:
         """Computes log q at rows ``[N, D]``."""
@@ -71,76 +70,18 @@ class Nested:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws rows ``[count, D]``."""
-        weights = self.log_weights.exp()
-        index = torch.multinomial(weights, count, replacement=True, generator=generator)
-        noise = _noise(self.loc, (count, self.loc.shape[-1]), generator)
-        lead = len(self.lead)
-        heavy = _heavy(self.loc.new_full((count, 1), self.dof), generator)
-        noise = torch.cat([noise[:, :lead] * heavy, noise[:, lead:]], 1)
-        placed = self.loc[index] + (self.scale_tril[index] @ noise.unsqueeze(-1)).squeeze(-1)
-        found = torch.empty_like(placed)
-        found[:, [*self.lead, *self.rest]] = placed
+        value = self.marginal.draw(count, generator)
+        noise = white_noise(value, (count, len(self.rest)), generator)
+        return self.joined(value, self.given.place(value, noise))
+
+    def joined(self, value: Tensor, other: Tensor) -> Tensor:
+        """Joins leading coordinates and the others."""
+        found = value.new_empty(len(value), len(self.lead) + len(self.rest))
+        found[:, [*self.lead, *self.rest]] = torch.cat([value, other], 1)
         return found
 
 
-def _noise(like: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-
-
-def _heavy(dof: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws the factors that make normal noise Student-t."""
-    half = 0.5 * dof
-    factor: Tensor = (torch._standard_gamma(half, generator=generator) / half).rsqrt()
-    return factor
-
-
-def leading_coordinates(rows: Rows, fit: Candidates) -> list[int]:
-    r"""Finds coordinates given which the others are next to a Gaussian.
-
-    With :math:`T_{ijk}` the third derivatives of the target, in units of the Gaussian's conditional
-    covariance given h, :math:`\|T\|^2` over all others is what h leaves unexplained. Coordinates are
-    added one by one, each the one that leaves the least.
-
-    Args:
-        rows: Evaluates the target.
-        fit: A Gaussian, ``[1, D]``.
-
-    Returns:
-        Up to three coordinates; none where a Gaussian fits.
-    """
-    loc, scale = fit.loc[0], fit.scale_tril[0]
-    precision = torch.cholesky_inverse(scale)
-    width = precision.diagonal().rsqrt()
-    shifts = torch.diag(width)
-    found = hessians(rows, torch.cat([loc + shifts, loc - shifts])).nan_to_num()
-    third = (found[: len(loc)] - found[len(loc) :]) / (2.0 * width).view(-1, 1, 1)
-    moved = (scale.mT @ third @ scale).square().sum((1, 2)) * width.square()
-    likely = moved.argsort(descending=True)[:_MOST_LIKELY].tolist()
-    lead: list[int] = []
-    size = first = _unexplained(third, precision, lead)
-    most = min(_MOST_LEADING, len(loc) - 1)
-    while len(lead) < most and size > max(_LEAST_SIZE, _LEAST_SHARE * first):
-        rest = [i for i in likely if i not in lead]
-        left = [_unexplained(third, precision, [*lead, i]) for i in rest]
-        least = min(range(len(rest)), key=left.__getitem__)
-        if not left[least] < 0.7 * size:
-            break
-        lead, size = [*lead, rest[least]], left[least]
-    return lead
-
-
-def _unexplained(third: Tensor, precision: Tensor, lead: list[int]) -> float:
-    """Computes the squared size of third derivatives given the leading coordinates."""
-    rest = [i for i in range(len(third)) if i not in lead]
-    own = torch.linalg.inv(precision[rest][:, rest])
-    factor = torch.linalg.cholesky(0.5 * (own + own.mT))
-    part = third[rest][:, rest][:, :, rest]
-    for _ in range(3):
-        part = torch.tensordot(part, factor, dims=([0], [0]))
-    return float(part.square().sum())
-
-
-class _Given:
+class _AtValues:
     """The target of the others at each of N values of the leading coordinates, as a batch."""
 
     def __init__(
@@ -163,35 +104,55 @@ class _Given:
 
 
 @dataclass(frozen=True, eq=False)
-class _Split:
-    """Leading coordinates and the others, under a Gaussian of both."""
+class _Seen:
+    """Values of the leading coordinates, and the Gaussians of the others at each."""
 
-    lead: list[int]
-    rest: list[int]
-    loc: Tensor  # [D]
-    covariance: Tensor  # [D, D]
+    value: Tensor  # [N, d]
+    found: Candidates  # [N, D - d]
 
-    def start(self, value: Tensor) -> Tensor:
-        """Computes the conditional mean of the others, ``[N, D - d]``."""
-        own = self.covariance[self.lead][:, self.lead]
-        slope: Tensor = torch.linalg.solve(own, self.covariance[self.lead][:, self.rest])
-        return self.loc[self.rest] + (value - self.loc[self.lead]) @ slope
+    def beside(self, other: _Seen) -> _Seen:
+        """Adds further ones."""
+        pairs = ((getattr(self.found, n), getattr(other.found, n)) for n in _FIELDS)
+        found = Candidates(*(torch.cat(pair) for pair in pairs))
+        return _Seen(torch.cat([self.value, other.value]), found)
+
+    def fit(self, weights: Tensor, generator: torch.Generator) -> Given:
+        """Fits functions of h to the Gaussians."""
+        bound = self.found.elbo
+        alive = bound > bound.nan_to_num(nan=-torch.inf).max() - _FAR
+        alive &= self.found.scale_tril.isfinite().all(-1).all(-1)
+        kept = weights[alive]
+        return fit_given(
+            self.value[alive],
+            kept / kept.sum(),
+            self.found.loc[alive],
+            self.found.scale_tril[alive],
+            generator,
+        )
 
 
-def _conditional(
-    rows: Rows, split: _Split, value: Tensor, generator: torch.Generator
-) -> Candidates:
-    """Fits the others at each value ``[N, d]``: Gaussians ``[N, D - d]`` and their bounds."""
-    given = Rows(_Given(rows, split.lead, split.rest, value), 8, 1)
-    start = split.start(value).unsqueeze(0)
-    found = follow_newton(given, start, generator, num_steps=10, patience=2)
-    return Candidates(found.loc[0], found.scale_tril[0], found.elbo[0])
+_FIELDS = ("loc", "scale_tril", "elbo")
+
+
+def _see(
+    rows: Rows,
+    split: tuple[list[int], list[int]],
+    value: Tensor,
+    start: Tensor,
+    generator: torch.Generator,
+) -> _Seen:
+    """Fits the others at each value ``[N, d]``, from ``start`` ``[N, D - d]``."""
+    given = Rows(_AtValues(rows, *split, value), 8, 1)
+    found = follow_newton(
+        given, start.unsqueeze(0), generator, num_steps=10, patience=2, damping=1e-3
+    )
+    return _Seen(value, Candidates(found.loc[0], found.scale_tril[0], found.elbo[0]))
 
 
 def nested_gaussians(
     rows: Rows, fit: Candidates, lead: list[int], generator: torch.Generator
 ) -> Nested | None:
-    """Fits Gaussians of all coordinates along the leading ones.
+    """Fits the leading coordinates, and Gaussians of all others along them.
 
     Args:
         rows: Evaluates the target.
@@ -200,129 +161,107 @@ def nested_gaussians(
         generator: Source of noise.
 
     Returns:
-        The mixture, or None if no density was found.
+        The fit, or None if no density was found.
     """
-    loc, scale = fit.loc[0], fit.scale_tril[0]
-    rest = [i for i in range(len(loc)) if i not in lead]
-    split = _Split(lead, rest, loc, scale @ scale.mT)
-    own = torch.linalg.cholesky(split.covariance[lead][:, lead])
-    wide = _Marginal(loc.new_zeros(1), loc[lead].unsqueeze(0), _WIDER * own.unsqueeze(0))
-    used, found = wide, wide
-    values, bounds, proposals = [], [], []
+    search = _Search(rows, fit, lead, generator)
     for _ in range(_NUM_TURNS):
-        values.append(used.draw(_NUM_VALUES, generator))
-        bounds.append(_conditional(rows, split, values[-1], generator).elbo)
-        proposals.append(used)
-        seen, bound = torch.cat(values), torch.cat(bounds)
-        log_proposal = torch.stack([each.log_density(seen) for each in proposals])
-        log_weight = (bound - log_proposal.logsumexp(0)).double().nan_to_num(nan=-torch.inf)
-        if not bool(log_weight.isfinite().any()):
+        if not search.turn():
             return None
-        found = _fit_marginal(seen, log_weight.softmax(0), _NUM_TERMS[len(lead)], generator)
-        used = found.beside(wide, _SHARE_OF_WIDE)
-    return _with_others(rows, split, used, generator)
+    best, share = search.move(_NUM_FIRST_MOVES)
+    if share < _ENOUGH and search.turn():
+        other, more = search.move(_NUM_MOVES)
+        if more > share:
+            return other
+    return best
 
 
-@dataclass(frozen=True, eq=False)
-class _Marginal:
-    """A mixture of Student-t over the leading coordinates."""
+class _Search:
+    """What is known of the marginal and of the others, turn by turn."""
 
-    log_weights: Tensor  # [J]
-    loc: Tensor  # [J, d]
-    scale_tril: Tensor  # [J, d, d]
+    def __init__(
+        self, rows: Rows, fit: Candidates, lead: list[int], generator: torch.Generator
+    ) -> None:
+        self.rows, self.lead, self.generator = rows, lead, generator
+        loc, scale = fit.loc[0], fit.scale_tril[0]
+        self.rest = [i for i in range(len(loc)) if i not in lead]
+        self.loc, covariance = loc, scale @ scale.mT
+        own = covariance[lead][:, lead]
+        self.slope = torch.linalg.solve(own, covariance[lead][:, self.rest])
+        self.wide = _around(loc[lead], own)
+        self.marginal: Marginal | None = None
+        self.seen: _Seen | None = None
+        self.given: Given | None = None
+        self.proposals: list[Marginal] = []
 
-    def white(self, value: Tensor) -> Tensor:
-        """Computes white coordinates of values ``[N, d]``, ``[J, N, d]``."""
-        apart = (value - self.loc.unsqueeze(1)).mT
-        white: Tensor = torch.linalg.solve_triangular(self.scale_tril, apart, upper=False)
-        return white.mT
+    def used(self, share: float) -> Marginal:
+        """Takes the marginal beside a wide one of some share."""
+        return self.wide if self.marginal is None else self.marginal.beside(self.wide, share)
 
-    def terms(self, value: Tensor) -> Tensor:
-        """Computes log of weight times density by term, ``[J, N]``."""
-        dim = value.shape[-1]
-        constant = math.lgamma(0.5 * (_DOF + dim)) - math.lgamma(0.5 * _DOF)
-        constant -= 0.5 * dim * math.log(_DOF * math.pi)
-        radial = -0.5 * (_DOF + dim) * torch.log1p(self.white(value).square().sum(-1) / _DOF)
-        log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        terms: Tensor = constant + radial + (self.log_weights - log_scale).unsqueeze(-1)
-        return terms
+    def turn(self) -> bool:
+        """Fits the others at further values, and both fits to all; False without any density."""
+        self.proposals.append(self.used(_SHARE_OF_SEEN))
+        value = self.proposals[-1].draw(_NUM_VALUES, self.generator)
+        start = self.loc[self.rest] + (value - self.loc[self.lead]) @ self.slope
+        if self.given is not None:
+            start = self.given.place(value, torch.zeros_like(start))
+        more = _see(self.rows, (self.lead, self.rest), value, start, self.generator)
+        self.seen = seen = more if self.seen is None else self.seen.beside(more)
+        log_proposal = torch.stack([each.log_density(seen.value) for each in self.proposals])
+        log_weight = (seen.found.elbo - log_proposal.logsumexp(0)).double()
+        log_weight = log_weight.nan_to_num(nan=-torch.inf)
+        if not bool(log_weight.isfinite().any()):
+            return False
+        weights = log_weight.softmax(0)
+        self.given = seen.fit(weights, self.generator)
+        self._fit(seen.value, weights, None)
+        return True
 
-    def log_density(self, value: Tensor) -> Tensor:
-        """Computes the log density at values ``[N, d]``."""
-        return self.terms(value).logsumexp(0)
+    def _fit(self, value: Tensor, weights: Tensor, start: Marginal | None) -> None:
+        """Fits the marginal to weighted values, and the wide one to their moments."""
+        count = _NUM_TERMS[len(self.lead)]
+        self.marginal = fit_marginal(value, weights, count, self.generator, start=start)
+        weights = weights.to(value)
+        mean = weights @ value
+        apart = value - mean
+        self.wide = _around(mean, (apart * weights.unsqueeze(-1)).mT @ apart)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws values ``[count, d]``."""
-        weights = self.log_weights.exp()
-        index = torch.multinomial(weights, count, replacement=True, generator=generator)
-        noise = _noise(self.loc, (count, self.loc.shape[-1]), generator)
-        noise = noise * _heavy(self.loc.new_full((count, 1), _DOF), generator)
-        placed: Tensor = (self.scale_tril[index] @ noise.unsqueeze(-1)).squeeze(-1)
-        return self.loc[index] + placed
-
-    def beside(self, other: _Marginal, share: float) -> _Marginal:
-        """Adds the terms of another mixture, of a share of the mass."""
-        log_weights = [self.log_weights + math.log1p(-share), other.log_weights + math.log(share)]
-        loc = torch.cat([self.loc, other.loc])
-        return _Marginal(
-            torch.cat(log_weights), loc, torch.cat([self.scale_tril, other.scale_tril])
-        )
-
-
-def _fit_marginal(
-    value: Tensor, weights: Tensor, count: int, generator: torch.Generator
-) -> _Marginal:
-    """Fits a mixture to weighted values ``[N, d]`` by expectation maximization."""
-    dim = value.shape[-1]
-    weights = weights.to(value)
-    count = min(count, int((weights > 0.0).sum()))
-    centred = value - weights @ value
-    pooled = (centred * weights.unsqueeze(-1)).mT @ centred
-    eye = torch.eye(dim, dtype=value.dtype, device=value.device)
-    pooled = pooled + 1e-6 * eye * pooled.diagonal().mean().clamp(min=1e-12)
-    index = torch.multinomial(weights, count, replacement=False, generator=generator)
-    shrunk = pooled / count ** (2.0 / dim)  # what each has of the volume
-    log_weights = value.new_full((count,), -math.log(count))
-    found = _Marginal(
-        log_weights, value[index], torch.linalg.cholesky(shrunk).expand(count, dim, dim)
-    )
-    for _ in range(_NUM_EM):
-        mass = found.terms(value).softmax(0) * weights  # [J, N]
-        total = mass.sum(1)
-        effective = total.square() / mass.square().sum(1).clamp(min=1e-300)
-        tails = (_DOF + dim) / (_DOF + found.white(value).square().sum(-1))
-        pull = mass * tails
-        loc = (pull @ value) / pull.sum(1, keepdim=True).clamp(min=1e-300)
-        trust = (effective / (effective + 1.0)).unsqueeze(-1)
-        loc = trust * loc + (1.0 - trust) * found.loc
-        apart = value - loc.unsqueeze(1)  # [J, N, d]
-        moments = (apart * pull.unsqueeze(-1)).mT @ apart / total.clamp(min=1e-300).view(-1, 1, 1)
-        strength = (effective / (effective + 2.0 * dim + 2.0)).view(-1, 1, 1)
-        covariance = strength * moments + (1.0 - strength) * shrunk
-        log_weights = (total + 1e-3 / count).log().log_softmax(0)
-        found = _Marginal(log_weights, loc, torch.linalg.cholesky(covariance))
-    return found
+    def move(self, count: int) -> tuple[Nested, float]:
+        """Moves the marginal to draws of the whole, while more of them carry weight."""
+        assert self.given is not None
+        given, best, at_best = self.given, None, -1.0
+        past: list[tuple[Marginal, Tensor, Tensor]] = []
+        for _ in range(count + 1):
+            used = self.used(_SHARE_OF_WIDE)
+            nested = Nested(self.lead, self.rest, used, given)
+            value = used.draw(_NUM_DRAWS, self.generator)
+            noise = white_noise(value, (_NUM_DRAWS, len(self.rest)), self.generator)
+            other = given.place(value, noise)
+            log_rest = self.rows(nested.joined(value, other))[0] - given.log_density(value, other)
+            log_weight = (log_rest - used.log_density(value)).double()
+            share = float(1.0 / log_weight.softmax(0).square().sum()) / _NUM_DRAWS
+            if best is None or share > at_best:
+                best, at_best = nested, share
+            if share > _ENOUGH:
+                break
+            past = [*past[-2:], (used, value, log_rest)]
+            self._fit(*_weighted(past), self.marginal)
+        assert best is not None
+        return best, at_best
 
 
-def _with_others(
-    rows: Rows, split: _Split, marginal: _Marginal, generator: torch.Generator
-) -> Nested | None:
-    """Adds to each term of h the conditional Gaussian of the others."""
-    lead, rest = split.lead, split.rest
-    found = _conditional(rows, split, marginal.loc, generator)
-    whole = _Given(rows, lead, rest, marginal.loc).joined(found.loc)
-    cross = hessians(rows, whole).nan_to_num()[:, rest][:, :, lead]
-    slope = found.scale_tril @ (found.scale_tril.mT @ cross)  # -H_xx is the inverse of S
-    own = marginal.scale_tril
-    above = torch.cat([own, own.new_zeros(len(own), len(lead), len(rest))], 2)
-    below = torch.cat([slope @ own, found.scale_tril], 2)
-    alive = found.elbo.isfinite() & below.isfinite().all((1, 2))
-    if not bool(alive.any()):
-        return None
-    return Nested(
-        lead,
-        rest,
-        marginal.log_weights[alive].log_softmax(0),
-        torch.cat([marginal.loc, found.loc], 1)[alive],
-        torch.cat([above, below], 1)[alive],
-    )
+def _around(loc: Tensor, covariance: Tensor) -> Marginal:
+    """Makes a wide Student-t of a mean and a covariance."""
+    size = 1e-6 * covariance.diagonal().mean().clamp(min=1e-12)
+    eye = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    factor = _WIDER * torch.linalg.cholesky(covariance + size * eye)
+    return Marginal(loc.new_zeros(1), loc.unsqueeze(0), factor.unsqueeze(0))
+
+
+def _weighted(past: list[tuple[Marginal, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Weights draws of several proposals together; the largest weights are capped."""
+    seen = torch.cat([value for _, value, _ in past])
+    log_rests = torch.cat([log_rest for _, _, log_rest in past])
+    log_proposal = torch.stack([each[0].log_density(seen) for each in past]).logsumexp(0)
+    log_weights = (log_rests - log_proposal).double().nan_to_num(nan=-torch.inf)
+    cap = log_weights.sort(descending=True).values[max(len(seen) // 200, 4)]
+    return seen, log_weights.clamp(max=cap).softmax(0)

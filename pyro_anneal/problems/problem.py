@@ -30,6 +30,7 @@ from .bases import (
     PathDensity,
     PriorBase,
 )
+from .conditional import conditional_start
 from .content import Remembered, content_of
 from .coupling import find_coupling
 from .discrete import lattice_of, lift
@@ -46,6 +47,11 @@ __all__ = [
     "prepare",
     "reason_for_float64",
 ]
+
+_NOT_FITTED = (
+    'guide="auto" fits a start beside discrete latents only where these are independent of each '
+    "other given the other latents, and can be summed out: chains start from the prior"
+)
 
 MakeStart = Callable[[ModelDensity, Tensor], FittedStart]  # from the model and a finite position
 
@@ -114,10 +120,24 @@ def prepare(
     example = problem.probe()
     if lattice_of(layout) is not None:
         layout = lift(problem.model, example)
-        if guide == "auto":
-            note = 'guide="auto" fits no Gaussian beside discrete latents: chains start from the prior'
-            guide, layout = None, replace(layout, notes=(*layout.notes, note))
         problem = assemble(model, guide, model_args, guide_args, layout)
+        if guide == "auto":
+            with hidden_sites_named((model, model_args)):
+                start = conditional_start(
+                    problem.model,
+                    example,
+                    num_chains=num_chains,
+                    seed=seed,
+                    progress=progress,
+                    max_rows=max_rows,
+                    once=once,
+                    native=native,
+                    vouched=problem.vouched,
+                )
+            if start is None:
+                layout = replace(layout, notes=(*layout.notes, _NOT_FITTED))
+                guide, problem = None, assemble(model, None, model_args, guide_args, layout)
+            make_start = None if start is None else lambda model, example: start
     problem = finish(
         problem,
         guide,

@@ -16,6 +16,7 @@ from .components import DenseComponent
 from .exchangeable import Symmetry, find_symmetry
 from .gaussian import Candidates
 from .independent import independent_parts, marginal_fit, rows_of_part
+from .marginals import DOF
 from .mixtures import Mixture, mixture_of_fits
 from .nested import Nested
 from .over_chains import draw_prior_chains
@@ -148,11 +149,11 @@ def _as_tensors(mixture: Mixture | Nested) -> dict[str, Any]:
     if isinstance(mixture, Nested):
         nested = {
             "order": [*mixture.lead, *mixture.rest],
-            "num_leading": len(mixture.lead),
-            "log_weights": mixture.log_weights,
-            "loc": mixture.loc,
-            "scale_tril": mixture.scale_tril,
-            "dof": mixture.dof,
+            "log_weights": mixture.marginal.log_weights,
+            "loc": mixture.marginal.loc,
+            "scale_tril": mixture.marginal.scale_tril,
+            "dof": DOF,
+            "given": mixture.given.tensors(),
         }
         return {"components": [nested], "log_weights": torch.zeros(1, device="cpu")}
     components = [

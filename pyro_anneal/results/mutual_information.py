@@ -24,6 +24,8 @@ __all__ = ["MutualInformation"]
 
 # Below this many pairs an interval rests on what the pairs seen happen to show; a note says so.
 FEW_PAIRS = 20
+# Probability of a pair below the limit of plausible values, and nats of a mean that are worth a word.
+_IMPOSSIBLE, _TAKEN = 0.01, 0.01
 _NO_INTERVAL = (
     "an interval by that name is guaranteed in finite samples here, and the mean over pairs is not. "
     "normal_interval(level) is asymptotic over pairs, with quantiles of Student's t; gap is what "
@@ -352,6 +354,41 @@ def few_pairs(num_pairs: int) -> tuple[Diagnostic, ...]:
     return (
         Diagnostic(name="few_pairs", severity="info", message=message, value=float(num_pairs)),
     )
+
+
+def loose_pairs(pair_lower: Tensor) -> tuple[Diagnostic, ...]:
+    r"""Finds pairs at which a lower bound lies below what the information of any pair can be.
+
+    Over pairs from the joint, :math:`i = \log p(x, z) / (p(x) p(z))` has
+    :math:`P(i < -a) \le e^{-a}`, since :math:`E[e^{-i}] \le 1`. So in a sample of N pairs none lies
+    below :math:`-\log(N / \alpha)`, but with probability :math:`\alpha` = 1%; values that do are those of a bound
+    that is loose there, as with a guide whose tails are lighter than the posterior's. Nothing needs
+    to be known of the densities.
+
+    Args:
+        pair_lower: Values of a lower bound, per pair, ``[N]`` in nats.
+
+    Returns:
+        A warning whose value is what these pairs take from the mean, in nats, beyond that limit.
+
+    Example:
+        >>> loose_pairs(torch.tensor([1.0, 2.0, -99.0, 1.5]))[0].value > 20.0
+        True
+        >>> loose_pairs(torch.tensor([1.0, 2.0, -5.0, 1.5]))
+        ()
+    """
+    limit = -math.log(len(pair_lower) / _IMPOSSIBLE)
+    excess = (limit - pair_lower.double()).clamp(min=0.0)
+    count, taken = int((excess > 0.0).sum()), float(excess.mean())
+    if not taken > _TAKEN:
+        return ()
+    message = (
+        f"{count} of {len(pair_lower)} pairs have values below {limit:.3g} nats, which the information of "
+        f"a pair goes below with probability {_IMPOSSIBLE:.0%} in so many: the bound is loose there, and they "
+        f"take {taken:.3g} nats from the mean, whose standard error a few pairs decide. Give the guide heavier "
+        "tails (Student-t, or a larger scale), train it on more pairs, or let the critic see the tails"
+    )
+    return (Diagnostic(name="loose_pairs", severity="warning", message=message, value=taken),)
 
 
 def _student_interval(values: Tensor | None, level: float) -> tuple[float, float] | None:

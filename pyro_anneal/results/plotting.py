@@ -119,7 +119,7 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Axes = None) -> Fi
     """Draws histograms of the log-weights of each direction, with the bounds as lines.
 
     A batch is pooled after subtracting each datum's log evidence (Bennett's estimate, or the bound
-    of a single run). Far outliers are counted in the legend instead of stretching the axis.
+    of a single run). Far outliers are counted below the axis instead of stretching it.
 
     Args:
         result: A run or a sandwich.
@@ -142,12 +142,13 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Axes = None) -> Fi
         for direction, run in runs.items()
     }
     edges = bin_edges(list(weights.values()))
+    beyond = []
     for direction, values in weights.items():
         outside = int(((values < edges[0]) | (values > edges[-1])).sum())
         outside += runs[direction].log_weights.numel() - values.size
-        label = f"{direction} chains" + (f" ({outside} off the axis)" if outside else "")
+        beyond += [f"{outside} {direction}"] if outside else []
         color = LOWER if direction == "forward" else UPPER
-        axes.hist(values, bins=edges, color=color, alpha=0.45, label=label)
+        axes.hist(values, bins=edges, color=color, alpha=0.45, label=f"{direction} chains")
     for side, color in (("lower", LOWER), ("upper", UPPER)):
         if _has(result, side):
             bound = float((getattr(result, side) - center).mean())
@@ -156,7 +157,8 @@ def plot_log_weights(result: AnnealedRun | Sandwich, *, axes: Axes = None) -> Fi
         estimate = float((result.bennett - center).mean())
         axes.axvline(estimate, color=ESTIMATE, lw=1.2, ls="--", label="Bennett")
     minus = "" if math.prod(pooled) == 1 else " - log evidence"
-    axes.set(xlabel=f"log-weight{minus} (nats)", ylabel="chains")
+    left_out = f"\noff the axis: {', '.join(beyond)}" if beyond else ""
+    axes.set(xlabel=f"log-weight{minus} (nats){left_out}", ylabel="chains")
     axes.set_title("Log-weights and bounds", fontsize="medium")
     axes.locator_params(axis="x", nbins=4)  # labels such as -139.175 are wide
     count_axis(axes)

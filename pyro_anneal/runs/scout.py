@@ -22,6 +22,7 @@ from ..kernels import Density, Kernel, State
 from ..persistence.journal import Journal
 from ..persistence.randomness import seeded_generator
 from ..problems.bases import FittedBase, MixtureBase
+from ..problems.discrete import lattice_of
 from ..problems.gaussian import follow_newton
 from ..problems.mixtures import distinct
 from ..problems.problem import Problem
@@ -215,8 +216,8 @@ def _by_fits(
     Gaussians are fitted there. The evidence lower bound of one whose draws the base does not reach
     bounds the mass that the run misses, whatever the scout found.
     """
-    if problem.layout.dim > _MOST_DIMENSIONS:
-        return None
+    if problem.layout.dim > _MOST_DIMENSIONS or lattice_of(problem.layout) is not None:
+        return None  # no Gaussian lives on integers
     rows = Rows(density, rows_at_once(problem.density, problem.layout.dim), 0)
     if rows.is_dear:
         return None

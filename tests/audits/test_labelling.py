@@ -49,3 +49,43 @@ def test_labellings(swapped):
         assert error == pytest.approx(-math.log(2.0), abs=0.05)
         assert "mu" in missing[0].message
         assert result.verdict != "ok"
+
+
+def mixture_of_two(y):
+    """Components exchange their places as the weight of the first becomes that of the second."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+    theta = pyro.sample("theta", dist.Beta(5.0, 5.0))
+    weights = torch.stack([theta, 1.0 - theta])
+    with pyro.plate("data", len(y)):
+        parts = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(mu, 1.0))
+        pyro.sample("y", parts, obs=y)
+
+
+def test_a_weight_between_two_components_is_part_of_their_labelling():
+    torch.manual_seed(0)
+    y = torch.cat([torch.randn(12) - 4.0, torch.randn(20) + 4.0])
+    # components are so far apart that mu and theta are nearly independent given the labels
+    sides = (y < 0.0, y > 0.0)
+    mu = torch.stack(
+        [
+            dist.Normal(y[s].sum() / (s.sum() + 0.04), (s.sum() + 0.04) ** -0.5).sample((400,))
+            for s in sides
+        ],
+        -1,
+    )
+    theta = dist.Beta(5.0 + 12.0, 5.0 + 20.0).sample((400,))
+    swap = torch.rand(400) < 0.5
+    for swapped in (torch.zeros(400, dtype=torch.bool), swap):
+        draws = {
+            "mu": torch.where(swapped[:, None], mu.flip(1), mu),
+            "theta": torch.where(swapped, 1.0 - theta, theta),
+        }
+        result = evidence_from_samples(
+            mixture_of_two, draws, y, seed=0, num_steps=20, progress_bar=False
+        )
+        missing = [d for d in result.diagnostics if d.name == "labelling"]
+        if bool(swapped.any()):
+            assert not missing
+        else:
+            assert missing[0].value == pytest.approx(math.log(2.0), abs=0.05)
+            assert "theta" in missing[0].message

@@ -546,6 +546,26 @@ def test_operations_vmap_does_not_know_run_chain_by_chain(monkeypatch):
     torch.testing.assert_close((state.log_target, state.grad_target), schools_truth(u))
 
 
+def test_what_silu_fills_is_known_to_vmap():
+    """Its derivative writes ones into an empty tensor, which vmap would do once per chain."""
+
+    def function(u):
+        return standard(u), standard(torch.nn.functional.silu(u).log_softmax(0))
+
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        density = capture(function, torch.zeros(3), num_chains=K, native=False)
+        u = torch.randn(K, 3)
+        state = density(u)
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(True)
+    assert density.mode == "graph"
+    leaf = u.clone().requires_grad_()
+    target = torch.stack([function(row)[1] for row in leaf])
+    (grad,) = torch.autograd.grad(target.sum(), leaf)
+    torch.testing.assert_close((state.log_target, state.grad_target), (target.detach(), grad))
+
+
 # What is no density.
 
 

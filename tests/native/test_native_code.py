@@ -201,6 +201,7 @@ CUBE = (3, 2, 2)
 SPELLINGS = {  # that no function of torch above leads to
     "index": lambda u: aten._unsafe_index.Tensor(u, [torch.tensor([2, 0])]),
     "index put": lambda u: aten._unsafe_index_put.default(u, [torch.tensor([2, 2])], u[:2] * 2.0, True),
+    "index put behind": lambda u: aten.index_put.default(u, [None, torch.tensor([[3, 1], [1, 0]])], u.exp().reshape(3, 2, 2), True) + aten.index_put.default(u, [None, torch.tensor([2, 0])], u[:, 1:2] * 2.0),
     "scatter": lambda u: aten.scatter.value(u, 1, torch.tensor([[0], [1], [3]]), 7.0),
     "addmv": lambda u: aten.addmv.default(u[:, 0], u, u[0]),
     "baddbmm": lambda u: aten.baddbmm.default(u.reshape(CUBE), u.reshape(CUBE).exp(), u.reshape(CUBE)),
@@ -216,6 +217,9 @@ REFUSED = {
     "an inverse": lambda u: torch.linalg.inv(u @ u.t() + EYE),
     "an order": lambda u: u.gather(1, u.argsort(1)),
     "indices with a gap": lambda u: u.reshape(3, 2, 2)[torch.tensor([0, 1]), :, torch.tensor([1])],
+    "places with a gap": lambda u: aten.index_put.default(
+        u.reshape(3, 2, 2), [torch.tensor([0, 1]), None, torch.tensor([1])], u[:2, :2]
+    ),
 }
 
 

@@ -239,3 +239,30 @@ def test_measurements_in_an_inner_plate_beside_nuisances():
     truth = 0.5 * (1.0 + 3.0 * 2.0 * (DESIGNS / 0.5) ** 2).log()
     eig = ais_eig(hidden, DESIGNS, "y", "theta", num_pairs=150, num_steps=60, seed=0)
     assert_sandwiched(eig, truth, gap=0.4)
+
+
+def parabola(design):
+    """A posterior of two narrow modes, of which a fit holds one."""
+    with pyro.plate_stack("designs", design.shape):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta.square(), 0.02 * design))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+@pytest.mark.parametrize(
+    ("kind", "start"), [("one mode", "a fitted start"), ("two modes", "the prior")]
+)
+def test_chains_start_where_the_gap_is_smaller(kind, start):
+    def line(design):
+        with pyro.plate_stack("designs", design.shape):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, 0.02 * design))
+
+    options = {"num_pairs": 20, "num_steps": 20, "num_chains": 8, "seed": 0}
+    model = line if kind == "one mode" else parabola
+    eig = ais_eig(model, np.array([1.0, 2.0]), "y", **options)
+    assert eig.notes[0].startswith(f"chains start from {start}")
+    if kind == "one mode":  # 3.9 nats: ln(1 / .02)
+        assert float(eig.gap.max()) < 1e-4
+        plain = ais_eig(model, torch.tensor([1.0, 2.0]), "y", guide=None, **options)
+        assert float(plain.gap.max()) > 0.1

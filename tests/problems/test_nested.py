@@ -16,7 +16,10 @@ from pyro_anneal.chains.path import Path, TuningTable
 from pyro_anneal.kernels import HMC, State
 from pyro_anneal.problems.components import NestedComponent
 from pyro_anneal.problems.gaussian import Candidates
-from pyro_anneal.problems.nested import Nested, leading_coordinates, nested_gaussians
+from pyro_anneal.problems.given import Given, fit_given
+from pyro_anneal.problems.leading import is_bent, leading_coordinates
+from pyro_anneal.problems.marginals import DOF, Marginal
+from pyro_anneal.problems.nested import Nested, nested_gaussians
 from pyro_anneal.problems.problem import prepare
 from pyro_anneal.problems.rows import Rows
 from pyro_anneal.schedules import Linear
@@ -60,6 +63,8 @@ def _fit(loc=0.0):
 def test_the_leading_coordinate_is_the_scale():
     assert leading_coordinates(rows_of(funnel), _fit()) == [2]
     assert leading_coordinates(rows_of(gaussian), _fit()) == []
+    assert is_bent(rows_of(funnel), _fit(), torch.Generator().manual_seed(0))
+    assert not is_bent(rows_of(gaussian), _fit(), torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -116,33 +121,84 @@ def test_both_identities_hold_in_a_funnel():
 
 def _nested():
     generator = torch.Generator().manual_seed(3)
-    factor = torch.randn(2, DIM, DIM, generator=generator).tril(-1)
-    factor = 0.4 * factor + torch.diag(torch.tensor([0.5, 1.5, 0.2, 1.0, 0.7]))
-    loc = torch.randn(2, DIM, generator=generator) * 2.0
-    log_weights = torch.tensor([0.3, 0.7]).log()
-    return Nested([3, 1], [0, 2, 4], log_weights, loc, factor, 5.0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    factor = 0.3 * normal(2, 2, 2).tril(-1) + torch.diag(torch.tensor([0.5, 1.5]))
+    marginal = Marginal(torch.tensor([0.3, 0.7]).log(), 2.0 * normal(2, 2), factor)
+    nodes, functions = normal(3, 2), 9
+    given = Given(
+        nodes,
+        torch.tensor([[1.0, 0.0], [0.4, 0.7]]),
+        torch.tensor([[-3.0, -2.0], [4.0, 5.0]]),
+        normal(3),
+        normal(functions, 3),
+        0.3 * normal(functions, 3),
+        0.4 * normal(functions, 3, 3).tril(-1),
+    )
+    return Nested([3, 1], [0, 2, 4], marginal, given)
 
 
 def _by_hand(nested, u):
-    """The density by scipy: a Student-t of two coordinates, a normal of three given them."""
-    terms = []
-    for log_weight, loc, factor in zip(
-        nested.log_weights, nested.loc.numpy(), nested.scale_tril.numpy(), strict=True
-    ):
-        h, x = u[:, [3, 1]], u[:, [0, 2, 4]]
-        lead = stats.multivariate_t(loc[:2], factor[:2, :2] @ factor[:2, :2].T, df=5.0)
-        white = np.linalg.solve(factor[:2, :2], (h - loc[:2]).T)
-        mean = loc[2:] + (factor[2:, :2] @ white).T
-        others = stats.multivariate_normal(np.zeros(3), factor[2:, 2:] @ factor[2:, 2:].T)
-        terms.append(float(log_weight) + lead.logpdf(h) + others.logpdf(x - mean))
-    return np.logaddexp(*terms)
+    """The density by scipy: a mixture of Student-t of two coordinates, a normal of three given them."""
+    marginal, given = nested.marginal, nested.given
+    found = []
+    for row in u.double().numpy():
+        h, x = row[[3, 1]], row[[0, 2, 4]]
+        terms = [
+            float(log_weight) + stats.multivariate_t(loc, factor @ factor.T, df=DOF).logpdf(h)
+            for log_weight, loc, factor in zip(
+                marginal.log_weights,
+                marginal.loc.numpy(),
+                marginal.scale_tril.numpy(),
+                strict=True,
+            )
+        ]
+        inside = np.clip(h, *given.box.numpy())
+        apart = inside - given.nodes.numpy()
+        bumps = np.exp(-0.5 * ((apart @ given.metric.numpy().T) ** 2).sum(1))
+        bumps /= bumps.sum()
+        slopes = np.concatenate([np.ones((3, 1)), apart], 1) * bumps[:, None]
+        shift, log_scale, lower = (
+            np.tensordot(slopes.ravel(), table.numpy(), 1)
+            for table in (given.shift, given.log_scale, given.lower)
+        )
+        inverse = np.linalg.inv(np.eye(3) + lower)
+        root = inverse * np.exp(log_scale)
+        mean = given.centre.numpy() + inverse @ shift
+        given_h = stats.multivariate_normal(mean, root @ root.T).logpdf(x)
+        found.append(np.logaddexp(*terms) + given_h)
+    return np.array(found)
 
 
 def test_the_density_is_that_of_its_factors():
     nested = _nested()
-    u = 2.0 * torch.randn(40, DIM)
-    expected = torch.as_tensor(_by_hand(nested, u.double().numpy()))
-    torch.testing.assert_close(nested.component().log_density(u), expected.to(u))
+    u = 2.0 * torch.randn(40, DIM, generator=torch.Generator().manual_seed(0))
+    expected = torch.as_tensor(_by_hand(nested, u)).to(u)
+    torch.testing.assert_close(nested.component().log_density(u), expected)
+
+
+def test_functions_of_a_neck_are_met():
+    """A regression whose scale falls by e^8, at places that the fit has not seen."""
+
+    def exact(h):
+        scale = h.squeeze(-1).exp()
+        covariance = torch.ones(len(h), 2, 2, dtype=h.dtype)
+        covariance[:, 1, 1] += scale.square()  # x_2 = x_1 + e^h noise
+        mean = torch.stack([0.2 * scale, 0.2 * scale + 0.1 * scale.square()], -1)
+        return mean, torch.linalg.cholesky(covariance)
+
+    generator = torch.Generator().manual_seed(0)
+    seen = 9.0 * torch.rand(300, 1, generator=generator, dtype=torch.float64) - 8.0
+    given = fit_given(seen, torch.full((300,), 1 / 300), *exact(seen), generator)
+    h = 8.0 * torch.rand(200, 1, generator=generator, dtype=torch.float64) - 7.5
+    mean, factor = exact(h)
+    noise = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    own = mean + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+    for x in (own, given.place(h, noise)):
+        log_p = dist.MultivariateNormal(mean, scale_tril=factor).log_prob(x)
+        assert float((log_p - given.log_density(h, x)).abs().max()) < 0.1
 
 
 def test_both_ways_of_drawing_follow_the_density():
@@ -151,12 +207,19 @@ def test_both_ways_of_drawing_follow_the_density():
     one_by_one = torch.vmap(lambda _: component.draw(), randomness="different")(
         torch.zeros(20_000)
     )
-    loc, factor = torch.empty(DIM), torch.empty(DIM, DIM)
-    order = [*nested.lead, *nested.rest]
-    loc[order], factor[order] = nested.loc[1], 0.7 * nested.scale_tril[1]  # narrower
-    other = dist.MultivariateNormal(loc, factor @ factor.T)
+    marginal, given = nested.marginal, nested.given
+    narrow = dist.MultivariateNormal(marginal.loc[1], scale_tril=0.7 * marginal.scale_tril[1])
+    centred = torch.tensor([0.5, -0.3, 0.2])
     for draws in (one_by_one, nested.draw(20_000, torch.Generator().manual_seed(1))):
-        weights = (other.log_prob(draws) - component.log_density(draws)).exp()
+        h, x = draws[:, [3, 1]], draws[:, [0, 2, 4]]
+        noise = given.place(h, torch.zeros_like(x)), given.at(h)
+        # a normalized density of x that the one of the draws covers: its noise, narrower and moved
+        mean, (_, log_scale, lower) = noise
+        white = ((torch.eye(3) + lower) @ (x - mean).unsqueeze(-1)).squeeze(-1)
+        white = white * (-log_scale).exp()
+        log_other = dist.Normal(centred, 0.7).log_prob(white).sum(-1) - log_scale.sum(-1)
+        log_other = log_other + narrow.log_prob(h)
+        weights = (log_other - component.log_density(draws)).exp()
         error = float(weights.std()) / math.sqrt(len(draws))
         assert error < 0.1
         assert abs(float(weights.mean()) - 1.0) < 4.5 * error

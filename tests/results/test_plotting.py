@@ -81,7 +81,7 @@ def test_bounds_of_forward_runs_have_one_side():
 def test_weights_of_a_single_datum_are_drawn_as_they_are():
     sandwich, _ = make_sandwich(S, num_chains=200, num_steps=20)
     axes = plotting.plot_log_weights(sandwich).axes[0]
-    assert axes.get_xlabel() == "log-weight (nats)"
+    assert axes.get_xlabel().startswith("log-weight (nats)")
     for side in ("lower", "upper"):
         position = _line(axes, f"{side} bound").get_xdata()[0]
         assert position == pytest.approx(getattr(sandwich, side).item())
@@ -95,7 +95,7 @@ def test_weights_of_a_single_datum_are_drawn_as_they_are():
 
 def test_weights_of_a_batch_are_relative_to_each_datum(sandwich):
     axes = plotting.plot_log_weights(sandwich).axes[0]
-    assert axes.get_xlabel() == "log-weight - log evidence (nats)"
+    assert axes.get_xlabel().startswith("log-weight - log evidence (nats)")
     expected = (sandwich.lower - sandwich.bennett).mean().item()
     assert _line(axes, "lower bound").get_xdata()[0] == pytest.approx(expected)
 
@@ -104,7 +104,7 @@ def test_outliers_and_the_dead_are_counted_not_drawn():
     weights = torch.cat([torch.randn(197), torch.tensor([-400.0, -math.inf, -math.inf])])
     run = make_run(simulate(S)[0], num_chains=200, log_weights=weights, log_evidence_ti=weights)
     axes = plotting.plot_log_weights(run).axes[0]
-    assert "forward chains (3 off the axis)" in _labels(axes)
+    assert "off the axis: 3 forward" in axes.get_xlabel()
     assert axes.get_xlim()[0] > -20
 
 

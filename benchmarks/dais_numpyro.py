@@ -40,7 +40,16 @@ def walk(y):
     numpyro.sample("y", dist.Normal(path, 0.3).to_event(1), obs=y)
 
 
-MODELS = {"schools": schools, "logistic": logistic, "walk": walk}
+def seeds(germinated, total, design):
+    b = numpyro.sample("b", dist.Normal(jnp.zeros(4), 10.0).to_event(1))
+    log_sigma = numpyro.sample("log_sigma", dist.Normal(-1.0, 1.0))
+    with numpyro.plate("plates", len(total)):
+        effect = numpyro.sample("effect", dist.Normal(0.0, 1.0))
+        logits = design @ b + jnp.exp(log_sigma) * effect
+        numpyro.sample("y", dist.Binomial(total.astype(int), logits=logits), obs=germinated)
+
+
+MODELS = {"schools": schools, "logistic": logistic, "walk": walk, "seeds": seeds}
 
 
 def main(inputs, output):

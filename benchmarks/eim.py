@@ -23,6 +23,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import nn
+from versions import versions
 
 from pyro_anneal.eim import HIS, LARS, SNIS, TRS, Leapfrog
 
@@ -238,6 +239,7 @@ def train(target, method, size, *, num_steps, batch, learning_rate, seed, quick=
         "learning_rate": learning_rate,
         "seed": seed,
         "seconds": round(seconds, 1),
+        "versions": versions(),
         "gap_curve": [*curve, [num_steps, round(gap, 4)]],
     }
     print(

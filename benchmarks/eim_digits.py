@@ -37,6 +37,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.nn.functional import logsigmoid, softplus
+from versions import versions
 
 from pyro_anneal.eim import HIS, SNIS, TRS, Leapfrog
 
@@ -210,6 +211,7 @@ def train(prior, size, seed, num_steps, images, setting):
         "best_step": best_step,
         "num_steps": num_steps,
         "seconds": round(time.perf_counter() - start, 1),
+        "versions": versions(),
     }
     print(record, flush=True)
     return record
@@ -239,6 +241,7 @@ def train_frozen(seed, num_steps):
             "gain_over_gaussian": float(gain.mean()),
             "standard_error_of_gain": float(gain.std() / math.sqrt(len(gain))),
             "best_step": best_step,
+            "versions": versions(),
         }
         print(record, flush=True)
         yield record

@@ -21,12 +21,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from versions import versions
 
 from pyro_anneal import AnnealedImportance
 from pyro_anneal.datasets import Digits, load_digits
@@ -147,7 +149,7 @@ def autoencoder(
 def aiwae(args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
     """Runs all seeds and methods that the output file does not hold yet."""
     data = load_digits() if args.mnist is None else load_mnist(args.mnist)
-    done: dict[str, dict[str, dict[str, float]]] = {}
+    done: dict[str, Any] = {}  # by seed, and the versions
     if args.output is not None and args.output.exists():
         done = json.loads(args.output.read_text())
     for seed in args.seeds:
@@ -157,8 +159,10 @@ def aiwae(args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
                 row[method] = autoencoder(data, seed, method, args)
                 print(seed, method, {k: round(v, 3) for k, v in row[method].items()}, flush=True)
             if args.output is not None:
+                done["versions"] = versions()
                 args.output.write_text(json.dumps(done, indent=1) + "\n")
-    return [row for row in done.values() if all(method in row for method in args.methods)]
+    rows = [row for seed, row in done.items() if seed != "versions"]
+    return [row for row in rows if all(method in row for method in args.methods)]
 
 
 def summarize(runs: list[dict[str, dict[str, float]]]) -> None:

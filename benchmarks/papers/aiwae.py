@@ -80,6 +80,7 @@ def judge(
         test_run, train_run = ais.run(x), ais.run(train)
         sandwich = ais.sandwich(x[: args.num_simulated])
     test, training = float(test_run.lower.mean()), float(train_run.lower.mean())
+    per_image = [round(-float(value), 2) for value in test_run.lower]
     with torch.no_grad():
         means = guide.net(train - guide.mean).chunk(2, dim=-1)[0]
     return {
@@ -92,6 +93,7 @@ def judge(
         "test images": len(x),
         "AIS steps": args.ais_steps,
         "chains": args.chains,
+        "NLL per image": per_image,
     }
 
 
@@ -105,6 +107,7 @@ def cells(args: argparse.Namespace, images: Images, record: Record) -> None:
         for particles in args.particles:
             for name in args.methods:
                 cell = {"method": name, "K": particles, "seed": seed, "images": args.images}
+                cell |= {"steps": args.steps, "batch": args.batch, "latents": args.latents}
                 if record.has(cell) or (name == "IWAE" and particles == 1):
                     continue
                 pyro.set_rng_seed(seed)
@@ -113,7 +116,9 @@ def cells(args: argparse.Namespace, images: Images, record: Record) -> None:
                 loss = method(name, particles, args)
                 place = None
                 if args.checkpoints is not None:
-                    label = f"aiwae_{args.images}_{name}_{particles}_{seed}".replace(" ", "_")
+                    label = f"aiwae_{args.images}_{name}_{particles}_{seed}_{args.steps}".replace(
+                        " ", "_"
+                    )
                     place = args.checkpoints / f"{label}.pt"
                 trainer = Trainer(
                     args.steps,
@@ -129,14 +134,9 @@ def cells(args: argparse.Namespace, images: Images, record: Record) -> None:
                 train_images = images.train.to(args.device)
                 milliseconds = trainer.run(model, guide, loss.differentiable_loss, train_images)
                 result = judge(model, guide, x, train, args)
-                record.add(
-                    cell
-                    | result
-                    | {"ms per step": milliseconds, "steps": args.steps}
-                    | {"batch": args.batch}
-                )
+                record.add(cell | result | {"ms per step": milliseconds})
                 trainer.finished()
-    print(table(record.rows, ["images", "K", "method"], COLUMNS))
+    print(table(record.rows, ["images", "steps", "K", "method"], COLUMNS))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -144,7 +144,8 @@ class Record:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1) + "\n")
         part.replace(self.path)
-        print({k: v for k, v in self.rows[-1].items() if k != "curve"}, flush=True)
+        shown = {k: v for k, v in self.rows[-1].items() if not k.endswith("per image")}
+        print(shown, flush=True)
 
 
 def _short(value: Any) -> Any:

@@ -137,6 +137,7 @@ def cells(args: argparse.Namespace, images: Images, record: Record) -> None:
         for prior in args.priors:
             cell = {"prior": prior, "seed": seed, "images": args.images}
             cell |= {"pixels": "grey" if args.continuous else "binary"}
+            cell |= {"steps": args.steps, "batch": args.batch}
             if record.has(cell):
                 continue
             pyro.set_rng_seed(seed)
@@ -160,7 +161,9 @@ def cells(args: argparse.Namespace, images: Images, record: Record) -> None:
             place = None
             if args.checkpoints is not None:
                 kind = "grey" if args.continuous else "binary"
-                place = args.checkpoints / f"eim_{args.images}_{kind}_{prior}_{seed}.pt"
+                place = (
+                    args.checkpoints / f"eim_{args.images}_{kind}_{prior}_{seed}_{args.steps}.pt"
+                )
             trainer = Trainer(
                 args.steps,
                 args.batch,
@@ -179,14 +182,13 @@ def cells(args: argparse.Namespace, images: Images, record: Record) -> None:
                     "log evidence": float(values.mean()),
                     "error over images": float(values.std() / len(values) ** 0.5),
                     "test images": len(test),
+                    "per image": [round(v, 2) for v in values.tolist()],
                     "ms per step": milliseconds,
-                    "steps": args.steps,
-                    "batch": args.batch,
                 }
             )
             trainer.finished()
     columns = ["log evidence", "error over images", "ms per step"]
-    print(table(record.rows, ["images", "pixels", "prior", "size"], columns))
+    print(table(record.rows, ["images", "pixels", "steps", "prior", "size"], columns))
 
 
 def main(arguments: list[str] | None = None) -> None:

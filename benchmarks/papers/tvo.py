@@ -137,10 +137,14 @@ def trained(
         "log evidence": log_p,
         "KL(q||p)": log_p - elbo(*pair, test),
         "ms per step": milliseconds,
-        "steps": args.steps,
-        "layers": args.layers,
-        "images": args.images,
+        "batch": args.batch,
+        "test images": len(test),
     }
+
+
+def lengths(args: argparse.Namespace) -> dict[str, Any]:
+    """Says what else makes a cell of the belief net another one: a longer run is not the same."""
+    return {"steps": args.steps, "layers": args.layers, "images": args.images}
 
 
 def compare(args: argparse.Namespace, images: Images, record: Record) -> None:
@@ -148,14 +152,18 @@ def compare(args: argparse.Namespace, images: Images, record: Record) -> None:
     for seed in args.seeds:
         for particles in args.particles:
             for name in args.methods:
-                cell = {"method": name, "S": particles, "seed": seed}
+                cell = {"method": name, "S": particles, "seed": seed} | lengths(args)
                 if record.has(cell):
                     continue
                 pair = belief_net(args, images, seed)
-                label = f"compare_{args.images}_{name}_{particles}_{seed}".replace(" ", "_")
+                label = f"compare_{args.images}_{name}_{particles}_{seed}_{args.steps}".replace(
+                    " ", "_"
+                )
                 result = trained(args, pair, method(name, particles), images, seed, label)
                 record.add(cell | result)
-    print(table(record.rows, ["S", "method"], ["log evidence", "KL(q||p)", "ms per step"]))
+    print(
+        table(record.rows, ["steps", "S", "method"], ["log evidence", "KL(q||p)", "ms per step"])
+    )
 
 
 def partitions(args: argparse.Namespace, images: Images, record: Record) -> None:
@@ -165,14 +173,15 @@ def partitions(args: argparse.Namespace, images: Images, record: Record) -> None
             for count in args.partitions:
                 for beta_1 in args.beta_1 if count > 1 else [1.0]:
                     cell = {"K": count, "beta_1": beta_1, "S": particles, "seed": seed}
+                    cell |= lengths(args)
                     if record.has(cell):
                         continue
                     betas = [0.0, 1.0] if count == 1 else LogUniform(beta_1, partitions=count)
                     loss = TVO(particles, betas, **OPTIONS).differentiable_loss
                     pair = belief_net(args, images, seed)
-                    label = f"partitions_{args.images}_{count}_{beta_1}_{particles}_{seed}"
+                    label = f"partitions_{args.images}_{count}_{beta_1}_{particles}_{seed}_{args.steps}"
                     record.add(cell | trained(args, pair, loss, images, seed, label))
-    print(table(record.rows, ["S", "K", "beta_1"], ["log evidence", "KL(q||p)"]))
+    print(table(record.rows, ["steps", "S", "K", "beta_1"], ["log evidence", "KL(q||p)"]))
 
 
 class SeparateDraws(TVO):
@@ -252,22 +261,33 @@ def continuous(args: argparse.Namespace, images: Images, record: Record) -> None
                 "TVO tightest": TVO(particles, Tightest(2), **OPTIONS),
                 "TVO linear, 30": TVO(particles, Linear(30), **OPTIONS),
                 "TVO .02": TVO(particles, LogUniform(0.02, partitions=5), **OPTIONS),
+                "TVO .02, covariance": TVO(
+                    particles, LogUniform(0.02, partitions=5), gradient="covariance", **OPTIONS
+                ),
+                "TVO linear, 30, covariance": TVO(
+                    particles, Linear(30), gradient="covariance", **OPTIONS
+                ),
                 "TVO dreg": TVO(particles, Linear(30), gradient="dreg", **OPTIONS),
                 "IWAE": IWAE(particles, **OPTIONS),
                 "VAE": Trace_ELBO(num_particles=particles, **OPTIONS),
             }
             for name, loss in losses.items():
-                cell = {"method": name, "S": particles, "seed": seed}
+                cell = {"method": name, "S": particles, "seed": seed, "images": args.images}
+                cell |= {"steps": args.steps, "latents": args.latents, "hidden": args.hidden}
                 if record.has(cell):
                     continue
                 pyro.set_rng_seed(seed)
                 mean = images.train.mean(0)
                 sizes = args.latents, args.hidden, mean
                 pair = Decoder(*sizes).to(args.device), Encoder(*sizes).to(args.device)
-                label = f"continuous_{args.images}_{name}_{particles}_{seed}".replace(" ", "_")
+                label = f"continuous_{args.images}_{name}_{particles}_{seed}_{args.steps}".replace(
+                    " ", "_"
+                )
                 result = trained(args, pair, loss.differentiable_loss, images, seed, label)
                 record.add(cell | result)
-    print(table(record.rows, ["S", "method"], ["log evidence", "KL(q||p)", "ms per step"]))
+    print(
+        table(record.rows, ["steps", "S", "method"], ["log evidence", "KL(q||p)", "ms per step"])
+    )
 
 
 TASKS = {

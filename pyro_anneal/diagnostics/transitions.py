@@ -61,16 +61,25 @@ def check_acceptance(
 
 
 def check_divergences(
-    run: AnnealedRun, *, max_share: float = 0.01, max_share_of_tenth: float = 0.02
+    run: AnnealedRun,
+    *,
+    max_share: float = 0.01,
+    max_share_of_tenth: float = 0.02,
+    short: float = 0.5,
 ) -> Diagnostic | None:
-    """Looks for transitions that diverged, anywhere or in one part of the path.
+    r"""Looks for transitions that diverged, anywhere or in one part of the path.
 
     Where the target narrows to a neck that chains do not enter, they diverge near its end alone.
+    A divergence is a rejection, and does no harm by itself: on a path of thermodynamic length
+    :math:`\Lambda` draws of the base alone have weights of relative variance
+    :math:`e^{\Lambda^2} - 1`, and where that is little, nothing depends on where chains move. Then
+    the finding is a remark. (Starts that cover a neck have chains in it, which diverge there.)
 
     Args:
         run: A run of either direction.
         max_share: Share of the transitions that may diverge.
         max_share_of_tenth: Likewise in any tenth of the path, where ten or more did.
+        short: Length up to which a path is short.
 
     Returns:
         A finding whose value is the share of divergences, or ``None``.
@@ -84,12 +93,18 @@ def check_divergences(
     worst = max((float(part.mean()) / chains for part in tenths), default=0.0)
     if share <= max_share and worst <= max_share_of_tenth:
         return None
+    is_short = run.pilot is not None and run.pilot.length <= short
+    consequence = (
+        "the path is so short that draws of its base would do, and little depends on it"
+        if is_short
+        else "the chains may miss a narrow part of the target; reparameterize the model, or raise "
+        "target_accept"
+    )
     return Diagnostic(
         name="divergences",
-        severity="warning",
+        severity="info" if is_short else "warning",
         message=f"{format_share(share)} of the transitions diverged, "
-        f"{format_share(max(share, worst))} in the worst tenth of the path: the chains may miss a "
-        "narrow part of the target; reparameterize the model, or raise target_accept",
+        f"{format_share(max(share, worst))} in the worst tenth of the path: {consequence}",
         value=share,
     )
 

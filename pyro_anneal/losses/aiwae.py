@@ -24,11 +24,11 @@ from .base import (
     Evaluation,
     ParticleELBO,
     PyroOptions,
-    along_the_path,
     finite_or_zero,
     require_pathwise,
 )
 from .particles import Particles, collect
+from .paths import along_the_path
 from .problem_cache import (
     FixedBatch,
     Prepared,

@@ -26,8 +26,6 @@ __all__ = [
     "Evaluation",
     "ParticleELBO",
     "PyroOptions",
-    "along_the_path",
-    "doubly_reparameterized",
     "finite_or_zero",
     "require_pathwise",
     "weighted_sum",
@@ -225,14 +223,17 @@ class ParticleELBO(ELBO):  # type: ignore[misc]
         vectorized = self.vectorize_particles and count > 1
         if self.vectorize_particles and self.max_plate_nesting == math.inf:
             self._guess(model, guide, model_arguments, guide_arguments)
+        if vectorized:
+            plate = pyro.plate(PARTICLE_PLATE, count, dim=-int(self.max_plate_nesting))
+            model, guide = plate(model), plate(guide)
         runs: list[Run] = []
         while len(runs) < (1 if vectorized else count):
             enumerates = self._enumerates and self.max_plate_nesting < math.inf
             state = get_rng_state() if self._enumerates is None else None
             try:
                 run = run_guide(
-                    self._in_particle_plate(model, count) if vectorized else model,
-                    self._in_particle_plate(guide, count) if vectorized else guide,
+                    model,
+                    guide,
                     model_arguments,
                     guide_arguments,
                     gates=gates,
@@ -284,7 +285,7 @@ def without_parameters(model: Fn) -> Fn:
 
 def finite_or_zero(values: Tensor) -> Tensor:
     """Replaces ``-inf`` by 0, so that particles of zero weight pass no NaN into a gradient."""
-    return torch.where(values == -torch.inf, torch.zeros_like(values), values)
+    return torch.where(values == -torch.inf, 0.0, values)
 
 
 def require_pathwise(particles: Particles, what: str, alternative: str) -> None:
@@ -320,68 +321,3 @@ def weighted_sum(particles: Particles, weights: Tensor, score_weights: Tensor | 
     if particles.score is not None and score_weights is not None:
         terms = terms + score_weights.detach() * finite_or_zero(particles.score)
     return particles.total(terms.sum(dim=0))
-
-
-def doubly_reparameterized(particles: Particles, weights: Tensor, path_weights: Tensor) -> Tensor:
-    r"""Builds the surrogate of a doubly reparameterized gradient.
-
-    .. math::
-        \nabla_\theta: \sum_k a_k \nabla_\theta \log p(x, z_k), \qquad
-        \nabla_\phi: \sum_k \Bigl(a_k - \frac{\partial a_k}{\partial \log w_k}\Bigr)
-        \frac{\partial \log w_k}{\partial z_k} \nabla_\phi z_k
-
-    with :math:`a_k = \partial L / \partial \log w_k` for a bound L of the log-weights. The gradient of
-    the guide's density at fixed z, whose expectation the second term replaces, is not there.
-
-    Source: Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo
-    Objectives*, section 3, for L = IWAE.
-
-    Args:
-        particles: Particles with open gates, which this function closes.
-        weights: ``a``, ``[K, *batch]``.
-        path_weights: ``a`` minus its derivative, ``[K, *batch]``.
-
-    Returns:
-        Scalar whose gradient is the estimate of the bound's gradient.
-
-    Raises:
-        NotImplementedError: If a site of the guide is not reparameterized, masked or scaled.
-    """
-    require_pathwise(particles, 'gradient="dreg"', 'gradient="auto"')
-    if particles.altered_sites:
-        raise NotImplementedError(
-            f'gradient="dreg" needs the plain density of the guide, but site '
-            f'"{particles.altered_sites[0]}" has a mask or a scale of its own; use '
-            'gradient="reparam"'
-        )
-    surrogate = particles.total(
-        (weights.detach() * finite_or_zero(particles.log_joint)).sum(dim=0)
-    )
-    return surrogate + along_the_path(particles, path_weights)
-
-
-def along_the_path(particles: Particles, weights: Tensor) -> Tensor:
-    r"""Builds the surrogate of ``sum_k a_k log w_k`` along the guide's sampling paths alone.
-
-    Nothing of it reaches the model's parameters, nor the guide's through its density at fixed z.
-    It closes the gates, so that from here on the log-weights treat the samples as constants.
-
-    Args:
-        particles: Particles with open gates.
-        weights: ``a``, ``[K, *batch]``.
-
-    Returns:
-        Scalar whose gradient is the path's.
-    """
-    gates = particles.gates
-    if gates is None:
-        raise TypeError("the particles were drawn without gates")
-    path = particles.total((weights.detach() * finite_or_zero(particles.log_weights)).sum(dim=0))
-    surrogate = torch.zeros_like(path.detach())
-    if gates.outputs:
-        grads = torch.autograd.grad(path, gates.outputs, retain_graph=True, allow_unused=True)
-        for grad, value in zip(grads, gates.inputs, strict=True):
-            if grad is not None:
-                surrogate = surrogate + (grad * value).sum()
-    gates.closed = True
-    return surrogate

@@ -33,12 +33,12 @@ from .base import (
     Evaluation,
     ParticleELBO,
     PyroOptions,
-    along_the_path,
     finite_or_zero,
     without_parameters,
 )
 from .iwae import score_weights
 from .particles import Particles, collect
+from .paths import along_the_path
 from .traces import Arguments, Gates
 
 __all__ = ["EUBO"]

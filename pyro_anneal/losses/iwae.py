@@ -18,12 +18,12 @@ from .base import (
     Evaluation,
     ParticleELBO,
     PyroOptions,
-    doubly_reparameterized,
     finite_or_zero,
     require_pathwise,
     weighted_sum,
 )
 from .particles import Particles, Sampling
+from .paths import doubly_reparameterized
 from .traces import Arguments
 
 __all__ = ["IWAE", "leave_one_out", "score_weights"]

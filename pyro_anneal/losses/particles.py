@@ -59,6 +59,9 @@ class Particles:
     scales: Scales  # of single sites
     runs: tuple[Run, ...]
     gates: Gates | None
+    axes: tuple[int, ...] | None = (
+        None  # of the particles and the batch, in one run of all particles
+    )
     notes: tuple[str, ...] = ()  # why the objective is no bound
 
     @cached_property
@@ -130,6 +133,7 @@ def collect(
         scales=scales,
         runs=tuple(runs),
         gates=gates,
+        axes=tuple(particle_dim + dims) if vectorized else None,
         notes=scales.notes,
     )
 

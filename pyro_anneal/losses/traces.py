@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..arguments import check_function
 from ..models.bits import log_prob_of_bits, score_parts_of_bits
-from ..models.checks import explained
+from ..models.checks import explained, undeclared_axes
 from ..models.masked import check_filled, fill_masked
 from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
 from ..models.types import Arguments, Fn, Message, Node, Trace
@@ -35,7 +36,8 @@ class Gates(Messenger):  # type: ignore[misc]
     With the gates open, differentiating a log-weight with respect to the gates' ``outputs`` gives
     total derivatives along the sampling path. With the gates closed, the same log-weight behaves
     as if all samples were constants, and ``inputs`` are the samples as functions of the guide's
-    parameters alone. It must enclose the trace that is to record the outputs.
+    parameters alone. Gates that have ``factors``, one per sample, multiply what passes by them. It must
+    enclose the trace that is to record the outputs.
     """
 
     def __init__(self, *, closed: bool = False) -> None:
@@ -43,11 +45,14 @@ class Gates(Messenger):  # type: ignore[misc]
         self.closed = closed
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.event_dims: list[int] = []
+        self.factors: Sequence[Tensor | None] = ()
 
     def clear(self) -> None:
         """Forgets the samples of an abandoned run."""
         self.inputs.clear()
         self.outputs.clear()
+        self.event_dims.clear()
 
     def _pyro_post_sample(self, msg: Message) -> None:
         value = msg["value"]
@@ -56,11 +61,19 @@ class Gates(Messenger):  # type: ignore[misc]
         if self.closed:
             msg["value"] = value.detach()
             return
-        gated = value.clone()
-        gated.register_hook(lambda grad: torch.zeros_like(grad) if self.closed else grad)
+        gated, index = value.clone(), len(self.outputs)
+        gated.register_hook(lambda grad: self._pass(grad, index))
         self.inputs.append(value)
         self.outputs.append(gated)
+        self.event_dims.append(msg["fn"].event_dim)
         msg["value"] = gated
+
+    def _pass(self, grad: Tensor, index: int) -> Tensor:
+        """Returns what passes of a gradient at a sample."""
+        if self.closed:
+            return torch.zeros_like(grad)
+        factor = self.factors[index] if self.factors else None
+        return grad if factor is None else grad * factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,16 +179,39 @@ def run_guide(
     marked = tuple(n for n, s in guide_trace.nodes.items() if s.get("infer", {}).get("enumerate"))
     fill_masked(model_trace)
     with model_context():
-        log_prob_of_bits(model_trace)
+        bits = {id(model_trace.nodes[name]["value"]) for name in log_prob_of_bits(model_trace)}
         model_trace.compute_log_prob()
     check_filled(model_trace)
-    _compute_score_parts(guide_trace, gated=gates is not None)
+    _compute_score_parts(guide_trace, bits, gated=gates is not None)
     if is_validation_enabled():
-        for trace in (model_trace, guide_trace):
-            for site in trace.nodes.values():
-                if site["type"] == "sample":
-                    check_site_shape(site, max_plate_nesting)
+        _check_shapes((model_trace, guide_trace), max_plate_nesting)
     return Run(model_trace, guide_trace, subsamples, marked)
+
+
+def _check_shapes(traces: Iterable[Trace], max_plate_nesting: float) -> None:
+    """Checks that each axis of a log density is a plate's, or one that can only be summed.
+
+    Pyro's losses refuse the latter. It is an error here, too, where axes left of the plates have
+    another use: that of particles, or of enumeration.
+    """
+    summed = {}
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            axes = []
+            if max_plate_nesting == math.inf:
+                axes = undeclared_axes(name, site, enumerated=False)
+            if axes:
+                summed[name] = f'{axes} of site "{name}"'
+            else:
+                check_site_shape(site, max_plate_nesting)
+    if summed:
+        warnings.warn(
+            f"axes that belong to no plate are summed: {', '.join(summed.values())}; declare them "
+            "by pyro.plate or .to_event, as Pyro's losses ask for",
+            stacklevel=2,
+        )
 
 
 def _sample_those(model: Fn, guide_trace: Trace) -> Fn:
@@ -228,8 +264,8 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
             )
 
 
-def _compute_score_parts(trace: Trace, *, gated: bool) -> None:
-    score_parts_of_bits(trace)
+def _compute_score_parts(trace: Trace, bits: Collection[int], *, gated: bool) -> None:
+    score_parts_of_bits(trace, bits)
     for name, site in density_sites(trace):
         one = poutine.Trace()
         one.nodes[name] = site

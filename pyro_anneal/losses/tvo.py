@@ -16,7 +16,6 @@ from .base import (
     Evaluation,
     ParticleELBO,
     PyroOptions,
-    doubly_reparameterized,
     finite_or_zero,
     require_pathwise,
     weighted_sum,
@@ -24,6 +23,7 @@ from .base import (
 )
 from .particles import Particles, Sampling
 from .partitions import Moments, Tightest
+from .paths import doubly_reparameterized
 from .traces import Arguments
 
 __all__ = ["TVO", "Thermodynamic", "thermodynamic"]
@@ -106,17 +106,21 @@ def thermodynamic(
     beta = betas.to(log_weights).reshape(shape)  # [K + 1, 1, ...]
     width = _widths(betas, integration).to(log_weights).reshape(shape)
     zero = log_weights == -torch.inf
-    value_of = finite_or_zero(log_weights)
-    empty = zero.all(0)
-    heated = torch.where(zero & ~empty, -torch.inf, beta * value_of)  # [K + 1, S, *batch]
+    some_zero = bool(zero.any())  # seldom: what they need is a good part of all operations
+    value_of = finite_or_zero(log_weights) if some_zero else log_weights
+    heated = beta * value_of  # [K + 1, S, *batch]
+    if some_zero:
+        empty = zero.all(0)
+        heated = torch.where(zero & ~empty, -torch.inf, heated)
     weight = torch.softmax(heated, dim=1)
     mean = (weight * value_of).sum(1, keepdim=True)
     value = (width * mean).sum(0)[0]
-    # At beta = 0 a particle of weight zero makes the mean log-weight -inf.
-    if integration != "right":
-        value = torch.where(zero.any(0), -torch.inf, value)
-    value = torch.where(empty, -torch.inf, value)
-    deviation = torch.where(zero, 0.0, value_of - mean)
+    deviation = value_of - mean
+    if some_zero:
+        # At beta = 0 a particle of weight zero makes the mean log-weight -inf.
+        lost = empty if integration == "right" else zero.any(0)
+        value = torch.where(lost, -torch.inf, value)
+        deviation = torch.where(zero, 0.0, deviation)
     covariance = weight * deviation
     if correction == "weighted":
         spread = (weight * (1.0 - weight)).sum(1, keepdim=True)

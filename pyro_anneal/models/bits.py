@@ -7,6 +7,7 @@ way forward and four on the way back. Here it is three and one, to the same roun
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,14 +15,12 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from .sites import density_sites
 from .types import Node, Trace
 
 __all__ = ["log_prob_of_bits", "score_parts_of_bits"]
-
-_THRESHOLD = 50.0  # beyond it log(1 + e^u) is u in double precision
 
 
 class _LogProb(torch.autograd.Function):
@@ -30,8 +29,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bits: Tensor) -> Tensor:
         ctx.save_for_backward(logits, bits)
-        surprise = softplus((1.0 - 2.0 * bits) * logits, threshold=_THRESHOLD)
-        return -surprise.sum(-1)
+        return logsigmoid((2.0 * bits - 1.0) * logits).sum(-1)  # half the time of softplus
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -39,10 +37,21 @@ class _LogProb(torch.autograd.Function):
         grad = grads[0].unsqueeze(-1)
         if torch.is_grad_enabled():  # to be differentiated again
             return (bits - logits.sigmoid()) * grad, None
-        return logits.sigmoid().sub_(bits).mul_(-grad), None
+        rates = _collapsed(logits).sigmoid()
+        if rates.shape != logits.shape:
+            return (rates - bits) * -grad, None
+        return rates.sub_(bits).mul_(-grad), None
 
 
-def log_prob_of_bits(trace: Trace) -> list[str]:
+def _collapsed(values: Tensor) -> Tensor:
+    """Undoes an expansion, such as that of a distribution in the plate of particles."""
+    for axis, (size, stride) in enumerate(zip(values.shape, values.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            values = values.narrow(axis, 0, 1)
+    return values
+
+
+def log_prob_of_bits(trace: Trace, known: Collection[int] = ()) -> list[str]:
     r"""Computes the log densities of a trace's sites that are events of bits.
 
     .. math:: \log p(x) = -\sum_i \log\bigl(1 + e^{(1 - 2 x_i) l_i}\bigr)
@@ -53,13 +62,14 @@ def log_prob_of_bits(trace: Trace) -> list[str]:
 
     Args:
         trace: A run of a model without log densities yet; its nodes are changed.
+        known: Identities of values that are known to be bits.
 
     Returns:
         Names of these sites.
     """
     names = []
     for name, found in density_sites(trace):
-        if "log_prob" in found or not _is_event_of_bits(found):
+        if "log_prob" in found or not _is_event_of_bits(found, known):
             continue
         site = trace.nodes[name]
         fn, bits = site["fn"], site["value"]
@@ -73,19 +83,20 @@ def log_prob_of_bits(trace: Trace) -> list[str]:
     return names
 
 
-def score_parts_of_bits(trace: Trace) -> None:
+def score_parts_of_bits(trace: Trace, known: Collection[int] = ()) -> None:
     """Computes the log densities of a guide's sites that are events of bits, which are scores too.
 
     Args:
         trace: A run of a guide without log densities yet; its nodes are changed.
+        known: Identities of values that are known to be bits, such as those that a model was given.
     """
-    for name in log_prob_of_bits(trace):
+    for name in log_prob_of_bits(trace, known):
         site = trace.nodes[name]
         parts = ScoreParts(site["unscaled_log_prob"], site["unscaled_log_prob"], 0)
         site["score_parts"] = parts.scale_and_mask(site["scale"], site["mask"])
 
 
-def _is_event_of_bits(site: Node) -> bool:
+def _is_event_of_bits(site: Node, known: Collection[int]) -> bool:
     """Tells whether a site is a plain event of valid bits with logits, in every particle its own."""
     fn, bits = site["fn"], site["value"]
     if type(fn) is not dist.Independent or type(fn.base_dist) is not dist.Bernoulli:
@@ -96,10 +107,14 @@ def _is_event_of_bits(site: Node) -> bool:
     logits: Tensor = base.logits
     if not isinstance(bits, Tensor) or bits.requires_grad or bits.dtype != logits.dtype:
         return False
-    if bits.shape[-count:] != logits.shape[-count:]:
+    if bits.shape[-count:] != logits.shape[-count:] or bits.dim() > logits.dim():
         return False
-    try:
-        base._validate_sample(bits)
-        return bool(torch.broadcast_shapes(bits.shape, logits.shape) == logits.shape)
-    except (RuntimeError, ValueError):  # which Pyro explains
+    axes = zip(reversed(bits.shape), reversed(logits.shape), strict=False)
+    if any(size not in (1, whole) for size, whole in axes):  # which Pyro explains
         return False
+    if id(bits) not in known:
+        try:
+            base._validate_sample(bits)
+        except ValueError:  # likewise
+            return False
+    return True

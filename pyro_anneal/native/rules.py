@@ -90,7 +90,6 @@ _NAMES = {  # aten name and overload to a formula of operands in the result's ty
     "clamp_max.Tensor": "smaller({0}, {1})",
     "atan2.default": "v_atan2({0}, {1})",
     "logaddexp.default": "v_logaddexp({0}, {1})",
-    "logit.default": "v_log({0} / (1 - {0}))",
     "sigmoid_backward.default": "{0} * (1 - {1}) * {1}",
     "tanh_backward.default": "{0} * (1 - {1} * {1})",
     "threshold_backward.default": "sel(le({1}, {2}), nil({0}), {0})",
@@ -182,6 +181,23 @@ def _clamp(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     return code if high is None else f"smaller({code}, {rule.typed(high)})"
 
 
+def _logit(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
+    x, eps = _given(operands, kwargs, ("eps",), None)
+    code = rule.typed(x)
+    if eps is not None:
+        code = f"smaller(larger({code}, {rule.typed(eps)}), {rule.typed(1.0 - eps)})"
+    return f"v_log({code} / (1 - {code}))"
+
+
+def _logit_backward(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
+    x, eps = _given(operands[1:], kwargs, ("eps",), None)
+    g, code = rule.typed(operands[0]), rule.typed(x)
+    low, high, other = (0.0, 1.0, torch.nan) if eps is None else (eps, 1.0 - eps, 0.0)
+    inside = f"ge({code}, {rule.typed(low)}) & le({code}, {rule.typed(high)})"
+    slope = f"(({code} + nil({code})) * (1 - {code}))"  # no sign of zero, as in torch
+    return f"sel({inside}, {g} / {slope}, {rule.typed(other)})"
+
+
 def _nan_to_num(rule: _Rule, operands: Operands, kwargs: Kwargs) -> str:
     x, nan, high, low = _given(operands, kwargs, ("nan", "posinf", "neginf"), 0.0, None, None)
     info, code = torch.finfo(rule.dtype), rule.typed(x)
@@ -263,6 +279,8 @@ _SPECIAL: dict[str, Callable[[_Rule, Operands, Kwargs], str]] = {
     "hardtanh.default": lambda rule, x, named: _clamp(
         rule, _given(x, named, ("min_val", "max_val"), -1.0, 1.0), {}
     ),
+    "logit.default": _logit,
+    "logit_backward.default": _logit_backward,
     "nan_to_num.default": _nan_to_num,
     "elu.default": _elu,
     "elu_backward.default": _elu_backward,

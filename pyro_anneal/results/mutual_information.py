@@ -136,7 +136,11 @@ class MutualInformation(Result):
             terms=terms,
             notes=(*sandwich.notes, *notes),
             measurements=measurements,
-            diagnostics=(*sandwich.diagnostics, *few_pairs(len(pair_lower))),
+            diagnostics=(
+                *sandwich.diagnostics,
+                *few_pairs(len(pair_lower)),
+                *loose_pairs(pair_lower),
+            ),
             provenance=sandwich.provenance,
         )
 
@@ -386,7 +390,8 @@ def loose_pairs(pair_lower: Tensor) -> tuple[Diagnostic, ...]:
         f"{count} of {len(pair_lower)} pairs have values below {limit:.3g} nats, which the information of "
         f"a pair goes below with probability {_IMPOSSIBLE:.0%} in so many: the bound is loose there, and they "
         f"take {taken:.3g} nats from the mean, whose standard error a few pairs decide. Give the guide heavier "
-        "tails (Student-t, or a larger scale), train it on more pairs, or let the critic see the tails"
+        "tails (Student-t, or a larger scale), train it on more pairs, or let the critic see the tails; or "
+        "else these pairs are no draws from the joint"
     )
     return (Diagnostic(name="loose_pairs", severity="warning", message=message, value=taken),)
 

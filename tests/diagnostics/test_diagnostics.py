@@ -300,6 +300,15 @@ def test_divergences_in_a_tenth_of_the_path(run):
     assert "2.2% in the worst tenth" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("length", "severity"), [(0.4, "info"), (0.6, "warning"), (None, "warning")]
+)
+def test_divergences_matter_where_chains_have_far_to_go(run, length, severity):
+    pilot = None if length is None else dataclasses.replace(run.pilot, length=length)
+    many = _replaced(run, num_diverging=torch.full((99,), 20), pilot=pilot)
+    assert check_divergences(many).severity == severity
+
+
 def test_few_divergences_of_few_transitions_prove_nothing(problem):
     short = make_run(problem, num_chains=1, num_steps=100)  # 40 transitions per step
     num_diverging = torch.zeros(99, dtype=torch.long)

@@ -24,7 +24,7 @@ CASES = {
     "compare": (tvo, ["compare", "--layers", "4", "3", "--particles", "3"], 13),
     "partitions": (tvo, ["partitions", "--layers", "4", "--particles", "3"], 21),
     "gradients": (tvo, ["gradients", "--layers", "4", "--particles", "3"], 10),
-    "continuous": (tvo, ["continuous", "--particles", "3", *NET], 6),
+    "continuous": (tvo, ["continuous", "--particles", "3", *NET], 8),
     "aiwae": (
         aiwae,
         [
@@ -79,6 +79,40 @@ def test_a_script_fills_its_record_once(name, tmp_path, capsys):
     assert json.loads(path.read_text())["rows"] == first["rows"]
     assert "| --- |" in capsys.readouterr().out.replace("---|", " --- |")
     assert not any(tmp_path.glob("kept/*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (tvo, ["compare", "--layers", "2", "--methods", "TVO .05", "--eval-particles", "2"]),
+        (
+            aiwae,
+            [
+                *NET,
+                "--methods",
+                "VAE",
+                "--ais-steps",
+                "2",
+                "--chains",
+                "2",
+                "--num-simulated",
+                "1",
+            ],
+        ),
+        (
+            eim_priors,
+            [*NET, "--priors", "gaussian", "--eval-particles", "2"],
+        ),
+    ],
+)
+def test_a_longer_run_is_another_cell(script, options, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    tiny = ["--images", "digits", "--batch", "2", "--num-test", "2", "--output", str(path)]
+    if script is not eim_priors:
+        tiny += ["--particles", "2"]
+    for steps in ("1", "2", "1"):
+        script.main([*options, *tiny, "--seeds", "0", "--rate", "0.01", "--steps", steps])
+    assert [row["steps"] for row in json.loads(path.read_text())["rows"]] == [1, 2]
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_anneal import mi
+from pyro_anneal import AnnealedImportance, mi
+from pyro_anneal.oed import ais_eig
 from pyro_anneal.schedules import Linear
 
 PRIOR = dist.Gamma(torch.tensor(2.0), torch.tensor(1.0))
@@ -44,9 +45,9 @@ def as_pyro(likelihood):
     return mi.PyroJoint(model, example=torch.ones(1))
 
 
-@pytest.mark.parametrize("kind", ["distributions", "pyro"])
 @pytest.mark.parametrize(
-    ("likelihood", "truth"), [(uniform, UNIFORM), (pareto, pareto_information())]
+    ("likelihood", "truth", "kind"),
+    [(uniform, UNIFORM, "pyro"), (pareto, pareto_information(), "distributions")],
 )
 def test_importance_bounds_take_particles_at_which_x_is_impossible(likelihood, truth, kind):
     joint = as_pyro(likelihood) if kind == "pyro" else mi.DistributionJoint(PRIOR, likelihood)
@@ -57,7 +58,7 @@ def test_importance_bounds_take_particles_at_which_x_is_impossible(likelihood, t
     assert float(est.lower_std_error) < 0.05
 
 
-@pytest.mark.parametrize("likelihood", [uniform, pareto])
+@pytest.mark.parametrize("likelihood", [uniform, pytest.param(pareto, marks=pytest.mark.slow)])
 def test_annealing_across_an_edge_says_so(likelihood):
     joint = mi.DistributionJoint(PRIOR, likelihood)
     truth = UNIFORM if likelihood is uniform else pareto_information()
@@ -157,3 +158,26 @@ class TestCritics:
         assert named["critic"].severity == "warning"
         named, _ = self.found(make(self.prior, self.wide, self.blind, **options))
         assert "critic" not in named
+
+
+def test_a_start_that_no_data_allow_names_the_moving_support():
+    def model(x):
+        z = pyro.sample("z", PRIOR)
+        pyro.sample("x", dist.Uniform(torch.zeros(()), z), obs=x)
+
+    with pytest.raises(ValueError, match=r"support of \['x'\] depends on latents.*num_chains"):
+        AnnealedImportance(model, num_steps=5, progress_bar=False).run(torch.tensor(40.0))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")
+def test_designs_with_infinite_bounds_say_so():
+    def model(design):
+        with pyro.plate_stack("designs", design.shape):
+            z = pyro.sample("z", PRIOR)
+            pyro.sample("y", dist.Uniform(torch.zeros_like(z), z * design))
+
+    eig = ais_eig(model, torch.tensor([1.0]), "y", budget=2000, seed=0)
+    named = [d.name for d in eig.diagnostics]
+    assert ("edges" in named) == bool(eig.upper.isinf().any())
+    assert "edges" in named
+    assert float(eig.lower) < UNIFORM + 4.0 * float(eig.lower_std_error)

@@ -64,6 +64,8 @@ ANY = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "log sigmoid": F.logsigmoid,
+    "logit": torch.logit,
+    "logit within bounds": lambda x: torch.logit(x, eps=0.01),
     "softplus": F.softplus,
     "softplus by hand": lambda x: F.softplus(x, beta=2.0, threshold=5.0),
     "erf": torch.erf,

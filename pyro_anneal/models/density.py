@@ -290,7 +290,7 @@ class ModelDensity:
             # nothing in the prior sees an enumerated site but such sites, whose sum is one
             found = Summed([], (), tuple(name for name in found.plain if name in latents))
         else:
-            found = self._summed(trace, latents)
+            found = self._summed(trace, latents, as_drawn=True)
         return self._product(found, latents, scaled=False, like=log_joint), log_joint
 
     def _sums_to_one(self, site: Node) -> bool:
@@ -300,14 +300,26 @@ class ModelDensity:
         plain = site["mask"] is None and not is_flat(site)
         return site["name"] in self.layout.enumerated and known and plain
 
-    def _summed(self, trace: Trace, sites: Mapping[str, Node]) -> Summed:
-        """Multiplies the densities of some sites, enumerated ones summed out of them."""
-        return sum_out(
-            trace,
-            sites.items(),
-            self.layout.enumerated,
-            lambda site: self._log_prob(site, scaled=False),
-        )
+    def _summed(
+        self, trace: Trace, sites: Mapping[str, Node], *, as_drawn: bool = False
+    ) -> Summed:
+        """Multiplies the densities of some sites, enumerated ones summed out of them.
+
+        Args:
+            trace: A run of the model.
+            sites: The sites.
+            as_drawn: Whether an enumerated site with a flat prior has the density that it is drawn
+                from, as at a start, which is normalized.
+        """
+        enumerated = self.layout.enumerated
+
+        def log_prob(site: Node) -> Tensor:
+            if as_drawn and site["name"] in enumerated and is_flat(site):
+                drawn: Tensor = unmasked(site["fn"]).log_prob(site["value"])
+                return drawn
+            return self._log_prob(site, scaled=False)
+
+        return sum_out(trace, sites.items(), enumerated, log_prob)
 
     def _product(
         self,

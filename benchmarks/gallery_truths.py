@@ -6,7 +6,8 @@ Three ways, of which the first that reaches an entry is taken:
   states, or quadrature;
 * adaptive importance sampling on the potential energy that Pyro's HMC uses (which sums out what can
   be enumerated): draws of a mixture of Student-t, moved to its own weighted draws round by round;
-* one draw at a time from the prior or the example's guide, weighed by Pyro's own bound.
+* one draw at a time from the prior, the example's guide or a normal that SVI fits, weighed by
+  Pyro's own bound.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def truth(entry: Any, name: str) -> dict[str, Any]:
     if name in TRUTHS:
         return {"outcome": "number", "std_error": 0.0} | TRUTHS[name](entry)
     reasons = []
-    for way in (sampled, drawn):
+    for way in (sampled, drawn, fitted):
         try:
             found = way(entry)
         except Exception as error:  # noqa: BLE001
@@ -169,7 +171,7 @@ def _covariance(draws: Tensor, shares: Tensor) -> Tensor:
 
 
 def sampled(
-    entry: Any, *, seconds: float = 9.0, most: int = 20000, log: Any = None
+    entry: Any, *, seconds: float = 7.0, most: int = 20000, log: Any = None
 ) -> dict[str, Any]:
     """Estimates the evidence by adaptive importance sampling on Pyro's potential energy."""
     potential = _Potential(entry)
@@ -181,7 +183,7 @@ def sampled(
     mixture = _Mixture(draws, torch.ones(len(draws)).double(), 1)
     began, log_weights, best = time.process_time(), torch.empty(0), 0.0
     kept_draws, kept_weights = draws[:0], torch.empty(0).double()
-    for turn in range(60):
+    for turn in range(40):
         size = 2000 if potential.batched is not False else 500
         draws = mixture.sample(size)
         log_weights = potential(draws) - mixture.log_prob(draws)
@@ -195,6 +197,8 @@ def sampled(
         if ess > 0.3 * size and ess < best * 1.05:
             break
         best = max(best, ess)
+        if turn == 6 and best < 15.0:
+            return _summary(log_weights)  # hopeless
         power = 1.0  # weights whose few largest are flattened until they can place a mixture
         while _ess(power * kept_weights) < max(60.0, 5.0 * dim) and power > 1e-3:
             power *= 0.7
@@ -220,6 +224,20 @@ def drawn(entry: Any) -> dict[str, Any]:
     return max(good, key=lambda one: one["ess"])
 
 
+def fitted(entry: Any) -> dict[str, Any]:
+    """Weighs draws of a normal in unconstrained space that Pyro's SVI fits."""
+    guide = AutoMultivariateNormal(_prior(entry.model), init_scale=0.1)
+    prefix = type(guide).__name__
+    optimizer = pyro.optim.Adam(lambda name: {"lr": 0.02 if name.startswith(prefix) else 0.0})
+    elbo = pyro.infer.TraceEnum_ELBO(strict_enumeration_warning=False)
+    svi = pyro.infer.SVI(entry.model, guide, optimizer, elbo)
+    pyro.set_rng_seed(2)
+    began = time.process_time()
+    while time.process_time() < began + 6.0:
+        svi.step(*entry.args, **entry.kwargs)
+    return _importance(entry, guide, "fit of SVI")
+
+
 def _prior(model: Any) -> Any:
     def hidden(site: dict[str, Any]) -> bool:
         if site["type"] != "sample":
@@ -230,7 +248,7 @@ def _prior(model: Any) -> Any:
     return poutine.block(model, hide_fn=hidden)
 
 
-def _importance(entry: Any, guide: Any, label: str, *, seconds: float = 4.0) -> dict[str, Any]:
+def _importance(entry: Any, guide: Any, label: str, *, seconds: float = 3.0) -> dict[str, Any]:
     sites = poutine.trace(guide).get_trace(*entry.args, **entry.kwargs).nodes.values()
     if any(site["type"] == "sample" and site["infer"].get("enumerate") for site in sites):
         raise NotImplementedError("a bound averages over what the guide enumerates")

@@ -334,13 +334,14 @@ def _introduction(results, counts, checks):
         + ", ".join(f"{kind}: {counts[kind]}" for kind in kinds)
         + ".",
         "",
-        f"**{len(accepted)} of {len(entries)} models ({share:.0f} %)** give right or flagged numbers",
-        "or refusals from every start and every loss; a number without a known truth counts where",
-        "it warns of nothing or says so. A verdict is *right* within 4 standard errors or 0.1 nat of the",
-        f"truth ({verdicts['right']} runs), *flagged* where a warning stands beside a number that is off",
+        f"**{len(accepted)} of {len(entries)} models ({share:.0f} %)** end in every way without a crash,",
+        "a timeout, a NaN, or a number that is wrong without a warning: in numbers or refusals. A",
+        "verdict is *right* within 4 standard errors or 0.1 nat of the truth",
+        f"({verdicts['right']} runs), *flagged* where a warning stands beside a number that is off",
         f"({verdicts['flagged']}), *silent* where none does ({verdicts['silent']}"
         + (f": {', '.join(bad)}" if bad else "")
-        + f"), and *no truth* where none is known ({verdicts['no truth']}).",
+        + "), and *no truth*",
+        f"where nothing checks the number ({verdicts['no truth']} runs).",
         f"Truths are known for {len(known)} models. They share no code with this package",
         "(`benchmarks/gallery_exact.py` and `gallery_truths.py`): closed forms, sums over states and",
         "quadrature; else importance sampling with draws of a Student-t mixture, on the potential",
@@ -439,8 +440,9 @@ def main() -> None:
 
 
 def _state() -> str:
-    """Names the commit of this package that is measured."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
+    """Names the last commit that changed the package."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--abbrev=7", "--"]
+    command += ["pyro_anneal"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -163,7 +163,8 @@ def _hmm(number):
             pyro.poutine.block(model, expose_fn=lambda site: site["name"].startswith("probs_"))
         )
         inputs = (sequences, lengths, args)
-        return Entry("examples/hmm.py", model, guide, inputs, starts=())
+        starts = () if number == 6 else ("auto",)  # which has parameters, and no latents
+        return Entry("examples/hmm.py", model, guide, inputs, starts=starts)
 
     return make
 
@@ -187,7 +188,7 @@ def _cjs(number):
                 ),
             )
         )
-        return Entry("examples/capture_recapture/cjs.py", model, guide, (history, sex), starts=())
+        return Entry("examples/capture_recapture/cjs.py", model, guide, (history, sex))
 
     return make
 

@@ -295,10 +295,16 @@ def _(entry: Any) -> dict[str, Any]:
 
 
 def _captured(history: Tensor, phi: Tensor, rho: Tensor) -> Tensor:
-    """Likelihood of one animal, given survival ``[..., T - 1]`` and capture probability."""
+    """Likelihood of one animal, given survival ``[..., T - 1]`` and capture probability.
+
+    The example changes its mask in place after each step, so that Pyro, which computes densities
+    when the model has run, masks nothing: an animal is alive up to its first capture, and it counts
+    that it was not seen before.
+    """
     first = int(history.nonzero()[0])
     last = int(history.nonzero()[-1])
     log = torch.zeros(torch.broadcast_shapes(phi.shape[:-1], rho.shape)).double()
+    log = log + first * (-rho).log1p() + rho.log()
     for t in range(first + 1, last + 1):
         seen = rho if history[t] else 1.0 - rho
         log = log + phi[..., t - 1].log() + seen.log()
@@ -331,6 +337,59 @@ def _(entry: Any) -> dict[str, Any]:
     total = sum(_captured(animal, phi, nodes) for animal in history)
     total = total + log_w + log_w[:, None] + log_w[:, None, None] + log_w[:, None, None, None]
     return _found(torch.logsumexp(total.flatten(), 0), "quadrature")
+
+
+def _coefficients(likelihood: Tensor, nodes: list[Tensor]) -> Tensor:
+    """Finds the coefficients of a polynomial by its values on a grid, one axis per variable."""
+    for axis, points in enumerate(nodes):
+        powers = points[:, None] ** torch.arange(len(points))
+        moved = torch.linalg.solve(powers, likelihood.movedim(axis, 0).reshape(len(points), -1))
+        shape = likelihood.movedim(axis, 0).shape
+        likelihood = moved.reshape(shape).movedim(0, axis)
+    return likelihood
+
+
+@register("capture_recapture/model_3")
+def _(entry: Any) -> dict[str, Any]:
+    # Survivals enter as powers up to the number of animals, and are independent given their mean.
+    history, _ = entry.args
+    rho, log_rho = _nodes(0.0, 1.0, 60)
+    points = torch.tensor([0.2, 0.4, 0.6, 0.8]).double()
+    phi = torch.stack(torch.meshgrid(points, points, points, indexing="ij"), -1)[..., None, :]
+    like = sum(_captured(animal, phi, rho) for animal in history)
+    powers = _coefficients(torch.logsumexp(like + log_rho, -1).exp(), [points] * 3)
+    mean, log_mean = _nodes(0.0, 1.0, 400)
+    sigma, log_sigma = _nodes(0.0, 10.0, 200)
+    noise, log_noise = _nodes(-9.0, 9.0, 400)
+    logits = torch.logit(mean)[:, None, None] + sigma[:, None] * noise
+    weight = (log_noise + _normal(noise, 0.0, 1.0)).exp()
+    moments = torch.stack([logits.sigmoid() ** k @ weight for k in range(4)])
+    inside = torch.einsum("abc,aij,bij,cij->ij", powers, moments, moments, moments)
+    value = (inside * (log_mean[:, None] + log_sigma).exp()).sum().log() - math.log(10.0)
+    return _found(value, "quadrature of a polynomial in survival")
+
+
+@register("capture_recapture/model_5")
+def _(entry: Any) -> dict[str, Any]:
+    history, sex = entry.args
+    rho, log_rho = _nodes(0.0, 1.0, 60)
+    one = torch.tensor([0.3, 0.7]).double()  # of one female; two males
+    two = torch.tensor([0.2, 0.5, 0.8]).double()
+    grid = torch.stack(torch.meshgrid(one, two, one, two, one, two, indexing="ij"), -1)
+    like = torch.zeros(())
+    for animal, male in zip(history, sex, strict=True):
+        like = like + _captured(animal, grid[..., None, int(male) :: 2], rho)
+    powers = _coefficients(torch.logsumexp(like + log_rho, -1).exp(), [one, two] * 3)
+    beta, log_beta = _nodes(-60.0, 60.0, 800)
+    gamma, log_gamma = _nodes(-60.0, 60.0, 2000)
+    weight = (log_gamma + _normal(gamma, 0.0, 10.0)).exp()
+    females, males = gamma.sigmoid(), (beta[:, None] + gamma).sigmoid()
+    moments = torch.stack(
+        [torch.stack([males**j @ (females**i * weight) for j in range(3)]) for i in range(2)]
+    )
+    inside = torch.einsum("abcdef,abn,cdn,efn->n", powers, moments, moments, moments)
+    value = (inside * (log_beta + _normal(beta, 0.0, 10.0)).exp()).sum().log()
+    return _found(value, "quadrature of a polynomial in survival")
 
 
 # Conjugate models, and one or two numbers left --------------------------------------------------

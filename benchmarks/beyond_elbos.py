@@ -1,11 +1,12 @@
 """The targets of "Beyond ELBOs" that are at hand, by the default call, without training.
 
-``python benchmarks/beyond_elbos.py [--seeds 0 1] [--steps T] [NAME ...]`` merges into
+``python benchmarks/beyond_elbos.py [--seeds 0 1] [--steps T] [--gaps] [NAME ...]`` merges into
 ``benchmarks/results/beyond_elbos.json``: the evidence, its standard error, the evidence lower bound
 of one chain (mean log-weight), steps of the rounds and CPU seconds of one thread. Ionosphere, sonar
-and German credit are logistic regressions under N(0, 1) as in that benchmark, the Cox process is on
-its grid of 40 x 40. Names and priors: Blessing et al. (2024), *Beyond ELBOs: a large-scale
-evaluation of variational methods for sampling*.
+and German credit are logistic regressions under N(0, 1); "Credit, no prior" is German credit as
+that benchmark has it, the Cox process is on its grid of 40 x 40. With ``--gaps`` the Cox processes
+are bounded from both sides on data that they simulate, at T = 512. Names and priors: Blessing et
+al. (2024), *Beyond ELBOs: a large-scale evaluation of variational methods for sampling*.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from datafiles import find
 from misses import brownian, brownian_data, brownian_truth
 from races import SONAR_TRUTH
 
-from pyro_anneal import log_evidence
+from pyro_anneal import AnnealedImportance, log_evidence
 
 RESULTS = Path(__file__).parent / "results" / "beyond_elbos.json"
+# Importance sampling from a Student-t refitted four times, 200,000 draws: standard error 0.001.
+CREDIT_TRUTH = -504.4869
 
 
 def sonar():
@@ -55,6 +58,22 @@ def seeds_data():
     return tuple(torch.tensor(data[name], dtype=torch.double) for name in ("n", "N", "x1", "x2"))
 
 
+def credit(design, y):
+    """Logistic regression as that benchmark has it: the prior is left out, the likelihood is all."""
+    anywhere = dist.Normal(torch.zeros(design.shape[1]), 10.0).to_event(1)
+    w = pyro.sample("w", anywhere)
+    logits = design @ w
+    likelihood = (y * logits - torch.nn.functional.softplus(logits)).sum()
+    pyro.factor("likelihood", likelihood - anywhere.log_prob(w))
+
+
+def credit_data():
+    """Columns over their standard deviations, not centred."""
+    data = np.genfromtxt(find("german/german.data-numeric"))
+    design = data[:, :-1] / data[:, :-1].std(0)
+    return torch.tensor(_pad(design)), torch.tensor(data[:, -1] - 1)
+
+
 def problems():
     """Yields name, dimension, model, arguments and the truth, where it is known."""
     for name, case, dim in (
@@ -63,12 +82,32 @@ def problems():
     ):
         made = CASES[case]()
         yield name, dim, made.model, lambda made=made: made.args, made.truth
+    yield "Credit, no prior", 25, credit, credit_data, CREDIT_TRUTH
     yield "Sonar", 61, logistic, sonar, SONAR_TRUTH
     yield "Seeds", 26, seeds, seeds_data, None
     yield "Brownian", 32, brownian, brownian_data, brownian_truth
     for grid, truth in ((20, 490.726), (40, None)):
         made = _log_gaussian_cox(grid, truth, None)
         yield f"LGCP {grid} x {grid}", grid**2, made.model, lambda made=made: made.args, truth
+
+
+def cox(counts, chol, mean, area):
+    """The Cox process with counts that can be simulated."""
+    white = pyro.sample("white", dist.Normal(torch.zeros(len(chol)), 1.0).to_event(1))
+    rate = area * (mean + chol @ white).exp()
+    pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
+
+
+def measure_gap(args, seed, num_steps):
+    began = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ais = AnnealedImportance(
+            cox, guide="auto", num_chains=32, num_steps=num_steps, seed=seed, progress_bar=False
+        )
+        found = ais.sandwich(*args)
+    bounds = {name: round(float(value), 4) for name, value in found.bounds.items()}
+    return {"seed": seed, **bounds, "cpu_seconds": round(time.process_time() - began, 2)}
 
 
 def measure(model, args, seed, num_steps):
@@ -93,6 +132,7 @@ def main():
     parser.add_argument("names", nargs="*", default=[""])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="a fixed T in place of rounds")
+    parser.add_argument("--gaps", action="store_true", help="of simulated Cox processes")
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
@@ -100,13 +140,21 @@ def main():
     for name, dim, model, make_args, truth in problems():
         if not any(part in name for part in given.names):
             continue
+        if given.gaps and not name.startswith("LGCP"):
+            continue
         truth = truth() if callable(truth) else truth
+        steps = 512 if given.gaps and given.steps is None else given.steps
+        what = "rounds" if steps is None else f"T = {steps}"
         runs = []
         for seed in given.seeds:
-            runs.append(measure(model, make_args(), seed, given.steps))
+            args = make_args()
+            if given.gaps:
+                runs.append(measure_gap(args, seed, steps))
+            else:
+                runs.append(measure(model, args, seed, steps))
             print(name, json.dumps(runs[-1]), flush=True)
             record = kept.setdefault(name, {"dim": dim, "truth": truth})
-            record["rounds" if given.steps is None else f"T = {given.steps}"] = runs
+            record[f"simulated, {what}" if given.gaps else what] = runs
             lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
             RESULTS.write_text(f"{{\n{lines}\n}}\n")
 

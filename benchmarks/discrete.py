@@ -407,6 +407,7 @@ def deep_belief_net(folder, *, steps, num_images, num_chains, num_steps, num_sam
         "gap": float(gap.mean()),
         "largest_gap": float(gap.max()),
         "std_error_of_gap": float(gap.std() / num_images**0.5),
+        "share_within_a_tenth": float((gap.abs() < 0.1).double().mean()),
         "iwae_less_lower": float((iwae - result.lower).mean()),
         "seconds": seconds,
         "seconds_of_iwae": time.process_time() - began,
@@ -443,7 +444,7 @@ CASES = {
         6, 0.44, 31.564146, periodic=False, num_chains=128, num_steps=8000, num_exact=64
     ),
     "Ising 20 x 20, periodic, critical": lambda: run_ising(
-        20, CRITICAL, 372.518277, periodic=True, num_chains=96, num_steps=12000, num_exact=96
+        20, CRITICAL, 372.518277, periodic=True, num_chains=96, num_steps=24000, num_exact=96
     ),
     "belief net 12-30, 8 rows": small_belief_net,
     "RBM 20 x 16": boltzmann_machine,
@@ -487,7 +488,7 @@ def main():
     if options.mnist:
         cases = {
             "belief net 200-200, images": lambda: deep_belief_net(
-                options.mnist, steps=700, num_images=50, num_chains=8, num_steps=800
+                options.mnist, steps=700, num_images=50, num_chains=16, num_steps=3200
             )
         }
     for name, measure in cases.items():

@@ -12,6 +12,8 @@ import torch
 from pyro.infer import autoguide
 from torch import nn
 
+from pyro_anneal import RandomWalk
+
 ENTRIES: dict[str, Callable[[Any], "Entry"]] = {}
 
 
@@ -25,6 +27,7 @@ class Entry:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     starts: tuple[Any, ...] = ("auto",)  # beside the own guide
+    remedy: dict[str, Any] = field(default_factory=dict)  # options that a refusal asks for
 
     @property
     def guides(self) -> list[Any]:
@@ -82,9 +85,9 @@ for _name in ("fully_pooled", "not_pooled", "partially_pooled", "partially_poole
 @entry("inclined_plane")
 def _(s):
     m = s.module("inclined_plane.py")
-    return Entry(
-        "examples/inclined_plane.py", m.model, None, (m.observed_data[:5],), starts=(None,)
-    )
+    source, inputs = "examples/inclined_plane.py", (m.observed_data[:5],)
+    remedy = {"kernel": RandomWalk(), "num_chains": 16}
+    return Entry(source, m.model, None, inputs, starts=(None,), remedy=remedy)
 
 
 @entry("lkj")
@@ -160,7 +163,8 @@ def _hmm(number):
             pyro.poutine.block(model, expose_fn=lambda site: site["name"].startswith("probs_"))
         )
         inputs = (sequences, lengths, args)
-        return Entry("examples/hmm.py", model, guide, inputs, starts=())
+        starts = () if number == 6 else ("auto",)  # which has parameters, and no latents
+        return Entry("examples/hmm.py", model, guide, inputs, starts=starts)
 
     return make
 
@@ -184,7 +188,7 @@ def _cjs(number):
                 ),
             )
         )
-        return Entry("examples/capture_recapture/cjs.py", model, guide, (history, sex), starts=())
+        return Entry("examples/capture_recapture/cjs.py", model, guide, (history, sex))
 
     return make
 
@@ -223,6 +227,7 @@ def _(s):
     m, b = s.module("cvae/cvae.py"), s.module("cvae/baseline.py")
     net = m.CVAE(3, 8, 8, b.BaselineNet(8, 8))
     xs = torch.rand(2, 28, 28)
+    xs[:, 14:] = -1.0  # the half to fill in
     ys = torch.bernoulli(torch.full((2, 28, 28), 0.5))
     return Entry("examples/cvae/cvae.py", net.model, net.guide, (xs, ys), starts=(None,))
 
@@ -294,7 +299,9 @@ def _sir(name, starts):
         m = s.module("sir_hmc.py")
         args = m.args = _namespace(population=10, recovery_time=3.0)  # a global of the script
         data = torch.tensor([1.0, 2.0, 1.0])
-        return Entry("examples/sir_hmc.py", getattr(m, name), None, (args, data), starts=starts)
+        remedy = {"num_chains": 256} if name == "discrete_model" else {}
+        source, inputs = "examples/sir_hmc.py", (args, data)
+        return Entry(source, getattr(m, name), None, inputs, starts=starts, remedy=remedy)
 
     return make
 

@@ -2,6 +2,7 @@ r"""Expected information gain at equal numbers of likelihood evaluations: ais_ei
 
     python benchmarks/mi_oed_equal.py --output benchmarks/results
     python benchmarks/mi_oed_equal.py --quick     # too short to mean anything
+    python benchmarks/mi_oed_equal.py --starts --output benchmarks/results    # mi_oed_starts.json
 
 Problems, each with a batch of designs: Pyro's example of *working memory* (is a list of this length
 recalled? truth by quadrature), its example of an *A/B test* by regression (how many of ten
@@ -273,6 +274,7 @@ def annealed(problem: Problem, budget: int, seed: int) -> dict[str, Tensor]:
             num_pairs=num_pairs,
             num_chains=num_chains,
             num_steps=num_steps,
+            guide=None,
             seed=seed,
         )
 
@@ -283,14 +285,42 @@ def annealed(problem: Problem, budget: int, seed: int) -> dict[str, Tensor]:
     return {"chains, lower": result.lower, "chains, upper": result.upper}
 
 
+def starts(folder: Path | None) -> None:
+    """Compares gaps from the prior, from a fitted start, and from the better of both, at one T."""
+    record: dict[str, Any] = {}
+    for name, problem in problems().items():
+        record[name] = {}
+        for guide in (None, "auto", "best"):
+            began = time.process_time()
+            options: dict[str, Any] = {"num_pairs": 100, "num_steps": 30, "seed": 0}
+            found = ais_eig(
+                problem.model, problem.design, "y", problem.target, guide=guide, **options
+            )
+            record[name]["prior" if guide is None else guide] = {
+                "gap": [round(v, 4) for v in found.gap.tolist()],
+                "lower_error": [round(v, 4) for v in (found.lower - problem.truth).tolist()],
+                "upper_error": [round(v, 4) for v in (found.upper - problem.truth).tolist()],
+                "notes": list(found.notes[:1]),
+                "cpu_seconds": round(time.process_time() - began, 2),
+            }
+        print(name, json.dumps(record[name]), flush=True)
+    if folder is not None:
+        (folder / "mi_oed_starts.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=int, default=100_000, help="evaluations per design")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--starts", action="store_true", help="compare starts, and nothing else")
     parser.add_argument("--output", type=Path, help="folder for a JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.starts:
+        warnings.simplefilter("ignore")
+        starts(args.output)
+        return
     if args.quick:
         args.budget, args.seeds = 20_000, 2
     record: dict[str, Any] = {

@@ -21,7 +21,7 @@ def check_weights(
     min_fraction: float = 0.1,
     few: float = 1 / 3,
     max_share: float = 0.1,
-    max_error: float = 0.5,
+    max_error: float = 0.25,
 ) -> Diagnostic | None:
     r"""Looks for effective sample sizes of few chains, and for their collapse.
 
@@ -30,14 +30,16 @@ def check_weights(
     tenth. Fewer than 8 chains say little by their effective sample size, so for them the variance
     of the log-weights counts as well: of log-normal weights
     :math:`\mathrm{ESS} = K e^{-\mathrm{Var}}`. Resampling evens the weights out, after which the
-    standard error still tells: beyond half a nat no error bar of a skewed estimate can be trusted.
+    standard error still tells: beyond a quarter of a nat two of them are half a nat, and the error bar
+    of a skewed estimate cannot be trusted. In a batch, over which errors average out, it may be twice
+    as large.
 
     Args:
         run: A run of either direction.
         min_fraction: Least effective sample size over K of any batch element.
         few: Least effective sample size over K, or over 64 where K is larger, of most.
         max_share: Share of the batch elements that may have fewer.
-        max_error: Largest standard error, in nats, of most, where chains were resampled.
+        max_error: Largest standard error of one evidence, in nats, where chains were resampled.
 
     Returns:
         A finding whose value is the share of batch elements concerned, or ``None``.
@@ -48,7 +50,7 @@ def check_weights(
     rests_on_few = run.ess < few * min(run.num_chains, 64)
     error = ""
     if run.num_lineages is not None:
-        rests_on_few |= run.std_error > max_error
+        rests_on_few |= run.std_error > (max_error if run.ess.numel() == 1 else 2.0 * max_error)
         error = f", standard error up to {run.std_error.max().item():.2g} nats"
     if share_of(rests_on_few) > max_share:
         collapsed |= rests_on_few

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .evaluation import LogDensities
+from .evaluation import LogDensities, as_written
 from .recording import batch, trace
 
 __all__ = ["DifferentiableDensity"]
@@ -25,6 +25,7 @@ class DifferentiableDensity:
         num_chains: Number K of chains.
 
     Raises:
+        ValueError: If the model has gradients of its own making, which a graph of values lacks.
         Exception: Whatever recording or vectorizing raise; the density must then be evaluated chain
             by chain.
     """
@@ -38,6 +39,29 @@ class DifferentiableDensity:
         self.graph: Callable[..., tuple[Tensor, Tensor]] = batched.graph
         self.constants = traced.constants
         self._own = batched.constants[len(constants) :]  # made while vectorizing
+        self._check_gradients(function, example, num_chains)
+
+    @torch.enable_grad()
+    def _check_gradients(self, function: LogDensities, example: Tensor, num_chains: int) -> None:
+        """Compares gradients at the example with the model's, which ``autograd.Function`` may bend.
+
+        ``pyro.ops.special.safe_log``, which sums over states of a hidden Markov model end in, is one:
+        at a state of probability zero the gradient of its recorded ``log`` is NaN.
+        """
+        leaf = example.detach().clone().requires_grad_()
+        position = leaf.expand(num_chains, *leaf.shape)
+        inputs = [leaf, *(c for c in self.constants if c.is_leaf and c.requires_grad)]
+        recorded = self(position, self.inputs({}))
+        for ours, theirs in zip(recorded, _as_written(function, leaf), strict=True):
+            try:
+                wanted = _derivatives(theirs.sum(), inputs)
+            except RuntimeError:  # the model's own can be differentiated once alone
+                return
+            found = _derivatives(ours.sum() / num_chains, inputs)
+            for one, other in zip(found, wanted, strict=True):
+                slack = 1e-6 + 1e-3 * float(other.detach().abs().max()) if other.numel() else 0.0
+                if not torch.allclose(one, other, rtol=1e-2, atol=slack, equal_nan=True):
+                    raise ValueError("the model's gradient is not that of its values")
 
     def inputs(self, replacements: Mapping[Tensor, Tensor]) -> Sequence[Tensor]:
         """Returns what the graph reads besides positions, some of it replaced by other tensors.
@@ -52,3 +76,26 @@ class DifferentiableDensity:
         """Evaluates log q and log p at positions ``[K, *batch, D]``, each ``[K, *batch]``."""
         log_base, log_target = self.graph(position, *inputs)
         return log_base, log_target
+
+
+def _as_written(function: LogDensities, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluates one chain through the model itself."""
+    with as_written():
+        return function(position)
+
+
+def _derivatives(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Computes first derivatives, and those of the first by position, as training needs them."""
+    first = _gradients(value, inputs)
+    return first + _gradients(first[0].sum(), inputs)
+
+
+def _gradients(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Computes gradients, zero where the value does not depend on an input."""
+    if not value.requires_grad:
+        return [torch.zeros_like(one) for one in inputs]
+    found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(one) if gradient is None else gradient
+        for gradient, one in zip(found, inputs, strict=True)
+    ]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..models.modes import DispatchMode
 
 __all__ = [
     "LINALG_ERROR",
@@ -36,7 +37,7 @@ LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class FailuresAsNaN(TorchDispatchMode):
+class FailuresAsNaN(DispatchMode):
     """Makes a failed factorization return NaN instead of raising, matrix by matrix.
 
     ``torch.linalg.cholesky``, ``inv``, ``solve`` and ``lu_factor`` are two operations: one that

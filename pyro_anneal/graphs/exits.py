@@ -23,12 +23,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from ..models.places import Place, current_place, described
 from .assertions import asserted_value
 from .branches import Branches
-from .recorder import current_recorder
+from .recorder import current_recorder, tensors_in
 from .rewriting import Unsupported
 
 __all__ = ["Exit", "ExitsByFunction", "Guard", "Influence", "PositionLeft"]
@@ -192,7 +191,7 @@ class Influence:
 
     def follow(self, func: Any, args: Any, kwargs: Any, run: Any) -> Any:
         """Runs one operation, follows its results, and notes what leaves by it."""
-        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors_in((args, kwargs))
         if torch.Tag.data_dependent_output in func.tags:
             if _POSITION in self.of(*inputs):  # in a hook, where no function is seen
                 holds = asserted_value()
@@ -210,16 +209,15 @@ class Influence:
             reach: frozenset[int] = frozenset()  # made of numbers just now
         else:
             reach = self.of(*inputs)
-        for output in (*_written(func, args, kwargs), *pytree.tree_leaves(result)):
-            if isinstance(output, Tensor):
-                self.mark(output, reach)
+        for output in (*_written(func, args, kwargs), *tensors_in(result)):
+            self.mark(output, reach)
         if shaping:
             guard = [result] if counted is None else [mask.sum() for mask in counted]
             self.leave(
                 f"the shape of a result ({func})",
                 shaping,
                 only_shape=counted is None,
-                guard=[g for g in pytree.tree_leaves(guard) if isinstance(g, Tensor)],
+                guard=tensors_in(guard),
             )
         return result
 
@@ -230,8 +228,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     arguments = func._schema.arguments
     named = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
     into = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
-    leaves = pytree.tree_leaves([named[name] for name in into if name in named])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors_in([named[name] for name in into if name in named])
 
 
 def _python_name(func: Any) -> str:
@@ -285,7 +282,7 @@ class ExitsByFunction(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name in _MAKERS:
             parts = [x for x in (*args, *kwargs.values()) if isinstance(x, list | tuple)]
-            inside = [x for x in pytree.tree_leaves(parts) if isinstance(x, Tensor)]
+            inside = tensors_in(parts)
             if inside:
                 self.influence.leave(f"{name}() of a list", inside)
         elif name in _READ_INSIDE:

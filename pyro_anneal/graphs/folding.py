@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .rewriting import drop_dead
+
 __all__ = ["RESHAPES", "fold_uniform", "shapes_to_literals", "simplify"]
 
 aten = torch.ops.aten
@@ -71,8 +73,7 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
+    drop_dead(graph.graph)
     graph.recompile()
     return graph
 

@@ -12,8 +12,9 @@ from ..models.places import summary
 from ..native.evaluation import DensitySource, NativeDensity, density_source, ready
 from ..native.values import CannotGenerate
 from .evaluation import Outputs
+from .recorder import graph_module
 from .recording import Trace
-from .rewriting import dependent_nodes
+from .rewriting import dependent_nodes, drop_dead
 
 __all__ = ["Evaluator", "Native", "Program", "replaced", "split", "stacked"]
 
@@ -209,6 +210,5 @@ def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
     prologue.output(tuple(early[node] for node in values))
     body.output(fx.map_arg(output.args[0], late.__getitem__))
     for part in (prologue, body):
-        part.eliminate_dead_code()
-        part.lint()
-    return fx.GraphModule(torch.nn.Module(), prologue), fx.GraphModule(torch.nn.Module(), body)
+        drop_dead(part)
+    return graph_module(torch.nn.Module(), prologue), graph_module(torch.nn.Module(), body)

@@ -17,8 +17,8 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..models.modes import DispatchMode
 from ..models.places import user_line
 from ..models.validation import validation_disabled
 from .evaluation import LogDensities, Outputs, evaluate_or_nan, evaluate_weighted
@@ -260,7 +260,7 @@ def qualified(module: nn.Module, called: dict[nn.Module, None]) -> str:
     return f"module {kind} ({max(paths, key=len)})" if paths else f"module {kind}"
 
 
-class _RandomOperations(TorchDispatchMode):
+class _RandomOperations(DispatchMode):
     """Notes the first random operation and the line of user code that made it."""
 
     def __init__(self) -> None:

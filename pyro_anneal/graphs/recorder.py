@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..models.modes import DispatchMode
 from ..models.places import Place
 from .rewriting import is_mutable
 
-__all__ = ["Recorder", "current_recorder", "flat_graph"]
+__all__ = ["Recorder", "current_recorder", "flat_graph", "graph_module", "tensors_in"]
 
 aten = torch.ops.aten
+# Kinds of arguments that hold no tensor, by far the most.
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout})
 
 
 class _Active(threading.local):
@@ -39,7 +41,7 @@ class _Active(threading.local):
 _active = _Active()
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Builds a graph of the operations that run while it is active."""
 
     def __init__(self) -> None:
@@ -135,11 +137,35 @@ def _is_composite(func: Any) -> bool:
 
 def _mapped(function: Callable[[Tensor], fx.Node], value: Any) -> Any:
     """Replaces the tensors in an argument by nodes."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(function, part) for part in value)
+        return kind([_mapped(function, part) for part in value])
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Collects the tensors in the arguments or results of an operation, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    kind = type(value)
+    if kind in _PLAIN:
+        return
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _collect(part, found)
+    elif isinstance(value, dict):
+        for part in value.values():
+            _collect(part, found)
 
 
 def _is_fixed(node: fx.Node) -> bool:
@@ -182,7 +208,7 @@ def flat_graph(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         _active.recorders.pop()
     recorder.graph.output(pytree.tree_map_only(Tensor, recorder.node_of, results))
     _drop_unread(recorder.graph)
-    return _module(recorder.root, recorder.graph)
+    return graph_module(recorder.root, recorder.graph)
 
 
 def _drop_unread(graph: fx.Graph) -> None:
@@ -193,7 +219,8 @@ def _drop_unread(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Makes a module of a graph, whose source is made when it is first called."""
     try:
         from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
     except ImportError:

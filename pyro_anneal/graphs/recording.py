@@ -35,6 +35,7 @@ from .rewriting import (
     make_batchable,
     refuse_randomness,
     refuse_writes,
+    without_private_writes,
 )
 
 __all__ = [
@@ -144,7 +145,7 @@ def trace(
     graph, constants = _functional(recording, position)
     refuse_writes(graph)
     guards = split_guards(graph, position, constants, noted)
-    drop_dead(graph)
+    drop_dead(graph.graph)
     refuse_randomness(graph)
     shapes_to_literals(graph, position.device)
     constants = constants + make_batchable(graph, position.device)
@@ -208,7 +209,7 @@ def _record(
     with as_written(), _without_onednn(), without_shortcuts():
         graph = flat_graph(recorded, position)
     constants = lift_constants(graph)
-    return Recording(graph, constants, noted[-1], str(graph.code))
+    return Recording(graph, constants, noted[-1], graph.graph.python_code("self").src)
 
 
 def _along_branches(
@@ -225,6 +226,7 @@ def _functional(recording: Recording, position: Tensor) -> tuple[fx.GraphModule,
     """Removes writes in place; the constants that the function read stay the first inputs."""
     graph, constants = recording.graph, recording.constants
     inputs = [position, *(constant.detach() for constant in constants)]
+    without_private_writes(graph)
     if any(is_mutable(node) for node in graph.graph.nodes):
         functional = torch.func.functionalize(_WithPlaces(graph).run, remove="mutations")
         with as_written(), _without_onednn():

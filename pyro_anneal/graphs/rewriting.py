@@ -22,6 +22,7 @@ __all__ = [
     "make_batchable",
     "refuse_randomness",
     "refuse_writes",
+    "without_private_writes",
 ]
 
 aten = torch.ops.aten
@@ -57,6 +58,63 @@ def is_mutable(node: fx.Node) -> bool:
             node.target._schema.is_mutable  # type: ignore[union-attr]
         )
     )
+
+
+# Writes in place that autograd makes in its own temporary results, and what gives the same numbers.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.bitwise_and_.Tensor: aten.bitwise_and.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.logical_and_.default: aten.logical_and.default,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.relu_.default: aten.relu.default,
+    aten.scatter_.value: aten.scatter.value,
+    aten.sub_.Tensor: aten.sub.Tensor,
+}
+_OF_ONE_TYPE = (aten.add_.Tensor, aten.div_.Tensor, aten.mul_.Tensor, aten.sub_.Tensor)
+
+
+def without_private_writes(graph: fx.GraphModule) -> None:
+    """Replaces writes into results that nothing else holds by operations that make new ones.
+
+    What remains to be made functional is what models write themselves; few do.
+    """
+    places = {node: number for number, node in enumerate(graph.graph.nodes)}
+    for node in list(graph.graph.nodes):
+        new = _OUT_OF_PLACE.get(node.target) if node.op == "call_function" else None
+        if new is not None and _is_private(node, places):
+            node.target = new
+
+
+def _is_private(node: fx.Node, places: dict[fx.Node, int]) -> bool:
+    """Tells whether a node writes into what one earlier operation made, and nobody reads later."""
+    into = node.args[0]
+    if not isinstance(into, fx.Node) or into.op != "call_function" or node.kwargs:
+        return False
+    if any(places[user] > places[node] for user in into.users):
+        return False
+    holders = [into, *(user for user in into.users if user is not node)]
+    if any(_returns_alias(holder) for holder in holders):
+        return False
+    meta, result = (part.meta.get("tensor_meta") for part in (into, node))
+    if meta is None or result is None or not hasattr(meta, "dtype") or meta.shape != result.shape:
+        return False
+    if node.target is aten.logical_and_.default:
+        return bool(meta.dtype is torch.bool)
+    if node.target in _OF_ONE_TYPE:
+        other = node.args[1]
+        of_other = other.meta.get("tensor_meta") if isinstance(other, fx.Node) else None
+        return of_other is not None and of_other.dtype == meta.dtype
+    return True
+
+
+def _returns_alias(node: fx.Node) -> bool:
+    """Tells whether results of an operation may share memory with what it was given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable or node.target is aten._unsafe_view.default:
+        return True
+    return any(value.alias_info is not None for value in schema.returns)
 
 
 def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
@@ -106,11 +164,11 @@ def refuse_writes(graph: fx.GraphModule) -> None:
         )
 
 
-def drop_dead(graph: fx.GraphModule) -> None:
+def drop_dead(graph: fx.Graph) -> None:
     """Removes operations whose results nothing reads, random ones as well."""
-    for node in reversed(list(graph.graph.nodes)):
+    for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
-            graph.graph.erase_node(node)
+            graph.erase_node(node)
 
 
 def refuse_randomness(graph: fx.GraphModule) -> None:

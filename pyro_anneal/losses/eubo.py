@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -27,6 +28,7 @@ from ..models.simulation import (
     guide_arguments,
     simulate,
 )
+from ..models.sites import base_distribution
 from ..models.types import Fn, Message
 from ..weights import log_mean_exp, log_normalized_weights
 from .base import (
@@ -238,6 +240,12 @@ def _check_density(exact: Particles) -> None:
         return
     for name, site in exact.runs[0].guide.nodes.items():
         if site["type"] == "sample" and not bool(site["log_prob"].isfinite().all()):
+            if isinstance(base_distribution(site["fn"]), dist.Delta):
+                raise ValueError(
+                    f'the guide puts a Delta at the latent "{name}", a point or a value computed '
+                    "from its other sites, which has no density at the value that the model "
+                    'simulated; use posterior="importance" or an autoguide of Pyro'
+                )
             raise ValueError(
                 f'the guide has no density at the latent "{name}" that the model simulated '
                 f"(log q = {float(site['log_prob'].min())}): a point mass or a support too small; "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..arguments import check_function
 from ..models.bits import log_prob_of_bits, score_parts_of_bits
-from ..models.checks import explained
+from ..models.checks import explained, undeclared_axes
 from ..models.masked import check_filled, fill_masked
 from ..models.sites import base_distribution, density_sites, latent_sites, mark_points
 from ..models.types import Arguments, Fn, Message, Node, Trace
@@ -183,11 +184,34 @@ def run_guide(
     check_filled(model_trace)
     _compute_score_parts(guide_trace, bits, gated=gates is not None)
     if is_validation_enabled():
-        for trace in (model_trace, guide_trace):
-            for site in trace.nodes.values():
-                if site["type"] == "sample":
-                    check_site_shape(site, max_plate_nesting)
+        _check_shapes((model_trace, guide_trace), max_plate_nesting)
     return Run(model_trace, guide_trace, subsamples, marked)
+
+
+def _check_shapes(traces: Iterable[Trace], max_plate_nesting: float) -> None:
+    """Checks that each axis of a log density is a plate's, or one that can only be summed.
+
+    Pyro's losses refuse the latter. It is an error here, too, where axes left of the plates have
+    another use: that of particles, or of enumeration.
+    """
+    summed = {}
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            axes = []
+            if max_plate_nesting == math.inf:
+                axes = undeclared_axes(name, site, enumerated=False)
+            if axes:
+                summed[name] = f'{axes} of site "{name}"'
+            else:
+                check_site_shape(site, max_plate_nesting)
+    if summed:
+        warnings.warn(
+            f"axes that belong to no plate are summed: {', '.join(summed.values())}; declare them "
+            "by pyro.plate or .to_event, as Pyro's losses ask for",
+            stacklevel=2,
+        )
 
 
 def _sample_those(model: Fn, guide_trace: Trace) -> Fn:

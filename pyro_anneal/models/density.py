@@ -23,12 +23,13 @@ from torch import Tensor
 from .coordinates import bijection
 from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
-from .enumeration import sum_out
+from .enumeration import Summed, sum_out
 from .lifting import lifted_densities
 from .masked import fill_masked
 from .precision import in_float64
 from .sites import (
     Layout,
+    base_distribution,
     is_flat,
     latent_sites,
     mark_points,
@@ -275,26 +276,65 @@ class ModelDensity:
     def _contract(self, trace: Trace) -> tuple[Tensor, Tensor]:
         """Sums out enumerated sites, keeping the batch plates."""
         latents = latent_sites(trace)
-        log_prior = self._summed(trace, latents, scaled=False)
-        return log_prior, self._summed(trace, {**latents, **observed_sites(trace)}, scaled=True)
-
-    def _summed(self, trace: Trace, sites: dict[str, Node], *, scaled: bool) -> Tensor:
-        """Multiplies the densities of some sites, enumerated ones summed out of them."""
-        found = sum_out(
-            trace,
-            sites.items(),
-            self.layout.enumerated,
-            lambda site: self._log_prob(site, scaled=False),
-        )
-        for name in found.summed if scaled else ():
-            if self._has_own_scale(sites[name]):
+        every = {**latents, **observed_sites(trace)}
+        found = self._summed(trace, every)
+        for name in found.summed:
+            if self._has_own_scale(every[name]):
                 raise NotImplementedError(
                     f'site "{name}" depends on an enumerated site and has its own poutine.scale: a '
                     "power of a sum is no sum; scale all sites or none"
                 )
+        log_joint = self._product(found, every, scaled=True)
+        over = [name for name in found.summed if name in latents]
+        if all(self._sums_to_one(latents[name]) for name in over):
+            # nothing in the prior sees an enumerated site but such sites, whose sum is one
+            found = Summed([], (), tuple(name for name in found.plain if name in latents))
+        else:
+            found = self._summed(trace, latents, as_drawn=True)
+        return self._product(found, latents, scaled=False, like=log_joint), log_joint
+
+    def _sums_to_one(self, site: Node) -> bool:
+        """Tells whether an enumerated site is a distribution over all that is summed."""
+        family = base_distribution(site["fn"])
+        known = type(family).__module__.startswith(("pyro.distributions", "torch.distributions"))
+        plain = site["mask"] is None and not is_flat(site)
+        return site["name"] in self.layout.enumerated and known and plain
+
+    def _summed(
+        self, trace: Trace, sites: Mapping[str, Node], *, as_drawn: bool = False
+    ) -> Summed:
+        """Multiplies the densities of some sites, enumerated ones summed out of them.
+
+        Args:
+            trace: A run of the model.
+            sites: The sites.
+            as_drawn: Whether an enumerated site with a flat prior has the density that it is drawn
+                from, as at a start, which is normalized.
+        """
+        enumerated = self.layout.enumerated
+
+        def log_prob(site: Node) -> Tensor:
+            if as_drawn and site["name"] in enumerated and is_flat(site):
+                drawn: Tensor = unmasked(site["fn"]).log_prob(site["value"])
+                return drawn
+            return self._log_prob(site, scaled=False)
+
+        return sum_out(trace, sites.items(), enumerated, log_prob)
+
+    def _product(
+        self,
+        found: Summed,
+        sites: Mapping[str, Node],
+        *,
+        scaled: bool,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """Adds up what sums left and the other sites, to the batch."""
         shape = self.layout.batch_shape
         terms = [sum_to_batch(term, self._dims, shape) for term in found.terms]
         terms += [self._sum(sites[name], scaled=scaled) for name in found.plain]
+        if not terms and like is not None:
+            return torch.zeros_like(like)
         return torch.stack(terms).sum(0)
 
     @_in_precision

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .modes import DispatchMode
 
 __all__ = ["in_float64"]
 
 
-class _Float64(TorchDispatchMode):
+class _Float64(DispatchMode):
     """Computes every operation on float32 numbers in float64."""
 
     def __torch_dispatch__(

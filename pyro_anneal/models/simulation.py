@@ -29,6 +29,7 @@ from .sites import (
     density_sites,
     is_deterministic,
     is_factor,
+    is_flat,
     is_point,
     mark_points,
     unmasked,
@@ -110,6 +111,11 @@ def _check_exact(name: str, site: Node) -> None:
         )
     if isinstance(fn, dist.ImproperUniform):
         raise ValueError(f'site "{name}" is improper (ImproperUniform) and cannot be simulated')
+    if is_flat(site) and not site["infer"].get("was_observed"):
+        raise ValueError(
+            f'the prior of site "{name}" is flat, as a mask False leaves it without a density, and '
+            "cannot be simulated: drop the mask, or use run() for a lower bound"
+        )
 
 
 class _CheckExact(Messenger):  # type: ignore[misc]

@@ -220,20 +220,22 @@ class Problem:
             self._raise(
                 state.position[0],
                 f"has no finite value at any of the {len(ratio)} starting points{where}",
+                more="; where the start rarely draws what the model allows, pass more chains, "
+                f"num_chains={32 * len(ratio)}",
             )
 
-    def _raise(self, position: Tensor, problem: str) -> None:
+    def _raise(self, position: Tensor, problem: str, more: str = "") -> None:
         sites = self._culprits(position)
         named = f"at site(s) {sites} the log density" if sites else "the log density"
         moving = sorted(set(self.model.layout.guarded).intersection(sites))
         remedy = (
             f"the support of {moving} depends on latents, and no start allows the data: pass a guide "
-            "whose draws do, or more chains (num_chains=)"
+            "whose draws do"
             if moving and "no finite" in problem
             else "check the data for NaN or values outside the support, and the guide for mass where "
             "the model has none, or for draws that round to the edge of a support"
         )
-        raise ValueError(f"{named} {problem}: {remedy}")
+        raise ValueError(f"{named} {problem}: {remedy}{more}")
 
     def _culprits(self, position: Tensor) -> list[str]:
         """Names the sites whose log density at ``position`` is not finite."""

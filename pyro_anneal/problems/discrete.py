@@ -308,13 +308,13 @@ def _with_conditionals(
     """Draws zeros, ones and categories from their conditionals where few colours suffice.
 
     Short pilots of kernels that change little at a time miss slow memory and promise too much, so
-    up to four colours are taken without asking; more compete. With one colour a long step of the
-    discrete Langevin kernel is the same.
+    up to four colours are taken without asking; more compete. With one colour a step draws all
+    variables exactly.
     """
     if any(block.kind == "integer" for block in lattices[0].blocks):
         return options
     colours = colour(lattices[0])
-    if colours is None or max(colours) == 0:
+    if colours is None:
         return options
     by_colour = (ChromaticGibbs(colours, lattices[0]), *parts[1:])
     return [by_colour] if max(colours) < 4 else [options[0], by_colour]

@@ -65,8 +65,14 @@ class Symmetry:
 
     def describe(self) -> str:
         """Says which sites have exchangeable elements."""
+        mirrored = {
+            axis: " (mirrored)" if axis == _MIRRORED else ""
+            for _, axes in self.groups
+            for _, axis in axes
+        }
         sites = [
-            sorted({self.layout.sites[which].name for which, _ in axes}) for _, axes in self.groups
+            sorted({self.layout.sites[which].name + mirrored[axis] for which, axis in axes})
+            for _, axes in self.groups
         ]
         named = " and ".join(", ".join(names) for names in sites)
         return (

@@ -20,11 +20,15 @@ __all__ = ["TOLERANCE", "why_float64"]
 
 TOLERANCE = 0.01  # nats
 _NUM_DRAWS = 8
-_NUM_STEPS = 60
 
 
 def why_float64(
-    function: LogDensities, evaluate: Callable[[Tensor], Outputs], draws: Tensor, *, ascend: bool
+    function: LogDensities,
+    evaluate: Callable[[Tensor], Outputs],
+    draws: Tensor,
+    *,
+    ascend: bool,
+    num_steps: int = 60,
 ) -> str | None:
     """Says why a problem needs float64; None if float32 is enough.
 
@@ -33,12 +37,13 @@ def why_float64(
         evaluate: Evaluates one chain quickly: log densities and gradients.
         draws: Draws of the base, ``[M, *batch, D]``.
         ascend: Whether gradients may lead from the draws to where the posterior is.
+        num_steps: Number of such steps.
 
     Returns:
         A sentence for the notes of a run.
     """
     with undisturbed(draws.device), torch.no_grad():
-        point = _uphill(evaluate, draws, _NUM_STEPS if ascend else 0)
+        point = _uphill(evaluate, draws, num_steps if ascend else 0)
         narrow = evaluate_or_nan(function, point, gradients=False)
         with in_float64():
             wide = evaluate_or_nan(function, point.double(), gradients=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..graphs.captured import capture
 from ..graphs.evaluation import evaluate_or_nan
 from ..graphs.purity import undisturbed
+from ..graphs.recorded import RecordedDensity
 from ..graphs.rewriting import Impure
 from ..models.autoguides import check_guide
 from ..models.checks import hidden_sites
@@ -305,8 +306,18 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in positional}
 
 
+# Steps uphill before precisions are compared, and fewer for graphs of many operations.
+_STEPS, _FEW_STEPS, _MANY_OPERATIONS = 60, 25, 4000
+
 # Decisions by the content of all that they depend on.
 _REASONS: Remembered[str | None] = Remembered(size=64)
+
+
+def _is_long(density: RecordedDensity) -> bool:
+    """Tells whether a graph has so many operations that evaluations take tens of milliseconds."""
+    if density.mode == "eager":
+        return False
+    return len(density.chain_graph_and_inputs()[0].graph.nodes) > _MANY_OPERATIONS
 
 
 def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
@@ -324,6 +335,13 @@ def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
             density.num_evaluations -= 1
             return tuple(part[0] for part in state[1:])
 
+    elif density.mode == "graph" and _is_long(density):
+
+        def run(position: Tensor) -> Any:  # the graph of all chains is compiled already
+            state = density(position.expand(density.num_chains, *position.shape))
+            density.num_evaluations -= 1
+            return tuple(part[0] for part in state[1:])
+
     elif density.mode != "eager":
         graph, inputs = density.chain_graph_and_inputs()
 
@@ -334,7 +352,8 @@ def reason_for_float64(problem: Problem, *, gradients: bool) -> str | None:
         with undisturbed(problem.layout.device):
             torch.manual_seed(0)  # a function of model and data alone
             draws = problem.draw(8)
-        return why_float64(function, run, draws, ascend=gradients)
+        steps = _FEW_STEPS if _is_long(density) else _STEPS
+        return why_float64(function, run, draws, ascend=gradients, num_steps=steps)
 
     return _REASONS.get(content_of(density, gradients), decide)
 

@@ -19,7 +19,6 @@ from ..chains.tuning import Particles, Tuned, choose_kernel, tune
 from ..compiled.choice import compile_evaluations, with_loop
 from ..compiled.choice import is_dear as is_dear_graph
 from ..compiled.looped import LoopedDensity
-from ..graphs.evaluation import evaluate_or_nan
 from ..graphs.purity import undisturbed
 from ..graphs.recorded import RecordedDensity
 from ..kernels.base import needs_gradients
@@ -262,9 +261,10 @@ def _share_dead(problem: Problem) -> float:
         return 0.0
     with undisturbed(problem.layout.device), torch.no_grad():
         torch.manual_seed(0)  # a function of model and data alone
-        draws = problem.draw(_DRAWS)
-        targets = [evaluate_or_nan(problem.function, draw, gradients=False)[1] for draw in draws]
-    found = torch.stack(targets) == -torch.inf
+        draws, density = problem.draw(_DRAWS), problem.density
+        before = density.num_evaluations
+        found = Blockwise(density, density.num_chains)(draws).log_target == -torch.inf
+        density.num_evaluations = before
     return float(found.double().mean(0).max())
 
 

@@ -90,7 +90,7 @@ class SimulatedControls:
         """Reads x, a row for each batch element, ``[B, D]``, and log p(x|z), ``[*batch]``."""
         mark_points(trace)
         shape = torch.Size(self.plates.values())
-        log_prob, rows = torch.zeros(shape, dtype=torch.float64), []
+        terms, rows = [], []
         for _, site in density_sites(trace):
             if not site["infer"].get("was_observed"):
                 continue
@@ -98,10 +98,10 @@ class SimulatedControls:
             dims = [frames[name] for name in self.plates]
             term = site["fn"].log_prob(site["value"])
             if site["mask"] is not None:
-                term = torch.where(torch.as_tensor(site["mask"]), term, 0.0)
-            log_prob = log_prob + sum_to_batch(term, dims, shape).double()
+                term = torch.where(torch.as_tensor(site["mask"], device=term.device), term, 0.0)
+            terms.append(sum_to_batch(term, dims, shape).double())
             value, events = site["value"], site["fn"].event_dim
             places = [value.dim() + dim - events for dim in dims]
             front = value.movedim(places, list(range(len(dims))))
             rows.append(front.reshape(shape.numel(), -1).double())
-        return torch.cat(rows, -1), log_prob
+        return torch.cat(rows, -1), torch.stack(terms).sum(0)

@@ -92,6 +92,23 @@ def test_resampled_chains_of_few_lineages_have_a_large_error(run):
     assert "standard error up to" in found.message
 
 
+def test_resampled_chains_whose_standard_error_is_a_quarter_of_a_nat_are_flagged():
+    """Forty Gaussians from their prior ended .76 nats low at a standard error of .4986, unflagged."""
+    levels = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
+    weights = (1.1 * torch.special.ndtri(levels))[[*range(0, 16, 2), *range(1, 16, 2)]]
+    for batch in (1, 40):
+        run = make_run(simulate(S, (batch,))[0], num_chains=16, num_steps=100)
+        uneven = _replaced(run, log_weights=weights.unsqueeze(1).expand(16, batch))
+        assert float(uneven.ess.min()) > 16 / 3
+        assert check_weights(uneven) is None
+        own = torch.arange(16).unsqueeze(1).expand(16, batch)
+        counts = torch.ones(2, batch, dtype=torch.long)
+        resampled = _replaced(uneven, ancestors=own, population_size=8, num_resamplings=counts)
+        assert 0.25 < float(resampled.std_error.max()) < 0.5
+        found = check_weights(resampled)
+        assert (found is None) if batch > 1 else (found.value == 1.0)
+
+
 @pytest.mark.parametrize(("spread", "least", "most"), [(0.0, 0.0, 0.35), (20.0, 0.9, 1.0)])
 def test_memory_tells_lineages_that_stayed_apart(spread, least, most):
     """Ends of 64 chains of 6 lineages, of one mode or of a mode each; one coordinate tells."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pyro_anneal.graphs.recorder import current_recorder, flat_graph
-from pyro_anneal.graphs.rewriting import lift_constants
+from pyro_anneal.graphs.rewriting import is_mutable, lift_constants, without_private_writes
 
 aten = torch.ops.aten
 WEIGHT = torch.linspace(-1.0, 1.5, 9, dtype=torch.float64).reshape(3, 3)
@@ -74,6 +74,65 @@ def test_graphs_repeat_what_ran(function):
         for ours, theirs in zip(leaves(graph(x)), leaves(function(x)), strict=True):
             assert torch.equal(ours, theirs)
     assert current_recorder() is None
+
+
+def clamped(x):
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        value = (leaf.clamp(-0.5, 0.5) * leaf).sum() + leaf.cumprod(0).sum()
+    return torch.autograd.grad(value, leaf)
+
+
+def written_twice(x):
+    y = x + 1.0
+    y.mul_(x)
+    y.add_(x)
+    return y.sum()
+
+
+def seen_through_a_view(x):
+    y = x + 1.0
+    row = y[0]
+    y.mul_(x)
+    return row
+
+
+def read_by_another_name(x):
+    y = x @ WEIGHT
+    z = y.view(-1)
+    y.mul_(2.0 * x)
+    return z.sum() + y.sum()
+
+
+def input_written(x):
+    x = x.detach()
+    x.mul_(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "rest"),
+    [
+        (clamped, 0),
+        (written_twice, 0),
+        (seen_through_a_view, 1),
+        (read_by_another_name, 1),
+        (input_written, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_only_writes_that_nobody_else_sees_become_operations(function, rest):
+    generator = torch.Generator().manual_seed(2)
+    recorded, other = (torch.randn(3, 3, generator=generator).double() for _ in range(2))
+    graph = flat_graph(function, recorded.clone())
+    without_private_writes(graph)
+    graph.recompile()
+    assert sum(is_mutable(node) for node in graph.graph.nodes) == rest
+    for x in (recorded, other):
+        for ours, theirs in zip(
+            leaves(graph(x.clone())), leaves(function(x.clone())), strict=True
+        ):
+            assert torch.equal(ours, theirs)
 
 
 def test_numbers_of_inputs_are_refused():

@@ -9,6 +9,7 @@ import torch
 from exact_objectives import assert_within
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.ops.special import safe_log
 from pyro.optim import Adam
 
 from pyro_anneal.losses import DifferentiableAIS, ReverseScore
@@ -257,6 +258,26 @@ def test_as_a_module_it_brings_its_parameters():
     assert {"elbo.log_step_size", "elbo.logit_damping", "guide.net.weight"} <= names
     elbo(DATA).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in elbo.parameters())
+
+
+def test_gradients_that_a_model_makes_itself_are_kept():
+    # As in hidden Markov models of Pyro: log of a sum over states, one of probability zero.
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        terms = safe_log(torch.stack([z.exp(), torch.zeros_like(z)]))
+        pyro.factor("states", terms.logsumexp(0))
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.8))
+        pyro.sample("z", dist.Normal(loc, 1.2))
+
+    loss = DifferentiableAIS(100, num_steps=2, step_size=0.3, vectorize_particles=False)
+    with pyro.get_param_store().scope():
+        pyro.set_rng_seed(0)
+        values = torch.tensor([-loss.loss_and_grads(model, guide) for _ in range(4)]).double()
+        assert pyro.param("loc").unconstrained().grad.isfinite()
+    ratios = (values - 0.5).exp()  # E[exp(z)] = exp(1/2)
+    assert_within(ratios, 1.0)
 
 
 def test_subsampled_plates_scale_the_bound():

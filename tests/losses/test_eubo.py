@@ -238,6 +238,14 @@ def test_arguments_and_densities_are_checked():
         pyro.validation_enabled(False),
     ):
         EUBO(1, "simulated").loss(model, narrow, x)
+
+    def derived(x):
+        with pyro.plate("data", 2):
+            u = pyro.sample("u", dist.Normal(x / 2, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(2.0 * u, log_density=-math.log(2.0)))
+
+    with pytest.raises(ValueError, match='the guide puts a Delta at the latent "z"'):
+        EUBO(1, "simulated").loss(model, derived, x)
     with pytest.raises(ValueError, match="AutoDelta has no density"):
         EUBO(1, "simulated").loss(model, AutoDelta(model), x)
 

@@ -234,3 +234,33 @@ def test_a_plate_without_a_size_has_that_of_its_sites(name):
     make = LOSSES.get(name, lambda: IWAE(5, vectorize_particles=True, max_plate_nesting=2))
     loss = make().loss_and_grads(sizeless, guide, x)
     assert loss == pytest.approx(-truth, abs=1e-6 if name != "differentiable" else 2.0)
+
+
+def undeclared(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_axes_that_no_plate_declares_are_summed(name):
+    x = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    truth = float(dist.Normal(0.0, 2.0**0.5).log_prob(x).sum())
+    with pytest.warns(UserWarning, match=r"belong to no plate are summed: \[-1\] of site \"z\""):
+        loss = LOSSES[name]().loss_and_grads(undeclared, guide, x)
+    assert loss == pytest.approx(-truth, abs=1e-5 if name != "differentiable" else 2.0)
+
+
+def test_value_and_distribution_that_spread_each_other_are_refused():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z * torch.ones(5), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r'at site "x": log_prob has shape .* spread each other'):
+        IWAE(2).loss(model, guide, torch.zeros(5, 1))

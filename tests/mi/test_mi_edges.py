@@ -45,9 +45,9 @@ def as_pyro(likelihood):
     return mi.PyroJoint(model, example=torch.ones(1))
 
 
-@pytest.mark.parametrize("kind", ["distributions", "pyro"])
 @pytest.mark.parametrize(
-    ("likelihood", "truth"), [(uniform, UNIFORM), (pareto, pareto_information())]
+    ("likelihood", "truth", "kind"),
+    [(uniform, UNIFORM, "pyro"), (pareto, pareto_information(), "distributions")],
 )
 def test_importance_bounds_take_particles_at_which_x_is_impossible(likelihood, truth, kind):
     joint = as_pyro(likelihood) if kind == "pyro" else mi.DistributionJoint(PRIOR, likelihood)
@@ -58,7 +58,7 @@ def test_importance_bounds_take_particles_at_which_x_is_impossible(likelihood, t
     assert float(est.lower_std_error) < 0.05
 
 
-@pytest.mark.parametrize("likelihood", [uniform, pareto])
+@pytest.mark.parametrize("likelihood", [uniform, pytest.param(pareto, marks=pytest.mark.slow)])
 def test_annealing_across_an_edge_says_so(likelihood):
     joint = mi.DistributionJoint(PRIOR, likelihood)
     truth = UNIFORM if likelihood is uniform else pareto_information()

@@ -61,6 +61,12 @@ def improper(x):
     pyro.sample("x", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=x)
 
 
+def flat(x):
+    with poutine.mask(mask=False):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 def subsampled(x):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 3, subsample_size=2) as i:
@@ -70,6 +76,7 @@ def subsampled(x):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (flat, 'the prior of site "z" is flat'),
         (factor, r'pyro.factor\("penalty"\) changes the joint'),
         (poutine.scale(plain, scale=2.0), 'poutine.scale acts on site "z"'),
         (weighted_delta, 'site "spike" is a Delta with its own log_density'),

@@ -318,6 +318,24 @@ def test_a_masked_latent_is_flat():
         ais.run(x)
 
 
+@pytest.mark.parametrize("start", ["auto", None])
+def test_an_enumerated_site_with_a_flat_prior_is_summed_with_weight_one(start):
+    # sir_hmc.py of Pyro's examples: the density of a masked site is written elsewhere.
+    probs, x = torch.tensor([0.2, 0.5, 0.3]), torch.tensor(0.5)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        masked = dist.Categorical(torch.tensor([0.7, 0.2, 0.1])).mask(False)
+        k = pyro.sample("k", masked, infer={"enumerate": "parallel"})
+        pyro.factor("prior", probs[k].log())
+        pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
+
+    each = dist.Normal(torch.arange(3.0), 2**0.5).log_prob(x)
+    truth = float(torch.logsumexp(probs.log() + each, 0))
+    ais = AnnealedImportance(model, start, num_chains=64, num_steps=50, seed=0, progress_bar=False)
+    assert near(ais.run(), truth)
+
+
 def test_a_context_that_masks_latents_makes_them_flat_too():
     x = torch.tensor([0.5, -1.0, 2.0])
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_anneal import HMC, AnnealedImportance, AnnealedRun, Linear, bounds
 from pyro_anneal.chains.grouping import Grouping, choose_grouping
 from pyro_anneal.chains.resampling import Resampling
+from pyro_anneal.graphs.inductor import compiler_problem
 
 
 def gaussian(x):
@@ -97,6 +98,18 @@ def test_a_resampled_run_reports_its_populations_and_weighted_samples():
     assert bool(((draws.std(0) - error).abs() < 0.03).all())
 
 
+@pytest.mark.skipif(compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # poor on purpose
+def test_chunks_of_native_code_resample_as_single_steps_do():
+    x = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    native, single = (annealed(num_steps=20, compile=c).run(x) for c in (True, False))
+    assert (native.density_mode, single.density_mode) == ("compiled loop", "graph")
+    assert int(single.num_resamplings.min()) > 0
+    assert torch.equal(native.ancestors, single.ancestors)
+    assert torch.allclose(native.log_weights, single.log_weights, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_anneal.AnnealingWarning")  # poor on purpose
 def test_chains_at_once_are_never_resampled_among_others():
     x = torch.tensor([1.5], dtype=torch.float64)
     run = annealed(num_chains=24, num_steps=30, chain_batch_size=8).run(x)

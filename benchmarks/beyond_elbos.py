@@ -98,12 +98,12 @@ def cox(counts, chol, mean, area):
     pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
 
 
-def measure_gap(args, seed):
+def measure_gap(args, seed, num_steps):
     began = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ais = AnnealedImportance(
-            cox, guide="auto", num_chains=32, num_steps=512, seed=seed, progress_bar=False
+            cox, guide="auto", num_chains=32, num_steps=num_steps, seed=seed, progress_bar=False
         )
         found = ais.sandwich(*args)
     bounds = {name: round(float(value), 4) for name, value in found.bounds.items()}
@@ -143,17 +143,18 @@ def main():
         if given.gaps and not name.startswith("LGCP"):
             continue
         truth = truth() if callable(truth) else truth
-        what = "rounds" if given.steps is None else f"T = {given.steps}"
+        steps = 512 if given.gaps and given.steps is None else given.steps
+        what = "rounds" if steps is None else f"T = {steps}"
         runs = []
         for seed in given.seeds:
             args = make_args()
             if given.gaps:
-                runs.append(measure_gap(args, seed))
+                runs.append(measure_gap(args, seed, steps))
             else:
-                runs.append(measure(model, args, seed, given.steps))
+                runs.append(measure(model, args, seed, steps))
             print(name, json.dumps(runs[-1]), flush=True)
             record = kept.setdefault(name, {"dim": dim, "truth": truth})
-            record["simulated" if given.gaps else what] = runs
+            record[f"simulated, {what}" if given.gaps else what] = runs
             lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
             RESULTS.write_text(f"{{\n{lines}\n}}\n")
 

@@ -386,7 +386,8 @@ def _verdict(run, known):
     error = (run["std_error"] ** 2 + known["std_error"] ** 2) ** 0.5
     if abs(run["value"] - known["value"]) <= max(4.0 * error, 0.1):
         return "right"
-    return "flagged" if run["warned"] else "silent"
+    said = run["warned"] and set(run["diagnostics"]) - {"unread"}  # which is of the model alone
+    return "flagged" if said else "silent"
 
 
 def _cell(outcome):

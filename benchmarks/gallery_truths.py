@@ -6,7 +6,8 @@ Three ways, of which the first that reaches an entry is taken:
   states, or quadrature;
 * adaptive importance sampling on the potential energy that Pyro's HMC uses (which sums out what can
   be enumerated): draws of a mixture of Student-t, moved to its own weighted draws round by round;
-* one draw at a time from the prior or the example's guide, weighed by Pyro's own bound.
+* one draw at a time from the prior, the example's guide or a normal that SVI fits, weighed by
+  Pyro's own bound.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def truth(entry: Any, name: str) -> dict[str, Any]:
     if name in TRUTHS:
         return {"outcome": "number", "std_error": 0.0} | TRUTHS[name](entry)
     reasons = []
-    for way in (sampled, drawn):
+    for way in (sampled, drawn, fitted):
         try:
             found = way(entry)
         except Exception as error:  # noqa: BLE001
@@ -220,6 +222,20 @@ def drawn(entry: Any) -> dict[str, Any]:
         with contextlib.suppress(Exception):
             good.append(_importance(entry, entry.guide, "guide"))
     return max(good, key=lambda one: one["ess"])
+
+
+def fitted(entry: Any) -> dict[str, Any]:
+    """Weighs draws of a normal in unconstrained space that Pyro's SVI fits."""
+    guide = AutoMultivariateNormal(_prior(entry.model), init_scale=0.1)
+    prefix = type(guide).__name__
+    optimizer = pyro.optim.Adam(lambda name: {"lr": 0.02 if name.startswith(prefix) else 0.0})
+    elbo = pyro.infer.TraceEnum_ELBO(strict_enumeration_warning=False)
+    svi = pyro.infer.SVI(entry.model, guide, optimizer, elbo)
+    pyro.set_rng_seed(2)
+    began = time.process_time()
+    while time.process_time() < began + 6.0:
+        svi.step(*entry.args, **entry.kwargs)
+    return _importance(entry, guide, "fit of SVI")
 
 
 def _prior(model: Any) -> Any:

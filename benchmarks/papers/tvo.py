@@ -261,12 +261,7 @@ def continuous(args: argparse.Namespace, images: Images, record: Record) -> None
                 "TVO tightest": TVO(particles, Tightest(2), **OPTIONS),
                 "TVO linear, 30": TVO(particles, Linear(30), **OPTIONS),
                 "TVO .02": TVO(particles, LogUniform(0.02, partitions=5), **OPTIONS),
-                "TVO .02, covariance": TVO(
-                    particles, LogUniform(0.02, partitions=5), gradient="covariance", **OPTIONS
-                ),
-                "TVO linear, 30, covariance": TVO(
-                    particles, Linear(30), gradient="covariance", **OPTIONS
-                ),
+                "TVO reparam": TVO(particles, Linear(30), gradient="reparam", **OPTIONS),
                 "TVO dreg": TVO(particles, Linear(30), gradient="dreg", **OPTIONS),
                 "IWAE": IWAE(particles, **OPTIONS),
                 "VAE": Trace_ELBO(num_particles=particles, **OPTIONS),

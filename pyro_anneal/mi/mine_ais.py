@@ -25,6 +25,7 @@ __all__ = ["MINEAIS"]
 
 _NUM_SCALE_DRAWS = 16
 _NUM_HELD_OUT_DRAWS = 256
+_FEW_PAIRS = 256  # of which GIWAE is measured at once
 _CONDITIONAL = (
     "the reverse chains start from p(z|x), not from the energy-based posterior: that they bound "
     "log Z(x) from above, hence IBAL from below, is conditional on Prop. M.1 (the lower bound on I "
@@ -275,17 +276,24 @@ class MINEAIS(VariationalBound):
             num_batches=self._num_batches,
         )
         score = self._score(x, z)
-        contrast = self._contrast(x, z, _NUM_HELD_OUT_DRAWS)
-        shown = {"giwae": contrast["variational"] + contrast["contrastive"]}
-        if "best_critic" in contrast:
-            shown["best_critic"] = contrast["best_critic"]
-        return shown | {
+        return self._giwae(x, z) | {
             "variational": q.log_prob(value) - self._log_marginal(x, z),
             "score": score,
             "log_z_lower": weights.lower("IM"),
             "log_z_upper": weights.upper(self.bound),
             "accept_prob": torch.full_like(score, float(weights.accept_prob)),
         }
+
+    def _giwae(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """Measures GIWAE of this guide, of this critic and the best, a few pairs at a time."""
+        found: dict[str, list[Tensor]] = {}
+        for pair in zip(x.split(_FEW_PAIRS), z.split(_FEW_PAIRS), strict=True):
+            contrast = self._contrast(*pair, _NUM_HELD_OUT_DRAWS)
+            value = contrast["variational"] + contrast["contrastive"]
+            found.setdefault("giwae", []).append(value)
+            if "best_critic" in contrast:
+                found.setdefault("best_critic", []).append(contrast["best_critic"])
+        return {name: torch.cat(values) for name, values in found.items()}
 
     def _assemble(self, statistics: dict[str, Tensor]) -> Values:
         variational, score = statistics["variational"], statistics["score"]

@@ -24,7 +24,7 @@ CASES = {
     "compare": (tvo, ["compare", "--layers", "4", "3", "--particles", "3"], 13),
     "partitions": (tvo, ["partitions", "--layers", "4", "--particles", "3"], 21),
     "gradients": (tvo, ["gradients", "--layers", "4", "--particles", "3"], 10),
-    "continuous": (tvo, ["continuous", "--particles", "3", *NET], 8),
+    "continuous": (tvo, ["continuous", "--particles", "3", *NET], 7),
     "aiwae": (
         aiwae,
         [

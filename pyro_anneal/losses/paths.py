@@ -82,7 +82,9 @@ def _in_one_pass(particles: Particles, weights: Tensor, path_weights: Tensor) ->
         return None
     surrogate = particles.total((weights * finite_or_zero(particles.log_joint)).sum(dim=0))
     # The guide's density, at fixed parameters; that of points has no gradient.
-    density = particles.total((path_weights * finite_or_zero(particles.log_guide)).sum(dim=0))
+    # A particle without weight counts by neither, though its row may have no other.
+    log_guide = torch.where(particles.log_joint == -torch.inf, 0.0, particles.log_guide)
+    density = particles.total((path_weights * finite_or_zero(log_guide)).sum(dim=0))
     if gates.outputs and density.requires_grad:
         grads = torch.autograd.grad(density, gates.outputs, retain_graph=True, allow_unused=True)
         for grad, value in zip(grads, gates.inputs, strict=True):

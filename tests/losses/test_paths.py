@@ -101,3 +101,27 @@ def test_a_particle_of_hardly_any_weight_has_a_ratio(monkeypatch):
     for name, grad in gradients(loss, problem, x).items():
         assert grad.isfinite()
         assert torch.allclose(one[name], grad, rtol=1e-10), name
+
+
+class Impossible(Local):
+    """In some rows every particle lies where the model has no density."""
+
+    def model(self, x):
+        with pyro.plate("rows", len(x), dim=-2):
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.factor("half", torch.where(a.sum(-1) > 0.0, 0.0, -torch.inf))
+            with pyro.plate("parts", 3, dim=-1):
+                b = pyro.sample("b", dist.StudentT(4.0, 0.0, 1.0))
+                pyro.sample("x", dist.Normal(a.sum(-1) + b, 0.5), obs=x)
+
+
+@pytest.mark.parametrize("make", [IWAE, TVO])
+def test_rows_without_weight_pull_at_nothing(make, monkeypatch):
+    x = torch.tensor([[-9.0, -8.0, -9.0], [0.1, -0.2, 0.3]])
+    options = {"gradient": "dreg", "vectorize_particles": True, "max_plate_nesting": 2}
+    one = gradients(make(2, **options), Impossible(), x)
+    assert one["value"] == torch.inf
+    monkeypatch.setattr(paths, "_in_one_pass", lambda *args: None)
+    two = gradients(make(2, **options), Impossible(), x)
+    for name, grad in two.items():
+        torch.testing.assert_close(one[name], grad)

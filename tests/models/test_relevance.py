@@ -103,3 +103,60 @@ def test_latents_of_simplexes_scales_and_enumerated_mixtures_are_read():
             pyro.sample("x", dist.Normal(loc[k], 1.0), obs=x)
 
     assert unread(model, torch.tensor([-1.0, 0.5, 2.0])) == ()
+
+
+def spike_and_slab():
+    slab = pyro.sample("slab", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.01)))
+        pyro.sample("y", dist.Normal(slab * z, 0.5), obs=torch.tensor([1.0, 0.2, 0.0]))
+
+
+def one_of_ten():
+    means = [pyro.sample(f"mean {k}", dist.Normal(0.0, 1.0)) for k in range(10)]
+    z = pyro.sample("z", dist.Categorical(torch.ones(10)))
+    pyro.sample("y", dist.Normal(torch.stack(means)[z], 1.0), obs=torch.tensor(0.5))
+
+
+def one_hot():
+    means = [pyro.sample(f"mean {k}", dist.Normal(0.0, 1.0)) for k in range(4)]
+    z = pyro.sample("z", dist.OneHotCategorical(torch.ones(4)))
+    pyro.sample("y", dist.Normal((torch.stack(means) * z).sum(-1), 1.0), obs=torch.tensor(0.5))
+
+
+def two_switches():
+    jump = pyro.sample("jump", dist.Gamma(2.0, 1.0))
+    z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.01)).to_event(1))
+    pyro.sample("y", dist.Poisson(1.0 + jump * z[0] * (1.0 - z[1])), obs=torch.tensor(4.0))
+
+
+def count_beyond_three():
+    slope = pyro.sample("slope", dist.LogNormal(0.0, 1.0))
+    n = pyro.sample("n", dist.Poisson(torch.tensor(0.1)))
+    pyro.sample("y", dist.Normal(slope * (n - 3.0).relu(), 1.0), obs=torch.tensor(0.5))
+
+
+def far_edge():
+    c = pyro.sample("c", dist.Normal(0.0, 1.0))
+    a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.4)))
+    pyro.sample("y", dist.Normal(a * (c - 2.5).relu(), 1.0), obs=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [spike_and_slab, one_of_ten, one_hot, two_switches, count_beyond_three, far_edge],
+    ids=lambda model: model.__name__,
+)
+def test_what_rare_values_of_others_make_matter_is_read(model):
+    pyro.set_rng_seed(0)
+    assert unread(model) == ()
+
+
+def test_unread_beside_discrete_latents_is_still_named():
+    def model():
+        spike_and_slab()
+        with pyro.plate("more", 2):
+            flag = pyro.sample("flag", dist.Bernoulli(torch.tensor(0.3)))
+            pyro.sample("lost", dist.Normal(flag, 1.0))
+
+    assert unread(model) == ("flag", "lost")

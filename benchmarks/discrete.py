@@ -221,7 +221,7 @@ def gaussian_boltzmann_machine(seed, dim, hidden, truth):
         constant = hidden * math.log(2.0) + 0.5 * dim * math.log(2.0 * math.pi)
         pyro.factor("energy", v @ weights @ h + h @ above + constant)
 
-    return both_ways(annealer(model, num_chains=128, num_steps=4000), truth)
+    return both_ways(annealer(model, num_chains=128, num_steps=8000), truth)
 
 
 # --- discrete beside continuous ---------------------------------------------------------------

@@ -134,7 +134,7 @@ def _outcome(function):
             found = function()
     except Exception as error:  # noqa: BLE001
         kind = "refused" if _is_refusal(error) else "crash"
-        says = " ".join(str(error).split())[:500]
+        says = " ".join(str(error).split()).partition(" Trace Shapes:")[0][:500]
         found = {"outcome": kind, "error": type(error).__name__, "says": says}
         if kind == "crash":
             traceback.print_exc()  # paths of this machine stay out of the record
@@ -235,7 +235,7 @@ def page(results: dict) -> str:
         for way, outcome in ways.items():
             counts[outcome["outcome"]] += 1
             if outcome["outcome"] in ("refused", "crash", "timeout"):
-                says = outcome.get("says", "").replace("|", "\\|")
+                says = outcome.get("says", "").partition(" Trace Shapes:")[0].replace("|", "\\|")
                 refusals.append((f"{outcome['outcome']}: {says}", name, way))
     return "\n".join(
         [

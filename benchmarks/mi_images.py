@@ -244,7 +244,7 @@ def plot(folder: Path) -> None:
         upper = rows["AIS, K=8, T=3000"]["upper"]
         row[0].axvline(upper, color="#D55E00", lw=1.2, label="AIS, upper bound")
         row[0].set(xlabel="lower bound on I (nats)", title=f"decoder of a {decoder}")
-        row[0].legend(frameon=False, loc="upper right", fontsize=8)
+        row[0].legend(frameon=False, loc="upper right", bbox_to_anchor=(0.93, 1.0), fontsize=8)
         for family, prefix, color in (
             ("AIS over T", "AIS, K=8, T=", "#0072B2"),
             ("IWAE over K", "IWAE, K=", "#999999"),

@@ -300,7 +300,7 @@ def peer_evidence(options, method, kind, args, truth):
         if done.returncode and not out.exists():
             late = done.returncode == -signal.SIGXCPU
             said = ["no word of it", *done.stderr.strip().splitlines()][-1][:200]
-            return [{"failed": f"over {limit} s" if late else said}]
+            return [{"failed": f"not ended after {limit} s" if late else said}]
         runs = json.loads(out.read_text())["runs"]
     return [{**run, "error": run.pop("log_evidence") - truth} for run in runs]
 
@@ -356,7 +356,7 @@ def describe(runs):
     if not runs:
         return "-"
     if any("failed" in run for run in runs):
-        return f"failed ({runs[0].get('failed', '')})"
+        return str(next(run["failed"] for run in runs if "failed" in run))
     error = statistics.mean(run["error"] ** 2 for run in runs) ** 0.5
     first, *later = (run["seconds"] for run in runs)
     times = [f"{first:.1f}", *([f"{statistics.median(later):.1f}"] if later else [])]

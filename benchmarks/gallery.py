@@ -320,6 +320,7 @@ def _introduction(results, counts, checks):
     share = 100.0 * len(accepted) / max(len(entries), 1)
     bad = [f"{name} ({way})" for name, way, verdict in checks if verdict == "silent"]
     kinds = ("number", "refused", "crash", "timeout")
+    missing = [name for name in ENTRIES if name not in entries]
     return [
         "# Pyro's own gallery",
         "",
@@ -333,6 +334,7 @@ def _introduction(results, counts, checks):
         f"{sum(counts[kind] for kind in kinds)} outcomes, "
         + ", ".join(f"{kind}: {counts[kind]}" for kind in kinds)
         + ".",
+        *([f"Not in the record: {', '.join(missing)}."] if missing else []),
         "",
         f"**{len(accepted)} of {len(entries)} models ({share:.0f} %)** end in every way without a crash,",
         "a timeout, a NaN, or a number that is wrong without a warning: in numbers or refusals. A",

@@ -192,20 +192,24 @@ def _check_shapes(traces: Iterable[Trace], max_plate_nesting: float) -> None:
     """Checks that each axis of a log density is a plate's, or one that can only be summed.
 
     Pyro's losses refuse the latter. It is an error here, too, where axes left of the plates have
-    another use: that of particles, or of enumeration.
+    another use: that of particles, or of enumeration; and where a site in plates has axes whose
+    sizes are not theirs.
     """
     summed = {}
     for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
                 continue
-            axes = []
-            if max_plate_nesting == math.inf:
-                axes = undeclared_axes(name, site, enumerated=False)
-            if axes:
-                summed[name] = f'{axes} of site "{name}"'
-            else:
+            try:
                 check_site_shape(site, max_plate_nesting)
+            except ValueError:
+                in_plates = any(frame.vectorized for frame in site["cond_indep_stack"])
+                if in_plates or max_plate_nesting < math.inf:
+                    raise
+                axes = undeclared_axes(name, site, enumerated=False)
+                if not axes:
+                    raise
+                summed[name] = f'{axes} of site "{name}"'
     if summed:
         warnings.warn(
             f"axes that belong to no plate are summed: {', '.join(summed.values())}; declare them "

@@ -264,3 +264,12 @@ def test_value_and_distribution_that_spread_each_other_are_refused():
 
     with pytest.raises(ValueError, match=r'at site "x": log_prob has shape .* spread each other'):
         IWAE(2).loss(model, guide, torch.zeros(5, 1))
+
+
+def test_axes_that_are_not_those_of_a_sites_plates_are_refused_as_by_pyro():
+    def model():
+        with pyro.plate("outer", 5):
+            pyro.sample("x", dist.Normal(torch.zeros(5, 1), 1.0))  # [5, 5] in the plate
+
+    with pytest.raises(ValueError, match="invalid log_prob shape"):
+        IWAE(2).loss(model, model)

@@ -323,6 +323,9 @@ def elementwise(
     short, _, overload = name.partition(".")
     if name in _SPECIAL:
         code = _SPECIAL[name](rule, operands, kwargs)
+    elif dtype is torch.bool and name in _OF_BOOLEANS:  # masks are no numbers
+        sign = _OF_BOOLEANS[name]
+        code = "(" + f" {sign} ".join(rule.typed(x, torch.bool) for x in operands[:2]) + ")"
     elif short in _ARITHMETIC and overload in ("Tensor", "Scalar"):
         alpha = kwargs.pop("alpha", operands[2] if len(operands) > 2 else 1)
         left, right = (rule.typed(x) for x in operands[:2])
@@ -353,6 +356,13 @@ def elementwise(
         raise CannotGenerate(f"{target} with {sorted(kwargs)}")
     return Expression(code, dtype, rule.is_vector)
 
+
+_OF_BOOLEANS = {
+    "mul.Tensor": "&",
+    "minimum.default": "&",
+    "add.Tensor": "|",
+    "maximum.default": "|",
+}
 
 _IGNORED = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..chains.blockwise import Blockwise
 from ..graphs.captured import capture
 from ..graphs.evaluation import evaluate_or_nan
+from ..graphs.purity import undisturbed
 from ..graphs.recorded import RecordedDensity
 from ..kernels.chromatic import conditional_log_prob, draw_conditional
 from ..kernels.lattice import Lattice
@@ -46,8 +47,8 @@ _NOTE = (
     "the start is fitted with {} summed out, and draws them from their exact conditional "
     "distribution given the other latents"
 )
-# Positions at which densities are compared, and how far apart they may be, in nats.
-_NUM_COMPARED, _TOLERANCE = 3, 1e-3
+# Positions at which densities are compared, of the prior and of the start, and how far apart they may be, in nats.
+_NUM_COMPARED, _NUM_DRAWN, _TOLERANCE = 3, 8, 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +186,11 @@ def conditional_start(
         PathDensity(model, PriorBase(model)), example, num_chains=num_chains, native=native
     )
     base = ConditionalBase(start.base, replace(marginal, model=start.model), lattice, density)
+    with undisturbed(layout.device):
+        torch.manual_seed(seed)
+        draws = base.draw_chains(num_chains)
+        if not _are_independent_there(model, marginal, lattice, draws):
+            return None
     return FittedStart(model, base, lambda: density, start.num_gradients, start.prior_weight)
 
 
@@ -221,33 +227,50 @@ def _are_independent(
     model, and as a product of the conditionals that the gradient at another z tells.
     """
     function = PathDensity(model, PriorBase(model))
-    is_seen = False
+    found = []
     with torch.no_grad(), validation_disabled():
         for _ in range(_NUM_COMPARED):
             here = model.draw_prior().to(model.layout.dtype)
             here = torch.where(here.isfinite(), here, example)
-            _, _, _, grad = evaluate_or_nan(function, here)
-            parts = [
-                draw_conditional(block, block.take(grad), block.take(torch.rand_like(here)))
-                for block in lattice.blocks
-            ]
-            there = lattice.replace(here, parts)
-            try:
-                inner = marginal.model.evaluate(there[..., marginal.places])
-                whole = model.evaluate(there)
-            except (ValueError, RuntimeError, IndexError, NotImplementedError):
-                return False
-            joint = whole.log_joint + whole.total_log_det
-            wanted = joint - (inner.log_joint + inner.total_log_det)
-            every = torch.ones_like(here, dtype=torch.bool)
-            found = sum(
-                conditional_log_prob(b, b.take(grad), b.take(there), b.take(every))
-                for b in lattice.blocks
-            )
-            seen = joint.isfinite()
-            digits = 1e2 * torch.finfo(joint.dtype).eps * joint.abs()
-            wrong = (found - wanted).abs() > _TOLERANCE * (1.0 + wanted.abs()) + digits
-            is_seen = is_seen or bool(seen.any())
-            if bool(wrong[seen].any()):
-                return False
-    return is_seen
+            found.append(_agrees(function, marginal, lattice, here))
+    return False not in found and True in found
+
+
+def _are_independent_there(
+    model: ModelDensity, marginal: _Marginal, lattice: Lattice, draws: Tensor
+) -> bool:
+    """Tells the same of draws ``[K, *batch, D]`` of a start, where latents may meet that others do not.
+
+    An example is a coupling that sets in beyond a threshold, which the prior seldom reaches.
+    """
+    function = PathDensity(model, PriorBase(model))
+    with torch.no_grad(), validation_disabled():
+        found = [_agrees(function, marginal, lattice, here) for here in draws[:_NUM_DRAWN]]
+    return False not in found
+
+
+def _agrees(
+    function: PathDensity, marginal: _Marginal, lattice: Lattice, here: Tensor
+) -> bool | None:
+    """Compares two log densities of another z; None where the model has none there."""
+    grad = evaluate_or_nan(function, here)[3]
+    parts = [
+        draw_conditional(block, block.take(grad), block.take(torch.rand_like(here)))
+        for block in lattice.blocks
+    ]
+    there = lattice.replace(here, parts)
+    try:
+        inner = marginal.model.evaluate(there[..., marginal.places])
+        whole = function.model.evaluate(there)
+    except (ValueError, RuntimeError, IndexError, NotImplementedError):
+        return False
+    joint = whole.log_joint + whole.total_log_det
+    wanted = joint - (inner.log_joint + inner.total_log_det)
+    every = torch.ones_like(there, dtype=torch.bool)
+    found = sum(
+        conditional_log_prob(b, b.take(grad), b.take(there), b.take(every)) for b in lattice.blocks
+    )
+    seen = joint.isfinite()
+    digits = 1e2 * torch.finfo(joint.dtype).eps * joint.abs()
+    wrong = (found - wanted).abs() > _TOLERANCE * (1.0 + wanted.abs()) + digits
+    return not bool(wrong[seen].any()) if bool(seen.any()) else None

@@ -97,6 +97,10 @@ ANY = {
     "subtraction with a factor": lambda x: torch.sub(x, x * x, alpha=2.0) + (1.0 - x),
     "to the other type": lambda x: x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).exp().to(x.dtype),
     "whole numbers": lambda x: (x > 0).long() * 3 + x,
+    "product of truths": lambda x: ((x == x) * (x.abs() != math.inf)).to(x.dtype),
+    "sum of truths": lambda x: ((x > 0.5) + (x.abs() < 1.0)).to(x.dtype),
+    "least truth": lambda x: torch.minimum(x > 0.5, x < 2.0).to(x.dtype),
+    "largest truth": lambda x: torch.maximum(x > 2.0, x < 0.5).to(x.dtype),
 }  # fmt: skip
 EDGES = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 700.0, -700.0, 88.0, -88.0, 100.0, -103.0, 1e30, -1e30, 1e-30, 1e-42, 0.5, -0.5, 20.0, -20.0, 0.3]  # fmt: skip
 

@@ -191,3 +191,18 @@ def test_elsewhere_chains_start_from_the_prior_and_a_note_says_so(model, args):
     found = problem(model, *args)
     assert not isinstance(found.base, ConditionalBase)
     assert any("chains start from the prior" in note for note in found.layout.notes)
+
+
+def coupled_beyond(y):
+    """Two indicators that meet only where a coordinate is beyond what the prior draws."""
+    c = pyro.sample("c", dist.Normal(0.0, 1.0))
+    a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.4)))
+    b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.3)))
+    pyro.factor("pair", 8.0 * (c - 2.3).relu() * a * b)
+    pyro.sample("y", dist.Normal(c.abs(), 0.15), obs=y)
+
+
+def test_latents_that_meet_where_the_prior_seldom_is_have_no_such_start():
+    found = problem(coupled_beyond, torch.tensor(2.9))
+    assert not isinstance(found.base, ConditionalBase)
+    assert any("chains start from the prior" in note for note in found.layout.notes)

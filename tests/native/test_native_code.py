@@ -97,7 +97,7 @@ ANY = {
     "subtraction with a factor": lambda x: torch.sub(x, x * x, alpha=2.0) + (1.0 - x),
     "to the other type": lambda x: x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).exp().to(x.dtype),
     "whole numbers": lambda x: (x > 0).long() * 3 + x,
-    "product of truths": lambda x: ((x == x) * (x.abs() != math.inf)).to(x.dtype),
+    "product of truths": lambda x: ((x < 5.0) * (x.abs() != math.inf)).to(x.dtype),
     "sum of truths": lambda x: ((x > 0.5) + (x.abs() < 1.0)).to(x.dtype),
     "least truth": lambda x: torch.minimum(x > 0.5, x < 2.0).to(x.dtype),
     "largest truth": lambda x: torch.maximum(x > 2.0, x < 0.5).to(x.dtype),

@@ -501,12 +501,15 @@ class Bound(nn.Module, ABC):
     def _score(self, x: Tensor, z: Tensor, num_leading: int = 1) -> Tensor:
         """Scores z ``[(K,) N, *z_event]`` against x ``[N, *x_event]`` with the critic."""
         flat_x, flat_z = flatten(x, 1), flatten(z, num_leading)
-        scores = self._scorer(flat_x, flat_z)
-        if scores.shape != flat_z.shape[:-1]:
+        return self._scores(flat_x, flat_z, flat_z.shape[:-1])
+
+    def _scores(self, x: Tensor, z: Tensor, expected: torch.Size) -> Tensor:
+        """Calls the critic and checks the shape of what it returns."""
+        scores = self._scorer(x, z)
+        if scores.shape != expected:
             raise ValueError(
                 f"the critic returned scores of shape {list(scores.shape)} for x "
-                f"{list(flat_x.shape)} and z {list(flat_z.shape)}, expected "
-                f"{list(flat_z.shape[:-1])}"
+                f"{list(x.shape)} and z {list(z.shape)}, expected {list(expected)}"
             )
         return scores
 

@@ -163,7 +163,7 @@ class MINEAIS(VariationalBound):
             log_q = q.log_prob(values)
             moved = flatten(values, 2)
             pair = (flat, moved) if self.joint is not None else (moved, flat)
-            return log_q, log_q + self._scorer(*pair)
+            return log_q, log_q + self._scores(*pair, log_q.shape)
 
         return log_densities
 

@@ -293,6 +293,14 @@ def check_critic(
     """
     if lower.requires_grad:  # in training
         return ()
+    if count := int(contrastive.isnan().sum()):
+        message = (
+            f"the scores of {count} of {len(contrastive)} pairs are NaN, and so is the bound: look for "
+            "logarithms and roots of negative numbers, or infinite values, in the critic"
+        )
+        return (
+            Diagnostic(name="critic", severity="warning", message=message, value=float(count)),
+        )
     if best is not None and (left := _beyond_chance(best - lower)) is not None:
         message = (
             f"the critic is {left:.3g} nats below what the best one reaches with this guide "

@@ -122,6 +122,8 @@ def ais_eig(
     """
     began, design = time.perf_counter(), as_values("design", design)
     labels = Labels.check(observation_labels, target_labels)
+    if isinstance(guide, str) and guide not in ("auto", "best"):
+        raise ValueError(f'guide must be a Pyro guide, "best", "auto" or None, got {guide!r}')
     num_pairs = as_count("num_pairs", num_pairs)
     settings: dict[str, Any] = {
         "num_chains": num_chains,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_anneal import mi
+from pyro_anneal import AnnealingWarning, mi
 from pyro_anneal.mi.guides import condition_on
 
 W = torch.tensor([[1.0, -2.0], [0.5, 0.3], [2.0, 1.0]], dtype=torch.float64)
@@ -461,3 +461,19 @@ def test_first_example_of_the_guide_runs():
     weights = scope["W"]
     truth = 0.5 * torch.logdet(torch.eye(10) + weights.T @ weights)
     assert low < truth < high
+
+
+def test_critics_of_wrong_shape_and_nan_are_named():
+    joint = mi.DistributionJoint(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.5))
+
+    def posterior(x):
+        return dist.Normal(0.8 * x, 0.45)
+
+    x, z = joint.sample(30)
+    wide = mi.MINEAIS(joint, posterior, lambda x, z: x * z, num_chains=4, num_steps=3)
+    with pytest.raises(ValueError, match="critic returned scores of shape"):
+        wide.estimate(x, z)
+    undefined = mi.GIWAE(joint, posterior, lambda x, z: (z - 99.0).log().squeeze(-1), 5)
+    with pytest.warns(AnnealingWarning, match="30 of 30 pairs are NaN"):
+        found = undefined.estimate(x, z)
+    assert [finding.name for finding in found.diagnostics] == ["critic"]

@@ -266,3 +266,8 @@ def test_chains_start_where_the_gap_is_smaller(kind, start):
         assert float(eig.gap.max()) < 1e-4
         plain = ais_eig(model, torch.tensor([1.0, 2.0]), "y", guide=None, **options)
         assert float(plain.gap.max()) > 0.1
+
+
+def test_a_start_of_another_name_is_refused():
+    with pytest.raises(ValueError, match=r'"best", "auto" or None, got \'bset\''):
+        ais_eig(linear, torch.ones(1, 1), "y", "theta", guide="bset")

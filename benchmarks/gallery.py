@@ -395,7 +395,7 @@ def _verdict(run, known):
 def _cell(outcome):
     if outcome["outcome"] == "number":
         text = f"{outcome['value']:.4g}"
-        if outcome.get("std_error") is not None:
+        if outcome.get("std_error"):  # none of what is exact
             text += f" ± {outcome['std_error']:.2g}"
         flagged = [d for d in outcome.get("diagnostics", []) if d]
         return text + (f" ({', '.join(flagged)})" if flagged else "")

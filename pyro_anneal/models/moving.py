@@ -146,7 +146,9 @@ def moving_supports(first: Trace, second: Trace) -> tuple[str, ...]:
     return tuple(
         name
         for name, site in observed_sites(first).items()
-        if supports_differ(site["fn"], second.nodes[name]["fn"], site["value"].device)
+        if supports_differ(
+            site["fn"], second.nodes[name]["fn"], getattr(site["value"], "device", None)
+        )
     )
 
 

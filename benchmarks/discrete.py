@@ -488,7 +488,7 @@ def main():
     if options.mnist:
         cases = {
             "belief net 200-200, images": lambda: deep_belief_net(
-                options.mnist, steps=700, num_images=50, num_chains=16, num_steps=3200
+                options.mnist, steps=700, num_images=50, num_chains=64, num_steps=4000
             )
         }
     for name, measure in cases.items():

@@ -24,7 +24,7 @@ from .coordinates import bijection
 from .discrete import IndexByTensor
 from .edges import bend, draw_unconstrained, exact_log_det, exact_log_prob
 from .enumeration import Summed, sum_out
-from .lifting import lifted_densities
+from .lifting import lifted_densities, shared_factor
 from .masked import fill_masked
 from .precision import in_float64
 from .sites import (
@@ -241,17 +241,22 @@ class ModelDensity:
         names: Sequence[str],
     ) -> tuple[Tensor, Tensor]:
         """Computes the extensions of log prior and log joint density that differences come from."""
-        args, kwargs = self.arguments
-
-        def run(wrap: Callable[[Fn], Fn], given: Mapping[str, Tensor]) -> Trace:
-            substitute = Substitute(constrained=given)
-            with validation_disabled(), poutine.block(), substitute, IndexByTensor():
-                return poutine.trace(wrap(self.model)).get_trace(*args, **kwargs)
 
         def log_prob(site: Node, scaled: bool) -> Tensor:
             return self._log_prob(site, scaled=scaled)
 
-        return lifted_densities(run, self.layout, values, unconstrained, log_prob, names)
+        return lifted_densities(self._run, self.layout, values, unconstrained, log_prob, names)
+
+    def shared_factor(self, values: Mapping[str, Tensor]) -> str | None:
+        """Names a site whose density depends on two of the lifted sites, at any values of them."""
+        return shared_factor(self._run, self.layout, values, self.layout.lifted)
+
+    def _run(self, wrap: Callable[[Fn], Fn], given: Mapping[str, Tensor]) -> Trace:
+        """Traces the model, wrapped by a function, with given values."""
+        args, kwargs = self.arguments
+        substitute = Substitute(constrained=given)
+        with validation_disabled(), poutine.block(), substitute, IndexByTensor():
+            return poutine.trace(wrap(self.model)).get_trace(*args, **kwargs)
 
     def _sum(self, site: Node, *, scaled: bool = True) -> Tensor:
         """Sums a site's log density to the batch."""

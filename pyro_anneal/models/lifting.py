@@ -38,6 +38,7 @@ __all__ = [
     "lifted_densities",
     "marked_for_enumeration",
     "own_extension",
+    "shared_factor",
 ]
 
 # Entries of the factors' tables per evaluation of one chain.
@@ -109,18 +110,7 @@ def lifted_densities(
     Raises:
         CannotLift: If tables are too large, or elements of a plate meet in one factor.
     """
-    first = -1 - layout.max_plate_nesting
-
-    def wrap(model: Fn) -> Fn:
-        enumerated: Fn = poutine.enum(
-            marked_for_enumeration(model, names), first_available_dim=first
-        )
-        return enumerated
-
-    given = {name: value.detach() for name, value in values.items() if name not in names}
-    trace = run(wrap, given)
-    trace.compute_log_prob()
-    trace.symbolize_dims()
+    trace = _enumerated(run, layout, values, names)
     weights = {}
     for site in layout.sites:
         if site.name in names:
@@ -140,6 +130,54 @@ def lifted_densities(
                 raise CannotLift(f"tables of more than {_MAX_ENTRIES} entries")
             terms.append(_contract(name, node, table, weights, layout, trace))
     return torch.stack(prior).sum(0), torch.stack(joint).sum(0)
+
+
+def shared_factor(
+    run: Callable[[Callable[[Fn], Fn], Mapping[str, Tensor]], Trace],
+    layout: Layout,
+    values: Mapping[str, Tensor],
+    names: Sequence[str],
+) -> str | None:
+    """Names a site whose density depends on two enumerated sites; None where they meet in none.
+
+    The shapes of the tables tell, whatever the values in them are: a coupling that is zero here has
+    an axis for each of the sites that it couples.
+
+    Args:
+        run: As of :func:`lifted_densities`, like the others.
+        layout: Likewise.
+        values: Likewise.
+        names: The sites that are enumerated.
+    """
+    trace = _enumerated(run, layout, values, names)
+    infers = [trace.nodes[name]["infer"] for name in names]
+    own = {infer["_dim_to_symbol"][infer["_enumerate_dim"]] for infer in infers}
+    for name, node in (latent_sites(trace) | observed_sites(trace)).items():
+        table = packed.pack(node["unscaled_log_prob"], node["infer"]["_dim_to_symbol"])
+        if len(own.intersection(table._pyro_dims)) > 1:
+            return name
+    return None
+
+
+def _enumerated(
+    run: Callable[[Callable[[Fn], Fn], Mapping[str, Tensor]], Trace],
+    layout: Layout,
+    values: Mapping[str, Tensor],
+    names: Sequence[str],
+) -> Trace:
+    """Runs the model with some sites enumerated and all others given, densities computed."""
+    first = -1 - layout.max_plate_nesting
+
+    def wrap(model: Fn) -> Fn:
+        enumerated: Fn = poutine.enum(
+            marked_for_enumeration(model, names), first_available_dim=first
+        )
+        return enumerated
+
+    trace = run(wrap, {n: value.detach() for n, value in values.items() if n not in names})
+    trace.compute_log_prob()
+    trace.symbolize_dims()
+    return trace
 
 
 def _plates(node: Node) -> set[str]:

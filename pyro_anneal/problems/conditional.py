@@ -11,7 +11,9 @@ path z given u keeps its exact conditional distribution. Draws of z read that of
 the target, whose differences are exact (:mod:`~..models.lifting`).
 
 Where the discrete latents meet in a factor, are counts, or are not to be summed out, there is no
-such base, and chains start from the prior.
+such base, and chains start from the prior. Which of them meet is known from the shapes of Pyro's
+tables; that sums over a plate, or branches, do not couple them besides is checked at draws of the
+prior and of the start.
 
 Source: Casella and Robert (1996), *Rao-Blackwellisation of sampling schemes*, for the weights.
 """
@@ -159,6 +161,8 @@ def conditional_start(
     layout = model.layout
     lattice, marginal = lattice_of(layout), _marginal(model)
     if marginal is None or lattice is None or layout.improper:
+        return None
+    if model.shared_factor(model.evaluate(example).values) is not None:
         return None
     if not _are_independent(model, marginal, lattice, example):
         return None

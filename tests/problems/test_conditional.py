@@ -206,3 +206,24 @@ def test_latents_that_meet_where_the_prior_seldom_is_have_no_such_start():
     found = problem(coupled_beyond, torch.tensor(2.9))
     assert not isinstance(found.base, ConditionalBase)
     assert any("chains start from the prior" in note for note in found.layout.notes)
+
+
+def coupled_nowhere_near(y):
+    """Two indicators whose coupling no draw of the prior or of a fit reaches."""
+    c = pyro.sample("c", dist.Normal(0.0, 1.0))
+    a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.4)))
+    b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.3)))
+    pyro.factor("pair", 8.0 * (c - 40.0).relu() * a * b)
+    pyro.sample("y", dist.Normal(c, 0.5), obs=y)
+
+
+def test_shapes_tell_which_latents_meet_in_a_factor_whatever_its_value():
+    found = problem(coupled_nowhere_near, torch.tensor(0.5))
+    assert found.model.shared_factor(found.model.evaluate(found.probe()).values) == "pair"
+    assert not isinstance(found.base, ConditionalBase)
+
+
+def test_latents_that_meet_in_no_factor_share_none():
+    found = problem(ranges, POINTS)
+    assert found.model.shared_factor(found.model.evaluate(found.probe()).values) is None
+    assert isinstance(found.base, ConditionalBase)
